@@ -1,0 +1,98 @@
+"""A running federation as its launcher sees it: watches the records that the nodes publish, and saves the result.
+
+The loops run on the nodes; leaving this object stops them only because its engine owns them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from ecogen import config as recipes
+from ecogen.node.cloud import Status, Watch
+from ecogen.node.context import END, PROGRESS, RECORD, RESULT, STATUS, WATCH, ProgressReport
+from ecogen.node.device import ASK, Ask, Asked
+from ecogen.records import Record, RoundRecord, from_line
+from ecogen.transport.base import Message, Transport
+
+OnProgress = Callable[[ProgressReport], None]
+
+
+class Engine(Protocol):
+    """What brings nodes to life."""
+
+    transport: Transport  # the operator's
+
+    def check(self) -> None:
+        """Raise what made a node fail for good, if one did."""
+
+    def address(self, node_id: str) -> None:
+        """Let the operator's transport know where a node is."""
+
+
+class Federation:
+    """Watches, asks and saves; made by `launch`."""
+
+    def __init__(self, recipe: recipes.Recipe, engine: Engine, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.topology = recipes.build_topology(recipe.topology)
+        self.records: list[Record] = []
+        self.began_s = time.perf_counter()
+        self._engine = engine
+
+    async def watch(self, on_progress: OnProgress | None = None) -> AsyncIterator[Record]:
+        """Every record, from the first of the run to the last, as the nodes publish them."""
+        stream = await self._engine.transport.open(self.topology.cloud_id)
+        try:
+            await stream.send(Message.of(WATCH, Watch(len(self.records)), counted=False))
+            while (message := await self._next(stream.receive)) is not None and message.method != END:
+                if message.method == RECORD:
+                    self.records.append(from_line(message.body))
+                    yield self.records[-1]
+                elif message.method == PROGRESS and on_progress:
+                    on_progress(message.read(ProgressReport))
+        finally:
+            await stream.close()
+
+    async def tune(self, on_progress: OnProgress | None = None) -> AsyncIterator[RoundRecord]:
+        """The records of rounds, of every edge and of the cloud, until the federation has finished."""
+        async for record in self.watch(on_progress):
+            if isinstance(record, RoundRecord):
+                yield record
+
+    async def status(self) -> Status:
+        """How the federation is now."""
+        reply = await self._engine.transport.call(self.topology.cloud_id, Message.of(STATUS, counted=False))
+        return reply.read(Status)
+
+    async def tunables(self) -> dict[str, Tensor]:
+        """The tunables of the cloud's last average; the first edge's where edges stay alone."""
+        node_id = self.topology.cloud_id if self.recipe.tuning.cloud_every else self.topology.edge_ids[0]
+        return await self.tunables_of(node_id)
+
+    async def tunables_of(self, node_id: str) -> dict[str, Tensor]:
+        """The tunables that the cloud or an edge holds."""
+        self._engine.address(node_id)
+        reply = await self._engine.transport.call(node_id, Message.of(RESULT, counted=False))
+        return dict(reply.tensors)
+
+    async def ask(self, node_id: str, paths: Sequence[Path]) -> Asked:
+        """Have a start device classify pictures that it can read, through the split chain."""
+        self._engine.address(node_id)
+        ask = Ask(f"ask-{time.time_ns()}", [str(path.resolve()) for path in paths])
+        reply = await self._engine.transport.call(node_id, Message.of(ASK, ask, counted=False))
+        return reply.read(Asked)
+
+    async def _next(self, receive: Callable[[], object]) -> Message | None:
+        """The next message; looks now and then whether a node has failed for good."""
+        pending = asyncio.ensure_future(receive())  # type: ignore[arg-type]
+        while True:
+            done, _ = await asyncio.wait([pending], timeout=0.5)
+            self._engine.check()
+            if done:
+                return pending.result()

@@ -1,0 +1,91 @@
+"""All nodes in this process and event loop, over the in-memory transport: the default that a newcomer meets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+
+from ecogen import config as recipes
+from ecogen.engines.federation import Federation
+from ecogen.metering.meter import CpuMeter
+from ecogen.node.build import build_role
+from ecogen.node.context import OPERATOR, NodeContext
+from ecogen.node.node import Node
+from ecogen.runtime.worker import Worker
+from ecogen.storage import make_folder
+from ecogen.transport.base import Peer
+from ecogen.transport.memory import MemoryNetwork, MemoryTransport
+
+
+class InprocEngine:
+    """The nodes of one federation as tasks of this event loop; they share threads, one a core."""
+
+    def __init__(self, recipe: recipes.Recipe, folder: Path, network: MemoryNetwork, tuned: Path | None) -> None:
+        self._recipe, self._folder, self.network, self._tuned = recipe, folder, network, tuned
+        self._executor = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compute")
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.transport: MemoryTransport = network.join(Peer(OPERATOR, OPERATOR))
+
+    async def start(self) -> None:
+        """Start every node, the cloud first."""
+        for node_id in recipes.build_topology(self._recipe.topology).nodes:
+            await self.start_node(node_id)
+
+    async def start_node(self, node_id: str) -> None:
+        """Start one node, or start it again after `kill`."""
+        topology = recipes.build_topology(self._recipe.topology)
+        transport = self.network.join(Peer(node_id, topology.nodes[node_id].tier.value))
+        worker = Worker(CpuMeter(node_id, "thread"), transport.counter, self._executor)
+        compute = recipes.compute_of(self._recipe, node_id)
+        context = NodeContext(
+            node_id, make_folder(self._folder / "nodes" / node_id), transport, worker, compute.device, compute.dtype
+        )
+        node = Node(context, build_role(context, self._recipe, self._tuned))
+        address = await node.serve()
+        self._tasks[node_id] = asyncio.create_task(node.run(address), name=node_id)
+
+    async def kill(self, node_id: str) -> None:
+        """Cut a node off abruptly, as if its process had died."""
+        self.network.kill(node_id)
+        task = self._tasks.pop(node_id)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """Stop every node."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self.transport.close()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def check(self) -> None:
+        """Raise what made a node fail for good."""
+        for task in self._tasks.values():
+            if task.done() and not task.cancelled() and (problem := task.exception()):
+                raise problem
+
+    def address(self, node_id: str) -> None:
+        """Nothing to learn: ids are addresses here."""
+
+
+@asynccontextmanager
+async def launch_inproc(
+    recipe: recipes.Recipe, folder: Path, *, tuned: Path | None = None, network: MemoryNetwork | None = None
+) -> AsyncIterator[Federation]:
+    """A federation in this process, stopped on leaving."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    engine = InprocEngine(recipe, folder, network or MemoryNetwork(), tuned)
+    try:
+        await engine.start()
+        yield Federation(recipe, engine, folder)
+    finally:
+        await engine.stop()
+        torch.set_num_threads(threads)

@@ -1,0 +1,135 @@
+"""The tuned model on disk: an ordinary PEFT directory, and `load_tuned` for what PEFT does not know (prompts).
+
+A saved folder holds `backbone/` (the foundation model), `tunables.safetensors` with everything that was tuned, and
+`adapter/`, which `peft.PeftModel.from_pretrained` loads onto the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+from ecogen import config as recipes
+from ecogen.errors import CheckpointError
+from ecogen.models.checkpoint import Foundation, load_metadata, load_tensors, open_foundation, save_tensors
+from ecogen.models.tunables import attach_tunables, initialise_tunables, lora_config, set_tunables
+from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
+from ecogen.storage import write_atomically
+
+BACKBONE, TUNABLES, ADAPTER, RECIPE = "backbone", "tunables.safetensors", "adapter", "recipe.json"
+
+
+def classification_config(foundation: Foundation, num_labels: int) -> ViTConfig:
+    """The foundation model's configuration with a head for the task."""
+    values = foundation.config.to_dict()
+    values.pop("id2label", None), values.pop("label2id", None)
+    return ViTConfig.from_dict(values | {"num_labels": num_labels})
+
+
+def read_backbone(foundation: Foundation, config: ViTConfig, names: Iterable[str]) -> dict[str, Tensor]:
+    """Named tensors of the classification model: the foundation's, and a head of zeros where it has none that fits.
+
+    Raises:
+        CheckpointError: if the folder lacks a tensor other than the head's.
+    """
+    wanted = list(names)
+    tensors = foundation.read(wanted)
+    for name, shape in _head_shapes(config).items():
+        if name in wanted and (name not in tensors or tensors[name].shape != shape):
+            tensors[name] = torch.zeros(shape)
+    missing = set(wanted) - tensors.keys()
+    if missing:
+        raise CheckpointError(f"{foundation.folder} lacks {len(missing)} tensors, {min(missing)!r} among them")
+    return {name: tensors[name].float() for name in wanted}
+
+
+def load_whole(foundation: Foundation, config: ViTConfig, spec: recipes.Tunables, seed: int) -> SegmentedViT:
+    """The whole model in one piece, with fresh tunables."""
+    segments = [whole_segment(config)]
+    model = load_vit(config, segments, read_backbone(foundation, config, parameter_names(config, segments)))
+    attach_tunables(model, spec)
+    initialise_tunables(model, seed)
+    return model
+
+
+def save_tuned(
+    folder: Path, foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables, num_labels: int
+) -> None:
+    """Write `backbone/`, `tunables.safetensors` and, where there is LoRA, the PEFT directory `adapter/`."""
+    backbone = folder / BACKBONE
+    if foundation.folder != backbone:
+        shutil.copytree(foundation.folder, backbone, dirs_exist_ok=True)
+    save_tensors(
+        folder / TUNABLES, tunables, {"spec": json.dumps(recipes.section_table(spec)), "labels": str(num_labels)}
+    )
+    if spec.lora_rank:
+        _save_adapter(folder / ADAPTER, foundation, tunables, spec, num_labels)
+
+
+def load_tuned(folder: str | Path) -> ViTForImageClassification:
+    """The whole tuned model of a run folder, with prompts, LoRA and head on.
+
+    Raises:
+        CheckpointError: if the folder holds no tuned model, or a corrupt one.
+    """
+    path = Path(folder)
+    if not (path / TUNABLES).exists():
+        raise CheckpointError(f"{path} holds no {TUNABLES}; give the folder of a finished run")
+    metadata = load_metadata(path / TUNABLES)
+    try:
+        spec = recipes.section_from_table(recipes.Tunables, json.loads(metadata["spec"]))
+        foundation = open_foundation(path / BACKBONE)
+        model = load_whole(foundation, classification_config(foundation, int(metadata["labels"])), spec, seed=0)
+    except (KeyError, ValueError) as problem:
+        raise CheckpointError(
+            f"{path / TUNABLES} does not say what it holds ({problem}); save the run again"
+        ) from problem
+    set_tunables(model, load_tensors(path / TUNABLES))
+    return model.whole.eval()
+
+
+def _save_adapter(
+    folder: Path, foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables, num_labels: int
+) -> None:
+    blocks = range(spec.first_block, foundation.config.num_hidden_layers)
+    peft_config = lora_config(spec, blocks, modules_to_save=["classifier"], inference_mode=True)
+    peft_config.base_model_name_or_path = f"../{BACKBONE}"
+    write_atomically(
+        folder / "adapter_config.json", json.dumps(_plain(peft_config.to_dict()), indent=2, sort_keys=True)
+    )
+    known = {name: t for name, t in tunables.items() if not name.endswith(".prompts")}
+    config = classification_config(foundation, num_labels)
+    head = read_backbone(foundation, config, _head_shapes(config))
+    save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in (head | known).items()})
+    write_atomically(folder / "README.md", _adapter_readme(spec, num_labels))
+
+
+def _head_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    return {"classifier.weight": (config.num_labels, config.hidden_size), "classifier.bias": (config.num_labels,)}
+
+
+def _plain(values: dict[str, object]) -> dict[str, object]:
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+
+def _adapter_readme(spec: recipes.Tunables, num_labels: int) -> str:
+    missing = (
+        f"\nPlain PEFT misses the {spec.prompts} deep visual prompts of each block, which it has no format for: its outputs "
+        "differ from the tuned model's. Load the run folder with `ecogen.load_tuned(DIR)` for the whole of it.\n"
+        if spec.prompts
+        else "\nThis is the whole of what was tuned: plain PEFT gives the tuned model's outputs.\n"
+    )
+    return (
+        "# A PEFT adapter written by EcoGen\n\n"
+        "```python\n"
+        "from peft import PeftModel\nfrom transformers import ViTForImageClassification\n\n"
+        f'model = ViTForImageClassification.from_pretrained("../{BACKBONE}", num_labels={num_labels})\n'
+        'model = PeftModel.from_pretrained(model, ".")\n'
+        "```\n" + missing
+    )

@@ -1,0 +1,114 @@
+"""Tunables: what trains and travels while the backbone stays frozen: prompts, LoRA and the head.
+
+Names are the whole model's parameter names, with PEFT's adapter name left out:
+`vit.layers.2.prompts`, `vit.layers.2.attention.q_proj.lora_A.weight`, `classifier.bias`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from ecogen.config import Tunables as TunablesSpec
+from ecogen.errors import CheckpointError
+from ecogen.models.prompts import attach_prompts
+from ecogen.models.vit import SegmentedViT
+from ecogen.placement import Segment
+
+Tunables = dict[str, Tensor]
+"""Name -> tensor of everything that trains and travels."""
+
+_BLOCK = re.compile(r"vit\.layers\.(\d+)\.")
+
+
+def attach_tunables(model: SegmentedViT, spec: TunablesSpec) -> None:
+    """Add the prompts and LoRA of the held blocks, and let them and the head train."""
+    config = model.whole.config
+    tuned = [i for segment in model.segments for i in segment.blocks if i >= spec.first_block]
+    if spec.prompts:
+        for index in tuned:
+            attach_prompts(model.whole.vit.layers[index], spec.prompts, config.hidden_size)
+    if spec.lora_rank and tuned:
+        inject_adapter_in_model(lora_config(spec, tuned), model.whole)
+    for name, parameter in model.whole.named_parameters():
+        parameter.requires_grad_(_is_tunable(name, spec))
+
+
+def lora_config(spec: TunablesSpec, blocks: Sequence[int], **settings: object) -> LoraConfig:
+    """PEFT's configuration of LoRA on some blocks."""
+    numbers, targets = "|".join(map(str, blocks)), "|".join(map(re.escape, spec.lora_targets))
+    return LoraConfig(
+        r=spec.lora_rank,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=rf"vit\.layers\.({numbers})\.attention\.({targets})",
+        **settings,
+    )
+
+
+def get_tunables(model: nn.Module) -> Tunables:
+    """A copy of what trains in the held segments, on the CPU in float32 or the model's own type."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in named_tunables(model)}
+
+
+@torch.no_grad()
+def set_tunables(model: nn.Module, tunables: Mapping[str, Tensor]) -> None:
+    """Overwrite what trains.
+
+    Raises:
+        CheckpointError: if a name is missing or a shape differs; names of other segments are ignored.
+    """
+    for name, parameter in named_tunables(model):
+        if name not in tunables or tunables[name].shape != parameter.shape:
+            found = tuple(tunables[name].shape) if name in tunables else "nothing"
+            raise CheckpointError(f"tunable {name!r} should be {tuple(parameter.shape)} but is {found}")
+        parameter.copy_(tunables[name])
+
+
+def named_tunables(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What trains, under its travelling name, in a fixed order."""
+    whole = model.whole if isinstance(model, SegmentedViT) else model
+    for name, parameter in sorted(whole.named_parameters()):
+        if parameter.requires_grad:
+            yield name.replace(".default.", "."), parameter
+
+
+@torch.no_grad()
+def initialise_tunables(model: SegmentedViT, seed: int) -> None:
+    """Set the starting values: uniform prompts (VPT, section 3.2), LoRA's A random and B zero, a small random head."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in named_tunables(model):
+        value = torch.zeros(parameter.shape)
+        if name.endswith("prompts"):
+            nn.init.xavier_uniform_(value, generator=generator)
+        elif "lora_A" in name:
+            nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
+        elif name == "classifier.weight":
+            nn.init.normal_(value, std=0.02, generator=generator)
+        parameter.copy_(value)
+
+
+def tunables_of(names: Mapping[str, Tensor], segments: Sequence[Segment]) -> Tunables:
+    """The part of the tunables that belongs to some segments."""
+    blocks = {block for segment in segments for block in segment.blocks}
+    has_head = any(segment.has_head for segment in segments)
+    return {name: tensor for name, tensor in names.items() if _belongs(name, blocks, has_head)}
+
+
+def lowest_tunable_block(spec: TunablesSpec, num_blocks: int) -> int:
+    """The first block that needs a gradient; `num_blocks` where only the head trains."""
+    return spec.first_block if spec.prompts or spec.lora_rank else num_blocks
+
+
+def _belongs(name: str, blocks: set[int], has_head: bool) -> bool:
+    block = _BLOCK.match(name)
+    return int(block[1]) in blocks if block else has_head and name.startswith("classifier.")
+
+
+def _is_tunable(name: str, spec: TunablesSpec) -> bool:
+    return name.endswith(".prompts") or ".lora_" in name or (spec.head and name.startswith("classifier."))

@@ -1,0 +1,96 @@
+"""A vision transformer seen as segments: only the own blocks exist, under the whole model's names.
+
+Shapes: B batch, C channels, H height, W width, T tokens with CLS, D hidden, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from ecogen.errors import CheckpointError
+from ecogen.placement import Segment
+
+
+class Hole(nn.Module):
+    """Stands where another node holds the module; calling it is our mistake."""
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        raise RuntimeError("this part of the model is on another node")
+
+
+class SegmentedViT(nn.Module):
+    """The parts of a `ViTForImageClassification` that one node holds.
+
+    Attributes:
+        whole: the transformers model with holes for what others hold, so that names, indices and PEFT see
+            the whole model.
+    """
+
+    def __init__(self, whole: ViTForImageClassification, segments: Sequence[Segment]) -> None:
+        super().__init__()
+        self.whole = whole
+        self.segments = tuple(segments)
+
+    def forward(self, inputs: Tensor, segment: Segment) -> Tensor:
+        """Run one held segment.
+
+        Args:
+            inputs: pixels [B, C, H, W] where the segment has the embedding, else activations [B, T, D].
+
+        Returns:
+            Logits [B, L] where the segment has the head, else activations [B, T, D].
+        """
+        hidden = self.whole.vit.embeddings(inputs) if segment.has_embedding else inputs
+        for index in segment.blocks:
+            hidden = self.whole.vit.layers[index](hidden)
+        if not segment.has_head:
+            return hidden
+        logits: Tensor = self.whole.classifier(self.whole.vit.layernorm(hidden)[:, 0])
+        return logits
+
+
+def empty_vit(config: ViTConfig, segments: Sequence[Segment]) -> SegmentedViT:
+    """The segments' modules without storage, on the meta device; everything else is a hole."""
+    with torch.device("meta"):
+        whole = ViTForImageClassification(config)
+    held = {block for segment in segments for block in segment.blocks}
+    for index in set(range(config.num_hidden_layers)) - held:
+        whole.vit.layers[index] = Hole()
+    if not any(segment.has_embedding for segment in segments):
+        whole.vit.embeddings = Hole()
+    if not any(segment.has_head for segment in segments):
+        whole.vit.layernorm = whole.classifier = Hole()
+    return SegmentedViT(whole.eval(), segments)
+
+
+def parameter_names(config: ViTConfig, segments: Sequence[Segment]) -> list[str]:
+    """The whole model's names of what the segments hold."""
+    return list(empty_vit(config, segments).whole.state_dict())
+
+
+def load_vit(config: ViTConfig, segments: Sequence[Segment], tensors: Mapping[str, Tensor]) -> SegmentedViT:
+    """The segments with their weights; the tensors become the parameters without a copy.
+
+    Raises:
+        CheckpointError: if a tensor is missing, left over or of another shape.
+    """
+    model = empty_vit(config, segments)
+    try:
+        model.whole.load_state_dict(dict(tensors), strict=True, assign=True)
+    except RuntimeError as problem:
+        raise CheckpointError(f"the checkpoint does not fit {describe(segments)}: {problem}") from problem
+    return model.requires_grad_(False)
+
+
+def whole_segment(config: ViTConfig) -> Segment:
+    """The segment that is the whole model."""
+    return Segment(0, config.num_hidden_layers, has_embedding=True, has_head=True)
+
+
+def describe(segments: Sequence[Segment]) -> str:
+    """The segments in words."""
+    return "; ".join(str(segment) for segment in segments)

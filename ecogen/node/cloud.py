@@ -1,0 +1,269 @@
+"""The cloud: makes and keeps the foundation model, delivers it, averages over edges, and keeps the federation's records."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from ecogen import config as recipes
+from ecogen.errors import ProtocolError, TransportError
+from ecogen.models.adapters import classification_config, load_whole, read_backbone
+from ecogen.models.checkpoint import Foundation, load_tensors
+from ecogen.models.profile import model_shape
+from ecogen.models.tunables import get_tunables
+from ecogen.node.context import (
+    END,
+    OPERATOR,
+    PROGRESS,
+    PUBLISH,
+    RECORD,
+    RESULT,
+    STATUS,
+    WATCH,
+    NodeContext,
+    ProgressReport,
+    Welcome,
+    methods,
+)
+from ecogen.node.parent import Parent
+from ecogen.planning.clusters import place_clusters
+from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord, from_line, read_records, to_line
+from ecogen.runtime.membership import Members
+from ecogen.runtime.stage import Stage
+from ecogen.storage import append_line
+from ecogen.topology import Tier
+from ecogen.transport.base import Message, Peer, Stream
+from ecogen.tuning.data import load_splits
+from ecogen.tuning.evaluate import Evaluator
+from ecogen.tuning.messages import SYNC
+from ecogen.tuning.sync import CloudState, CloudSync
+
+logger = logging.getLogger(__name__)
+
+OnStep = Callable[[str, int, int, float], None]
+Foundry = Callable[[recipes.Recipe, OnStep], tuple[Foundation, str]]
+"""Gives the foundation model of a recipe, and says how it came by it; runs on the compute thread."""
+
+
+class Watch(msgspec.Struct, frozen=True):
+    """Operator to cloud, opening a stream: send me the records from this number on, and what comes."""
+
+    begin: int = 0
+
+
+class Status(msgspec.Struct, frozen=True):
+    """How the federation is."""
+
+    run: str
+    progress: ProgressReport
+    num_records: int
+    ready: list[str]
+    expected: list[str]
+    addresses: dict[str, str]
+    finished: bool
+
+
+class Log:
+    """All records of the federation, on disk and to those who watch. Each is kept once, however often it is sent."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        self.records = read_records(lines, str(path))
+        self._keys = {_key(record) for record in self.records}
+        self.changed = asyncio.Condition()
+
+    def put(self, record: Record) -> None:
+        """Take a record; one that is there already is skipped."""
+        if _key(record) not in self._keys:
+            append_line(self._path, to_line(record))
+            self._keys.add(_key(record))
+            self.records.append(record)
+
+    async def announce(self) -> None:
+        """Wake those who watch."""
+        async with self.changed:
+            self.changed.notify_all()
+
+
+class CloudRole:
+    """The cloud of one federation.
+
+    Args:
+        foundry: where the foundation model comes from.
+        tuned: tunables to begin with, for a federation that only serves.
+    """
+
+    def __init__(
+        self, context: NodeContext, recipe: recipes.Recipe, foundry: Foundry, *, tuned: Path | None = None
+    ) -> None:
+        self._context, self._recipe, self._foundry, self._tuned = context, recipe, foundry, tuned
+        self._topology = recipes.build_topology(recipe.topology)
+        self._log = Log(context.folder / "records.jsonl")
+        self._members = Members(self._topology.edge_ids, self._log.put)
+        self._progress = ProgressReport("starting", 0, 1)
+        self._prepared = asyncio.Event()
+        self._finished_edges: set[str] = set()
+        parent = Parent(Tier.EDGE, self._members, context.worker, self._welcome, self._read, self._log.put)
+        self.methods = {
+            **parent.methods(),
+            **methods(Tier.EDGE, **{SYNC: self._on_sync, PUBLISH: self._publish}),
+            **methods(OPERATOR, **{STATUS: self._status, RESULT: self._result}),
+        }
+
+    async def run(self, address: str) -> None:
+        """Prepare the foundation model, then answer edges and watchers."""
+        logger.info("%s serves at %s", self._context.node_id, address)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._members.watch_for_silence())
+            group.create_task(self._tick())
+            await self._prepare()
+
+    async def _tick(self) -> None:
+        """Forever: let watchers see what changed; a steady beat also wakes them for progress."""
+        while True:
+            await self._log.announce()
+            await asyncio.sleep(0.1)
+
+    async def _prepare(self) -> None:
+        context, recipe = self._context, self._recipe
+        self._foundation, how = await context.worker.compute(self._foundry, recipe, self._on_step)
+        await context.worker.compute(self._load)
+        usage = context.worker.usage("pretraining", self._stage.memory_bytes)
+        self._log.put(PhaseRecord(context.node_id, "pretraining", usage.wall_s, (usage,), how, time.time()))
+        path = context.folder / "state.safetensors"
+        state = CloudState.load(path) if path.exists() else self._first_state()
+        evaluate = await context.worker.compute(self._evaluator)
+        patience_s = recipe.tuning.rejoin_timeout_s
+        self._sync = CloudSync(
+            context.node_id, state, path, self._members, context.worker, evaluate, self._log.put, patience_s=patience_s
+        )
+        self._report(ProgressReport("delivery", 0, len(self._topology.end_ids)))
+        self._prepared.set()
+
+    def _load(self) -> None:
+        num_labels = load_splits(self._recipe.data, self._recipe.model.image_size, self._recipe.seed).num_labels
+        self._config = classification_config(self._foundation, num_labels)
+        self._shape = model_shape(self._config, self._recipe.tunables)
+        place_clusters(self._recipe, self._shape)
+        model = load_whole(self._foundation, self._config, self._recipe.tunables, self._recipe.seed)
+        self._stage = Stage(model, device=self._context.device, dtype=self._context.dtype)
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return read_backbone(self._foundation, self._config, names)
+
+    def _first_state(self) -> CloudState:
+        if self._tuned is None:
+            return CloudState(get_tunables(self._stage.model))
+        return CloudState(load_tensors(self._tuned), self._recipe.tuning.rounds - 1)
+
+    def _evaluator(self) -> Evaluator:
+        recipe = self._recipe
+        splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
+        examples = None if recipe.evaluation.split == "none" else getattr(splits, recipe.evaluation.split)
+        return Evaluator(self._stage, self._shape, self._context.worker, examples)
+
+    # Edges.
+
+    async def _welcome(self, _: str) -> Message:
+        await self._prepared.wait()
+        state = self._sync.state
+        table, model = recipes.to_table(self._recipe), self._config.to_dict()
+        welcome = Welcome(table, model, self._foundation.digest, next_round=state.round_index + 1)
+        return Message.of("join", welcome, kind="tunables", tensors=state.tunables)
+
+    async def _on_sync(self, peer: Peer, message: Message) -> Message:
+        return await self._sync.sync(peer, message)
+
+    async def _publish(self, peer: Peer, message: Message) -> Message:
+        """Take a record of an edge."""
+        try:
+            record = from_line(message.body)
+        except msgspec.MsgspecError as problem:
+            raise ProtocolError(f"{peer.node_id} published what is not a record: {problem}") from problem
+        self._log.put(record)
+        if isinstance(record, RoundRecord):
+            self._report(ProgressReport("tuning", record.round_index + 1, self._recipe.tuning.rounds, record.node_id))
+        if isinstance(record, EventRecord) and record.event == "finished":
+            self._finish(record.node_id)
+        return Message.of(PUBLISH)
+
+    def _finish(self, edge_id: str) -> None:
+        """Close the cloud's own books once every edge has closed its own."""
+        self._finished_edges.add(edge_id)
+        if self._finished_edges.issuperset(self._topology.edge_ids):
+            usage = self._context.worker.usage("serving", self._stage.memory_bytes)
+            now_s = time.time()
+            self._log.put(PhaseRecord(self._context.node_id, "serving", usage.wall_s, (usage,), time_s=now_s))
+            self._log.put(EventRecord("finished", self._context.node_id, time_s=now_s))
+
+    # Whoever watches.
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        """Send records to an operator, from the one it names, until the federation has finished."""
+        if peer.tier != OPERATOR:
+            return
+        message = await stream.receive()
+        if message is None or message.method != WATCH:
+            return
+        try:
+            await self._feed(stream, message.read(Watch).begin)
+        except TransportError:
+            logger.info("a watcher left")
+
+    async def _feed(self, stream: Stream, sent: int) -> None:
+        shown = None
+        while True:
+            for record in self._log.records[sent:]:
+                await stream.send(Message(RECORD, body=to_line(record), counted=False))
+                sent += 1
+                if isinstance(record, EventRecord) and record.event == "finished" and self._is_end(record):
+                    await stream.send(Message.of(END, counted=False))
+                    return
+            if self._progress is not shown:
+                shown = self._progress
+                await stream.send(Message.of(PROGRESS, shown, counted=False))
+            async with self._log.changed:
+                await self._log.changed.wait()
+
+    def _is_end(self, record: EventRecord) -> bool:
+        return record.node_id == self._context.node_id
+
+    async def _status(self, _: Peer, __: Message) -> Message:
+        finished = any(
+            isinstance(r, EventRecord) and r.event == "finished" and self._is_end(r) for r in self._log.records
+        )
+        status = Status(
+            self._recipe.name,
+            self._progress,
+            len(self._log.records),
+            self._members.ready_ids,
+            self._members.expected,
+            self._members.addresses,
+            finished,
+        )
+        return Message.of(STATUS, status, counted=False)
+
+    async def _result(self, _: Peer, __: Message) -> Message:
+        await self._prepared.wait()
+        return Message.of(RESULT, tensors=self._sync.state.tunables, counted=False)
+
+    def _on_step(self, phase: str, step: int, total: int, loss: float) -> None:
+        """Called from the compute thread."""
+        self._report(ProgressReport("pretraining", step, total, f"{phase}, loss {loss:.3f}"))
+
+    def _report(self, progress: ProgressReport) -> None:
+        self._progress = progress
+
+
+def _key(record: Record) -> tuple[object, ...]:
+    """What makes a record the same record: a round of a node is counted once, even if it was done again."""
+    if isinstance(record, RoundRecord):
+        return ("round", record.node_id, record.round_index)
+    return (type(record).__name__, to_line(record))

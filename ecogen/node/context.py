@@ -1,0 +1,112 @@
+"""What a node is given when it starts, and what all its roles share."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from ecogen.records import Usage
+from ecogen.runtime.worker import Worker
+from ecogen.transport.base import Message, Peer, Stream, Transport
+
+INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT = (
+    "install",
+    "books",
+    "publish",
+    "watch",
+    "record",
+    "progress",
+    "end",
+    "status",
+    "result",
+)
+
+OPERATOR = "operator"
+"""Node id and tier of whoever launched or watches; not a part of the federation."""
+
+
+@dataclass
+class NodeContext:
+    """One node's own things.
+
+    Attributes:
+        folder: its disk; what is in it survives a restart.
+        device, dtype: what it computes on.
+    """
+
+    node_id: str
+    folder: Path
+    transport: Transport
+    worker: Worker
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+Handler = Callable[[Peer, Message], Awaitable[Message]]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What answers a method, and who may call it.
+
+    Attributes:
+        callers: node ids, or tiers, that are allowed.
+    """
+
+    handler: Handler
+    callers: frozenset[str]
+
+
+class Role(Protocol):
+    """What a node of one tier does."""
+
+    methods: Mapping[str, Method]
+
+    async def run(self, address: str) -> None:
+        """The node's own loops, until it is stopped."""
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        """Serve a stream that another node opened."""
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """Child to parent: I hold what I need; and what fetching it took."""
+
+    usage: Usage
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """Parent to child: what this federation is about. Tensors: the tunables to begin with, for an edge.
+
+    Attributes:
+        recipe: the resolved recipe, as a table.
+        model: the configuration of the model with its head.
+        digest: of the backbone, so that a child that has it already need not fetch it again.
+        placement: for a device: of its cluster.
+        next_round: for an edge: the round that the federation is at.
+    """
+
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+    digest: str
+    placement: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    next_round: int = 0
+
+
+class ProgressReport(msgspec.Struct, frozen=True):
+    """How far a long piece of work is."""
+
+    phase: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+def methods(callers: str | list[str], **handlers: Handler) -> dict[str, Method]:
+    """Methods that the same callers may use."""
+    allowed = frozenset([callers] if isinstance(callers, str) else callers)
+    return {name: Method(handler, allowed) for name, handler in handlers.items()}

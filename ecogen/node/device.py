@@ -1,0 +1,207 @@
+"""An end device: fetches its segments from its edge, then tunes and serves with the others of its cluster."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import ViTConfig
+
+from ecogen import config as recipes
+from ecogen.errors import CheckpointError, DataError, NodeLostError, ProtocolError
+from ecogen.models.checkpoint import load_tensors, save_tensors
+from ecogen.models.profile import model_shape
+from ecogen.models.tunables import attach_tunables
+from ecogen.models.vit import load_vit, parameter_names
+from ecogen.node.context import BOOKS, INSTALL, OPERATOR, NodeContext, Ready, Welcome, methods
+from ecogen.placement import Placement, Segment
+from ecogen.records import RequestRecord
+from ecogen.runtime.delivery import fetch_tensors
+from ecogen.runtime.membership import attend
+from ecogen.runtime.neighbours import Neighbours
+from ecogen.runtime.stage import Stage
+from ecogen.serving.request import REQUEST_METHODS, DeviceServing
+from ecogen.topology import Topology
+from ecogen.transport.base import Message, Peer, Stream
+from ecogen.tuning.data import load_pictures, load_splits, partition_examples
+from ecogen.tuning.device import DeviceTuning, LocalData
+from ecogen.tuning.local import Route
+from ecogen.tuning.messages import FLOW_METHODS, TUNE, placement_from_table
+
+ASK = "ask"
+
+
+class Install(msgspec.Struct, frozen=True):
+    """Serve with these tunables from now on; and where the neighbours on the route are."""
+
+    addresses: dict[str, str]
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """Have the start device send pictures through the chain: files that it can read, or examples of the test split."""
+
+    request_id: str
+    paths: list[str] = msgspec.field(default_factory=list)
+    test_indices: list[int] = msgspec.field(default_factory=list)
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """The most likely class of each picture and its probability, the true one where it is known, and the record."""
+
+    labels: list[int]
+    probabilities: list[float]
+    record: RequestRecord
+    truth: list[int] = msgspec.field(default_factory=list)
+
+
+@dataclass
+class _Resident:
+    """What a prepared device holds."""
+
+    stage: Stage
+    tuning: DeviceTuning
+    serving: DeviceServing
+
+
+class DeviceRole:
+    """One end device.
+
+    Args:
+        edge_id: its edge, the only one that may give it orders.
+    """
+
+    def __init__(self, context: NodeContext, edge_id: str) -> None:
+        self._context, self._edge_id = context, edge_id
+        self._resident: _Resident | None = None
+        self._recipe = recipes.Recipe()
+        self.neighbours = Neighbours(context.transport, self._deliver, self._lose)
+        self.methods = {
+            **methods(edge_id, **{TUNE: self._tune, INSTALL: self._install, BOOKS: self._books}),
+            **methods([edge_id, OPERATOR], **{ASK: self._ask}),
+        }
+
+    async def run(self, address: str) -> None:
+        """Stay a member of the edge, whatever happens to it."""
+        try:
+            await attend(self._context.transport, self._edge_id, address, self.prepare)
+        finally:
+            await self.neighbours.close()
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        """Serve a stream that a neighbour opened."""
+        await self.neighbours.adopt(peer, stream)
+
+    async def prepare(self, message: Message) -> Message:
+        """Get ready to work as the edge's welcome says; returns the answer to it."""
+        welcome = message.read(Welcome)
+        if self._resident is None:
+            self._recipe = recipes.from_table(welcome.recipe, f"the recipe of {self._edge_id}")
+            self._resident = await self._settle(welcome)
+        return Message.of("ready", Ready(self._context.worker.usage("delivery", self._resident.stage.memory_bytes)))
+
+    async def _settle(self, welcome: Welcome) -> _Resident:
+        context, recipe = self._context, self._recipe
+        config = ViTConfig.from_dict(welcome.model)
+        placement = placement_from_table(welcome.placement)
+        segments = placement.segments_of(context.node_id)
+        tensors = await self._backbone(config, segments, welcome.digest)
+        stage = await context.worker.compute(self._load, config, segments, tensors)
+        topology = recipes.build_topology(recipe.topology)
+        cluster_id = topology.cluster_of(context.node_id).cluster_id
+        shape = model_shape(config, recipe.tunables)
+        data = await context.worker.compute(self._own_data, topology, placement)
+        link = topology.links["d2d"]
+        tuning = DeviceTuning(Route(placement, shape), recipe.tuning, stage, context.worker, self.neighbours, data)
+        serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
+        return _Resident(stage, tuning, serving)
+
+    async def _backbone(self, config: ViTConfig, segments: list[Segment], digest: str) -> dict[str, Tensor]:
+        """The own segments' frozen tensors, from this device's disk or else from the edge; never any other."""
+        name = hashlib.sha256(f"{digest} {segments}".encode()).hexdigest()[:16]
+        path = self._context.folder / f"backbone-{name}.safetensors"
+        if path.exists():
+            try:
+                return await self._context.worker.compute(load_tensors, path)
+            except CheckpointError:
+                path.unlink()
+        names = parameter_names(config, segments)
+        tensors = await fetch_tensors(self._context.transport, self._edge_id, names)
+        await self._context.worker.compute(save_tensors, path, tensors)
+        return tensors
+
+    def _load(self, config: ViTConfig, segments: list[Segment], tensors: dict[str, Tensor]) -> Stage:
+        model = load_vit(config, segments, tensors)
+        attach_tunables(model, self._recipe.tunables)
+        return Stage(model, device=self._context.device, dtype=self._context.dtype)
+
+    def _own_data(self, topology: Topology, placement: Placement) -> LocalData | None:
+        """This device's partition, where it is a start device."""
+        if placement.start_id != self._context.node_id:
+            return None
+        recipe = self._recipe
+        splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
+        counts = [len(topology.clusters_of(edge_id)) for edge_id in topology.edge_ids]
+        parts = partition_examples(splits.train.labels, recipe.data.partition, counts, recipe.seed)
+        cluster = topology.cluster_of(self._context.node_id)
+        place = topology.clusters_of(cluster.edge_id).index(cluster)
+        own = parts[topology.edge_ids.index(cluster.edge_id)][place]
+        return LocalData(splits.train[own], recipe.seed, list(topology.clusters).index(cluster.cluster_id))
+
+    # What others ask for.
+
+    async def _tune(self, _: Peer, message: Message) -> Message:
+        return await self._held.tuning.tune(message)
+
+    async def _install(self, _: Peer, message: Message) -> Message:
+        """Take the tunables to serve with, and meet the neighbours."""
+        await self.neighbours.connect(message.read(Install).addresses)
+        await self._context.worker.compute(self._held.stage.begin, message.tensors)
+        return Message.of(INSTALL)
+
+    async def _books(self, _: Peer, __: Message) -> Message:
+        """The usage that no other answer has reported; itself not in the books."""
+        usage = self._context.worker.usage("serving", self._held.stage.memory_bytes)
+        return Message.of(BOOKS, Ready(usage), counted=False)
+
+    async def _ask(self, _: Peer, message: Message) -> Message:
+        ask = message.read(Ask)
+        images, truth = await self._context.worker.compute(self._inputs, ask)
+        answer = await self._held.serving.ask(ask.request_id, images)
+        probabilities, labels = torch.softmax(answer.logits.float(), -1).max(-1)
+        asked = Asked(labels.tolist(), probabilities.tolist(), answer.record, truth)
+        return Message.of(ASK, asked, counted=message.counted)
+
+    def _inputs(self, ask: Ask) -> tuple[Tensor, list[int]]:
+        size = self._recipe.model.image_size
+        if ask.paths:
+            return load_pictures([Path(path) for path in ask.paths], size), []
+        test = load_splits(self._recipe.data, size, self._recipe.seed).test
+        if not ask.test_indices or max(ask.test_indices) >= len(test):
+            raise DataError(f"ask for test examples 0..{len(test) - 1} or for files, not {ask.test_indices}")
+        chosen = test[ask.test_indices]
+        return chosen.images, chosen.labels.tolist()
+
+    @property
+    def _held(self) -> _Resident:
+        if self._resident is None:
+            raise ProtocolError(f"{self._context.node_id} has not been prepared yet")
+        return self._resident
+
+    # Streams.
+
+    def _deliver(self, sender_id: str, message: Message) -> None:
+        if self._resident is None:
+            return
+        if message.method in FLOW_METHODS:
+            self._resident.tuning.deliver(message)
+        elif message.method in REQUEST_METHODS:
+            self._resident.serving.deliver(sender_id, message)
+
+    def _lose(self, error: NodeLostError) -> None:
+        if self._resident is not None:
+            self._resident.tuning.lose(error)
+            self._resident.serving.lose(error)

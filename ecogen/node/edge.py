@@ -1,0 +1,209 @@
+"""An edge: holds the domain model, tunes it with its clusters round by round, and has it answer requests in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+from transformers import ViTConfig
+
+from ecogen import config as recipes
+from ecogen.errors import NodeLostError
+from ecogen.models.adapters import load_whole
+from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
+from ecogen.models.profile import model_shape
+from ecogen.models.tunables import tunables_of
+from ecogen.models.vit import parameter_names, whole_segment
+from ecogen.node.context import (
+    BOOKS,
+    INSTALL,
+    OPERATOR,
+    PUBLISH,
+    RESULT,
+    NodeContext,
+    Ready,
+    Welcome,
+    methods,
+)
+from ecogen.node.device import ASK, Ask, Asked, Install
+from ecogen.node.parent import Parent
+from ecogen.placement import Placement
+from ecogen.planning.clusters import place_clusters
+from ecogen.records import EventKind, EventRecord, PhaseRecord
+from ecogen.runtime.delivery import fetch_tensors
+from ecogen.runtime.membership import Members, attend
+from ecogen.runtime.outbox import Outbox
+from ecogen.runtime.stage import Stage
+from ecogen.storage import write_atomically
+from ecogen.topology import Tier
+from ecogen.transport.base import Message, Peer, Stream
+from ecogen.tuning.data import load_splits
+from ecogen.tuning.evaluate import Evaluator
+from ecogen.tuning.messages import placement_table
+from ecogen.tuning.rounds import EdgeRounds, EdgeState
+
+
+class EdgeRole:
+    """One edge site; which devices it has, the cloud's welcome says."""
+
+    def __init__(self, context: NodeContext, cloud_id: str) -> None:
+        self._context, self._cloud_id = context, cloud_id
+        self._outbox = Outbox(context.folder / "records.jsonl", self._send_record)
+        self._members = Members([], self._outbox.put)
+        self._prepared = asyncio.Event()
+        self._incarnation = _next_incarnation(context.folder / "incarnation")
+        self._work: asyncio.Task[None] | None = None
+        parent = Parent(Tier.END, self._members, context.worker, self._welcome, self._read, self._outbox.put)
+        self.methods = {**parent.methods(), **methods(OPERATOR, **{RESULT: self._result})}
+
+    async def run(self, address: str) -> None:
+        """Stay a member of the cloud and do what it is there for; the rounds go on while the cloud is away."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(attend(self._context.transport, self._cloud_id, address, self._prepare))
+            group.create_task(self._members.watch_for_silence())
+            group.create_task(self._outbox.run())
+            await self._prepared.wait()
+            group.create_task(self._tune_then_serve())
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        """Nobody streams to an edge."""
+        await stream.close()
+
+    async def _prepare(self, message: Message) -> Message:
+        """Get ready to work as the cloud's welcome says; returns the answer to it."""
+        if not self._prepared.is_set():
+            await self._settle(message.read(Welcome), message.tensors)
+            self._prepared.set()
+        return Message.of("ready", Ready(self._context.worker.usage("delivery", self._stage.memory_bytes)))
+
+    async def _settle(self, welcome: Welcome, tunables: dict[str, Tensor]) -> None:
+        context = self._context
+        self._recipe = recipe = recipes.from_table(welcome.recipe, f"the recipe of {self._cloud_id}")
+        self._digest, self._config = welcome.digest, ViTConfig.from_dict(welcome.model)
+        self._shape = model_shape(self._config, recipe.tunables)
+        placements = place_clusters(recipe, self._shape)
+        topology = recipes.build_topology(recipe.topology)
+        self._placements = {c.cluster_id: placements[c.cluster_id] for c in topology.clusters_of(context.node_id)}
+        self._members.expected = [node_id for placement in self._placements.values() for node_id in placement.node_ids]
+        self._foundation = await self._fetch_foundation()
+        self._stage = await context.worker.compute(self._load)
+        self._evaluate = await context.worker.compute(self._evaluator)
+        path = context.folder / "state.safetensors"
+        state = EdgeState.load(path) if path.exists() else EdgeState(dict(tunables), welcome.next_round)
+        self._rounds = EdgeRounds(
+            state,
+            path,
+            recipe.tuning,
+            self._placements,
+            self._members,
+            context.transport,
+            context.worker,
+            self._cloud_id,
+            self._evaluate,
+            self._outbox.put,
+            attempt=self._incarnation * 1_000_000,
+        )
+
+    async def _fetch_foundation(self) -> Foundation:
+        """The whole backbone on this edge's disk, fetched from the cloud unless it is there."""
+        folder = self._context.folder / f"backbone-{self._digest}"
+        if not (folder / "config.json").exists():
+            names = parameter_names(self._config, [whole_segment(self._config)])
+            tensors = await fetch_tensors(self._context.transport, self._cloud_id, names)
+            await self._context.worker.compute(save_tensors, folder / "model.safetensors", tensors)
+            write_atomically(folder / "config.json", json.dumps(self._config.to_dict()))
+        return open_foundation(folder)
+
+    def _load(self) -> Stage:
+        model = load_whole(self._foundation, self._config, self._recipe.tunables, self._recipe.seed)
+        return Stage(model, device=self._context.device, dtype=self._context.dtype)
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return self._foundation.read(names)
+
+    def _evaluator(self) -> Evaluator:
+        recipe = self._recipe
+        splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
+        examples = None if recipe.evaluation.split == "none" else getattr(splits, recipe.evaluation.split)
+        return Evaluator(self._stage, self._shape, self._context.worker, examples)
+
+    async def _welcome(self, device_id: str) -> Message:
+        await self._prepared.wait()
+        cluster = next(p for p in self._placements.values() if device_id in p.node_ids)
+        table = recipes.to_table(self._recipe)
+        return Message.of("join", Welcome(table, self._config.to_dict(), self._digest, placement_table(cluster)))
+
+    # After the last round.
+
+    async def _tune_then_serve(self) -> None:
+        if self._incarnation > 1:
+            self._announce("resumed", f"from round {self._rounds.state.next_round + 1}")
+        await self._rounds.run()
+        await self._install()
+        await self._serve_requests()
+        await self._close_books()
+        self._announce("finished", f"{self._rounds.state.next_round} rounds")
+
+    async def _install(self) -> None:
+        """Give every device that is here the tuned tunables of its segments, to serve with."""
+        orders = []
+        for placement in self._placements.values():
+            if set(placement.node_ids) <= set(self._members.ready_ids):
+                orders += [self._install_on(node_id, placement) for node_id in placement.node_ids]
+        await asyncio.gather(*orders)
+
+    async def _install_on(self, node_id: str, placement: Placement) -> None:
+        tunables = tunables_of(self._rounds.state.tunables, placement.segments_of(node_id))
+        order = Install(self._members.locate(placement.neighbours_of(node_id)))
+        await self._ask_device(node_id, Message.of(INSTALL, order, kind="tunables", tensors=tunables))
+
+    async def _serve_requests(self) -> None:
+        """Have each cluster in turn answer test examples, one a request."""
+        starts = [placement.start_id for placement in self._placements.values()]
+        here = itertools.cycle([start for start in starts if self._members.is_ready(start)] or [None])
+        for number, start in zip(range(self._recipe.evaluation.requests), here, strict=False):
+            if start is None:
+                return
+            ask = Ask(f"{self._context.node_id}-{number}", test_indices=[number])
+            reply = await self._ask_device(start, Message.of(ASK, ask))
+            if reply is not None:
+                self._outbox.put(reply.read(Asked).record)
+
+    async def _close_books(self) -> None:
+        """Collect what no answer has reported yet; this collection itself is not in the books."""
+        books = [self._ask_device(node_id, Message.of(BOOKS, counted=False)) for node_id in self._members.ready_ids]
+        replies = [reply for reply in await asyncio.gather(*books) if reply is not None]
+        await self._outbox.flush()
+        usages = [reply.read(Ready).usage for reply in replies] + [self._context.worker.usage("serving")]
+        wall_s = max(usage.wall_s for usage in usages)
+        self._outbox.put(PhaseRecord(self._context.node_id, "serving", wall_s, tuple(usages), time_s=time.time()))
+
+    async def _ask_device(self, node_id: str, message: Message) -> Message | None:
+        try:
+            return await self._context.transport.call(node_id, message)
+        except NodeLostError as problem:
+            await self._members.lose(node_id, str(problem))
+            return None
+
+    async def _result(self, _: Peer, __: Message) -> Message:
+        return Message.of(RESULT, tensors=dict(self._rounds.state.tunables), counted=False)
+
+    # Records.
+
+    def _announce(self, event: EventKind, detail: str) -> None:
+        self._outbox.put(EventRecord(event, self._context.node_id, detail=detail, time_s=time.time()))
+
+    async def _send_record(self, line: bytes) -> None:
+        await self._context.transport.call(self._cloud_id, Message(PUBLISH, body=line))
+
+
+def _next_incarnation(path: Path) -> int:
+    """How many times this node has been started on this disk, this time included."""
+    number = int(path.read_text()) + 1 if path.exists() else 1
+    write_atomically(path, str(number))
+    return number

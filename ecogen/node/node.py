@@ -1,0 +1,48 @@
+"""The one node class: a transport, a worker and a role. It admits callers, and otherwise leaves everything to the role."""
+
+from __future__ import annotations
+
+from ecogen.errors import AuthenticationError, ProtocolError
+from ecogen.node.context import NodeContext, Role
+from ecogen.transport.base import Message, Peer, Stream
+
+
+class Node:
+    """A running node: serves its role's methods, and runs its role's loops until it is stopped."""
+
+    def __init__(self, context: NodeContext, role: Role) -> None:
+        self.context = context
+        self.role = role
+
+    async def serve(self) -> str:
+        """Begin to answer; returns the address."""
+        return await self.context.transport.serve(self)
+
+    async def run(self, address: str) -> None:
+        """The role's loops; closes the node at the end."""
+        try:
+            await self.role.run(address)
+        finally:
+            await self.context.transport.close()
+            self.context.worker.close()
+
+    async def handle(self, peer: Peer, message: Message) -> Message:
+        """Answer one call, if the caller may make it.
+
+        Raises:
+            ProtocolError: if the role has no such method.
+            AuthenticationError: if the caller is not allowed to use it.
+        """
+        method = self.role.methods.get(message.method)
+        if method is None:
+            raise ProtocolError(f"{self.context.node_id} has no method {message.method!r}")
+        if not {peer.node_id, peer.tier} & method.callers:
+            raise AuthenticationError(
+                f"{peer.node_id!r} ({peer.tier}) may not call {message.method!r} of {self.context.node_id!r}; "
+                f"only {', '.join(sorted(method.callers))} may"
+            )
+        return await method.handler(peer, message)
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        """Serve a stream."""
+        await self.role.accept(peer, stream)

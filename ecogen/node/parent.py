@@ -1,0 +1,61 @@
+"""What the cloud does for its edges and an edge for its devices: welcome them, hand out the backbone, see that they live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from ecogen.node.context import Method, Ready, methods
+from ecogen.records import PhaseRecord, Record
+from ecogen.runtime.delivery import FETCH, serve_pieces
+from ecogen.runtime.membership import HEARTBEAT, JOIN, READY, Alive, Join, Members
+from ecogen.runtime.worker import Worker
+from ecogen.topology import Tier
+from ecogen.transport.base import Message, Peer
+
+
+class Parent:
+    """Answers the children of one node.
+
+    Args:
+        tier: of the children.
+        welcome: what a child is told when it joins; waits until this node is prepared itself.
+        read: gives named tensors of the backbone, for children to fetch.
+        publish: takes a record of each delivery.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        members: Members,
+        worker: Worker,
+        welcome: Callable[[str], Awaitable[Message]],
+        read: Callable[[Iterable[str]], Mapping[str, Tensor]],
+        publish: Callable[[Record], None],
+    ) -> None:
+        self._tier, self._members, self._worker = tier, members, worker
+        self._welcome, self._read, self._publish = welcome, read, publish
+
+    def methods(self) -> dict[str, Method]:
+        """The methods that only the children's tier may use."""
+        handlers = {JOIN: self._join, READY: self._ready, HEARTBEAT: self._heartbeat, FETCH: self._fetch}
+        return methods(self._tier, **handlers)
+
+    async def _join(self, peer: Peer, message: Message) -> Message:
+        welcome = await self._welcome(peer.node_id)
+        await self._members.join(peer.node_id, message.read(Join).address)
+        return welcome
+
+    async def _ready(self, peer: Peer, message: Message) -> Message:
+        usage = message.read(Ready).usage
+        self._publish(PhaseRecord(peer.node_id, "delivery", usage.wall_s, (usage,), time_s=time.time()))
+        await self._members.ready(peer.node_id)
+        return Message.of(READY)
+
+    async def _heartbeat(self, peer: Peer, _: Message) -> Message:
+        return Message.of(HEARTBEAT, Alive(self._members.seen(peer.node_id)))
+
+    async def _fetch(self, _: Peer, message: Message) -> Message:
+        return await self._worker.compute(serve_pieces, message, self._read)

@@ -1,0 +1,175 @@
+"""What nodes report: usage of one piece of work, and records of rounds, requests, phases and events.
+
+Records are plain values that travel as JSON lines; accounting and reports read them and never a running object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from ecogen.errors import RunError
+
+Kind = Literal["backbone", "tunables", "activations", "gradients", "control"]
+"""What a message carries. Labels, where they are sent at all, are counted as control."""
+KINDS: tuple[Kind, ...] = ("backbone", "tunables", "activations", "gradients", "control")
+
+LinkClass = Literal["cloud_edge", "edge_end", "d2d"]
+LINK_CLASSES: tuple[LinkClass, ...] = ("cloud_edge", "edge_end", "d2d")
+
+Phase = Literal["pretraining", "delivery", "tuning", "evaluation", "serving"]
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """What one node sent to another of one kind. Bytes are counted once, by the sender.
+
+    Attributes:
+        payload_bytes: raw tensor bytes.
+        header_bytes: typed headers and length prefixes, as the codec wrote them.
+        framing_bytes: what gRPC, HTTP/2 and TLS add, modelled from their specifications; 0 in memory.
+    """
+
+    receiver_id: str
+    kind: Kind
+    messages: int
+    payload_bytes: int
+    header_bytes: int
+    framing_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.payload_bytes + self.header_bytes + self.framing_bytes
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Seconds, FLOPs and bytes of one node in one piece of work.
+
+    Attributes:
+        wall_s: length of the window.
+        cpu_s: CPU time that the node itself spent: its process where it has one, its compute thread otherwise.
+        flops: floating-point operations of the model, by formula (`planning.cost`), not counted by hardware.
+        memory_bytes: the largest resident set of its process, or parameters and live activations in a shared process.
+        method: how `cpu_s` came about.
+    """
+
+    node_id: str
+    phase: Phase
+    wall_s: float
+    cpu_s: float
+    flops: float = 0.0
+    memory_bytes: int = 0
+    traffic: tuple[Traffic, ...] = ()
+    method: Literal["measured", "modelled", "reported"] = "measured"
+
+
+class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
+    """One round of one aggregating node: an edge over its clusters, or the cloud over its edges.
+
+    Attributes:
+        accuracy: of the aggregate on the evaluation split, in [0, 1]; None where none was asked for.
+        members: the clusters (of an edge) or edges (of the cloud) whose updates are in the aggregate.
+        missing: those that took part but were lost before their update was complete.
+        num_examples: examples behind the aggregate, each counted once a round.
+    """
+
+    node_id: str
+    round_index: int
+    accuracy: float | None
+    loss: float | None
+    num_examples: int
+    members: tuple[str, ...]
+    missing: tuple[str, ...]
+    wall_s: float
+    usages: tuple[Usage, ...]
+    time_s: float = 0.0
+
+
+class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):
+    """Work that is not a round: pre-training, delivery, the closing evaluation."""
+
+    node_id: str
+    phase: Phase
+    wall_s: float
+    usages: tuple[Usage, ...]
+    detail: str = ""
+    time_s: float = 0.0
+
+
+class Hop(msgspec.Struct, frozen=True):
+    """What one visit of a request computed and then sent on."""
+
+    node_id: str
+    segment: str
+    compute_s: float
+    receiver_id: str | None
+    sent_bytes: int
+    link_s: float
+
+
+class RequestRecord(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
+    """One request served by a chain. latency_s = t_ul_s + t_inference_s + t_dl_s.
+
+    The start device asks: t_ul_s is the first hop away from it, t_dl_s the last hop back to it (both
+    modelled from the link: RTT/2 + bytes/bandwidth), t_inference_s the measured compute and the modelled hops between.
+    """
+
+    request_id: str
+    cluster_id: str
+    num_inputs: int
+    t_ul_s: float
+    t_inference_s: float
+    t_dl_s: float
+    hops: tuple[Hop, ...]
+    usages: tuple[Usage, ...] = ()
+    time_s: float = 0.0
+
+    @property
+    def latency_s(self) -> float:
+        return self.t_ul_s + self.t_inference_s + self.t_dl_s
+
+
+EventKind = Literal["joined", "lost", "rejoined", "cluster_failed", "cluster_formed", "resumed", "fenced", "finished"]
+
+
+class EventRecord(msgspec.Struct, frozen=True, tag="event", tag_field="type"):
+    """Something that happened to a node or a cluster."""
+
+    event: EventKind
+    node_id: str
+    round_index: int | None = None
+    detail: str = ""
+    time_s: float = 0.0
+
+
+Record = RoundRecord | PhaseRecord | RequestRecord | EventRecord
+
+_ENCODER = msgspec.json.Encoder()
+_DECODER: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
+
+
+def to_line(record: Record) -> bytes:
+    """The record as one JSON line, with its newline."""
+    return _ENCODER.encode(record) + b"\n"
+
+
+def from_line(line: bytes | str) -> Record:
+    """The record that `to_line` wrote."""
+    return _DECODER.decode(line)
+
+
+def read_records(lines: Iterable[bytes], source: str) -> list[Record]:
+    """All records of a JSON-lines file.
+
+    A last line without its newline was cut off by a crash and is left out; any other bad line is an error.
+    """
+    records: list[Record] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(from_line(line))
+        except msgspec.MsgspecError as problem:
+            if not line.endswith(b"\n"):
+                break
+            raise RunError(f"{source}:{number}: not a record ({problem}); restore the file or run again") from problem
+    return records

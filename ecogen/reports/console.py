@@ -1,0 +1,133 @@
+"""What a run says in the terminal: a line a round, the closing summary, a prediction's way, and who is there.
+
+Names are shown as text and never read as markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from ecogen.accounting.ledger import Bounds
+from ecogen.records import RequestRecord, RoundRecord
+from ecogen.reports.summary import Summary
+from ecogen.reports.tables import Column, Table, hops_tables, word
+from ecogen.reports.wording import DASH, LINK_NAMES, format_grams, format_loss, format_range, format_share, plural
+from ecogen.topology import Tier, Topology
+from ecogen.units import format_bytes, format_joules, format_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """What a member of a federation is doing, for `ecogen status`.
+
+    Attributes:
+        state: in a word or two: waiting, tuning, lost.
+        round_index: that it works on, if it does.
+        heard_s: seconds since it was last heard of.
+    """
+
+    node_id: str
+    tier: Tier
+    state: str
+    round_index: int | None = None
+    heard_s: float | None = None
+
+
+def round_line(record: RoundRecord, num_rounds: int) -> Text:
+    """One round in one line: `round 3/8  edge-0  accuracy 95.2 %  loss 0.3009  3 clusters  4.4 s`."""
+    members = f"{len(record.members)} of {plural(len(record.members) + len(record.missing), 'member')}"
+    line = Text(f"round {record.round_index + 1}/{num_rounds}  ")
+    line.append(f"{record.node_id:<8}", style="bold")
+    line.append(f"  accuracy {format_share(record.accuracy):>7}  loss {format_loss(record.loss)}  ")
+    line.append(members, style="red" if record.missing else "")
+    return line.append(f"  {format_seconds(record.wall_s)}")
+
+
+def show_summary(summary: Summary) -> RenderableType:
+    """The closing summary of a run."""
+    grid = RichTable.grid(padding=(0, 3))
+    for name, value, remark in _summary_rows(summary):
+        grid.add_row(Text(name, style="dim"), Text(value, style="bold"), Text(remark, style="dim"))
+    return Group(Text(f"{summary['name']}, seed {summary['seed']}", style="bold"), grid)
+
+
+def show_prediction(label: str, record: RequestRecord, topology: Topology) -> RenderableType:
+    """The answer of a split chain, what each device computed for it, and what crossed each link."""
+    computed, crossed = hops_tables(record, topology)
+    latency = (
+        f"latency {format_seconds(record.latency_s)} = uplink {format_seconds(record.t_ul_s)} + inference "
+        f"{format_seconds(record.t_inference_s)} + downlink {format_seconds(record.t_dl_s)}"
+    )
+    return Group(Text.assemble("label ", (label, "bold")), show_table(computed), show_table(crossed), Text(latency))
+
+
+def show_status(nodes: Sequence[NodeStatus]) -> RenderableType:
+    """Who is in the federation, and doing what."""
+    columns = (word("node"), word("tier"), word("state"), Column("round"), Column("last heard"))
+    return show_table(Table("Nodes", columns, tuple(_status_cells(node) for node in nodes)))
+
+
+def show_table(table: Table) -> RichTable:
+    """A table of values for the terminal."""
+    shown = RichTable(title=Text(table.caption, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        head = f"{column.name} ({column.unit})" if column.unit else column.name
+        shown.add_column(Text(head), justify="right" if column.is_figure else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown
+
+
+def _summary_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """Name, figure and remark of each line."""
+    accuracy, sent = summary["accuracy"], summary["traffic_bytes"]
+    rounds = f"{summary['rounds']} of {plural(summary['rounds_planned'], 'round')}"
+    links = ", ".join(f"{name} {format_bytes(sent[link])}" for link, name in LINK_NAMES.items())
+    energy_j, emissions_g = _bounds(summary["energy_j"]), _bounds(summary["emissions_g_bounds"])
+    return [
+        ("accuracy", f"{format_share(accuracy['first'])} → {format_share(accuracy['last'])}", rounds),
+        ("tunable", format_share(summary["tunable_fraction"]), "of the parameters"),
+        ("tunables sent", format_bytes(sent["tunables"]), ""),
+        ("all sent", format_bytes(sum(sent[link] for link in LINK_NAMES)), links),
+        ("energy", format_joules(energy_j.mid), f"{format_range(energy_j)}, modelled"),
+        ("emissions", f"{format_grams(emissions_g.mid)} CO2e", f"{format_range(emissions_g, format_grams)}, modelled"),
+        *_latency_rows(summary),
+        ("wall time", format_seconds(summary["wall_s"]), f"engine {summary['engine']}"),
+        *_event_rows(summary),
+    ]
+
+
+def _bounds(values: Mapping[str, float | str]) -> Bounds:
+    return Bounds(float(values["low"]), float(values["mid"]), float(values["high"]))
+
+
+def _latency_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    latency_s = summary["latency_s"]
+    if latency_s is None:
+        return []
+    parts = ("uplink", "t_ul"), ("inference", "t_inference"), ("downlink", "t_dl")
+    remark = ", ".join(f"{name} {format_seconds(latency_s[key])}" for name, key in parts)
+    return [("latency", format_seconds(latency_s["total"]), f"medians: {remark}")]
+
+
+def _event_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """A line each for what a reader should know of: not that nodes joined and finished."""
+    events = [event for event in summary["events"] if event["event"] not in ("joined", "finished")]
+    return [(event["event"].replace("_", " "), event["node_id"], event["detail"]) for event in events]
+
+
+def _status_cells(node: NodeStatus) -> tuple[str, ...]:
+    heard = DASH if node.heard_s is None else f"{format_seconds(node.heard_s)} ago"
+    return (
+        node.node_id,
+        node.tier.value,
+        node.state,
+        DASH if node.round_index is None else str(node.round_index + 1),
+        heard,
+    )

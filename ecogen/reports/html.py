@@ -1,0 +1,177 @@
+"""One self-contained report.html: no script, no network, light and dark; the words stand in `report.html.j2`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from ecogen.accounting.ledger import Ledger
+from ecogen.config import Recipe, to_table
+from ecogen.errors import StorageError
+from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
+from ecogen.reports import drawing, plots, tables
+from ecogen.reports.summary import RunFacts, Summary, round_indices, summarise
+from ecogen.reports.toml import to_toml
+from ecogen.reports.wording import (
+    format_count,
+    format_grams,
+    format_range,
+    format_share,
+    phase_name,
+    plural,
+)
+from ecogen.topology import Topology
+from ecogen.units import format_bytes, format_joules, format_seconds
+
+_CONTROL_CHARACTERS = {code: None for code in range(32) if chr(code) not in "\t\n\r"}  # HTML allows no others
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    records: Sequence[Record],
+    ledger: Ledger,
+    recipe: Recipe,
+    topology: Topology,
+    facts: RunFacts,
+) -> None:
+    """Write the report of a run, however far it came; a reader never meets half of one.
+
+    Raises:
+        StorageError: if the disk is full or the folder cannot be written.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    page = render_report(records, ledger, recipe, topology, facts)
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(target)
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = problem.strerror or str(problem)
+        raise StorageError(f"cannot write {target}: {reason}; free some space or choose another folder") from problem
+
+
+def render_report(
+    records: Sequence[Record], ledger: Ledger, recipe: Recipe, topology: Topology, facts: RunFacts
+) -> str:
+    """The report as an HTML page."""
+    summary = summarise(records, ledger, recipe, topology, facts)
+    page = _template().render(
+        summary=summary,
+        recipe=recipe,
+        recipe_toml=to_toml(to_table(recipe)),
+        facts=facts,
+        topology=topology,
+        ledger=ledger,
+        total=ledger.total,
+        headline=_headline(summary, ledger, recipe, facts),
+        figures={name: Markup(svg) for name, svg in _figures(records, ledger, topology, facts).items()},
+        tables=_tables(records, ledger, topology, facts),
+        hidden_parts=drawing.hidden_parts(topology),
+        num_joined=_num_joined(records),
+    )
+    return page.translate(_CONTROL_CHARACTERS)
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "bytes": format_bytes,
+        "count": format_count,
+        "grams": format_grams,
+        "joules": format_joules,
+        "plural": plural,
+        "range": format_range,
+        "seconds": format_seconds,
+        "share": format_share,
+    }
+    source = (resources.files("ecogen.reports") / "report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def _headline(summary: Summary, ledger: Ledger, recipe: Recipe, facts: RunFacts) -> list[tuple[str, str, str]]:
+    """Name, figure and remark of each headline."""
+    total = ledger.total
+    parameters = f"{format_count(facts.tunable_parameters)} of {format_count(facts.total_parameters)} parameters"
+    sent = sum(line.sent_bytes for line in ledger.traffic())
+    return [
+        ("Accuracy", *_accuracy_headline(summary, recipe)),
+        ("Tunable share", format_share(facts.tunable_fraction), parameters),
+        ("Traffic", format_bytes(sent), f"{format_bytes(summary['traffic_bytes']['tunables'])} of it tunables"),
+        ("Energy", format_joules(total.energy_j.mid), f"{format_range(total.energy_j)}, modelled"),
+        (
+            "Emissions",
+            f"{format_grams(total.emissions_g.mid)} CO2e",
+            f"{format_range(total.emissions_g, format_grams)}, modelled",
+        ),
+        ("Wall time", format_seconds(facts.wall_s), f"engine {facts.engine}"),
+    ]
+
+
+def _accuracy_headline(summary: Summary, recipe: Recipe) -> tuple[str, str]:
+    accuracy, rounds = summary["accuracy"], plural(summary["rounds"], "round")
+    if accuracy["first"] is None:
+        return "not measured", f"{rounds} done"
+    figure = f"{format_share(accuracy['first'])} → {format_share(accuracy['last'])}"
+    return figure, f"first to last of {rounds}, {recipe.evaluation.split} split"
+
+
+def _figures(records: Sequence[Record], ledger: Ledger, topology: Topology, facts: RunFacts) -> dict[str, str]:
+    """Every figure that this run has data for."""
+    figures = {"topology": drawing.draw_topology(topology, facts.placements)}
+    rounds = [record for record in records if isinstance(record, RoundRecord)]
+    if any(record.accuracy is not None for record in rounds):
+        figures["accuracy"] = plots.accuracy(records, topology)
+    if any(record.loss is not None for record in rounds):
+        figures["loss"] = plots.loss(records, topology)
+    if rounds:
+        figures["timeline"] = plots.timeline(records, topology)
+    if ledger.traffic():
+        figures["traffic_by_kind"] = plots.traffic_by_kind(ledger)
+        figures["traffic_by_link"] = plots.traffic_by_link(ledger)
+    if ledger.entries:
+        figures["energy_by_tier"] = plots.energy_by_tier(ledger.by_tier())
+        figures["energy_by_line"] = plots.energy_by_line(ledger.total)
+    if any(isinstance(record, RequestRecord) for record in records):
+        figures["latency"] = plots.latency(records, topology)
+    return figures | _attack_figures(facts)
+
+
+def _attack_figures(facts: RunFacts) -> dict[str, str]:
+    if facts.inversion is None or not facts.inversion.results:
+        return {}
+    figures = {"inversion": plots.inversion(facts.inversion)}
+    if facts.inversion.originals:
+        figures["reconstructions"] = plots.reconstructions(facts.inversion)
+    return figures
+
+
+def _tables(records: Sequence[Record], ledger: Ledger, topology: Topology, facts: RunFacts) -> dict[str, tables.Table]:
+    rounds = round_indices(records)
+    return {
+        "rounds": tables.rounds_table(records, topology),
+        "traffic": tables.traffic_table(ledger),
+        "tiers": tables.bills_table("Energy and emissions by tier", "tier", ledger.by_tier()),
+        "sites": tables.bills_table("Energy and emissions by site", "site", ledger.by_site()),
+        "phases": tables.bills_table("Energy and emissions by phase", "phase", ledger.by_phase(), phase_name),
+        "nodes": tables.bills_table("Energy and emissions by node", "node", ledger.by_node()),
+        "latency": tables.latency_table(records, topology),
+        "events": tables.events_table(plots.notable_events(records), rounds.start, plots.start_s(records)),
+        "places": tables.sites_table(topology),
+        "links": tables.links_table(topology),
+        "placement": tables.placement_table(topology, facts.placements),
+        "inversion": tables.inversion_table(facts),
+    }
+
+
+def _num_joined(records: Sequence[Record]) -> int:
+    return len({r.node_id for r in records if isinstance(r, EventRecord) and r.event == "joined"})

@@ -1,0 +1,386 @@
+"""The charts of a report, each as an inline SVG: accuracy, traffic, energy, latency, the rounds in time, the attack.
+
+Values stand in a column of their own beside the bars, so they never overlap and can be read as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from ecogen.accounting.ledger import Bill, Bounds, Ledger
+from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
+from ecogen.reports.summary import InversionAttack, history
+from ecogen.reports.svg import ALARM, GRID, INK, SERIES, SURFACE, TIER_COLORS, render
+from ecogen.reports.wording import LINK_NAMES, plural, shorten
+from ecogen.topology import Tier, Topology
+from ecogen.units import format_bytes, format_joules, format_seconds
+
+WIDTH = 440
+LINES = ("cpu", "idle", "memory", "network", "overhead")
+"""The lines of a bill, as in `Bill.cpu_j` and so on."""
+
+_LOG_FROM = 100  # a chart whose largest value is this many times its smallest is drawn on a logarithmic axis
+_MAX_LABELS = 6  # more lines than this share one colour and have no names
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One named value of a chart, with the words for it, and its bounds where it has any."""
+
+    name: str
+    value: float
+    text: str
+    low: float | None = None
+    high: float | None = None
+
+
+def accuracy(records: Sequence[Record], topology: Topology) -> str:
+    """Accuracy by round, one line an edge, and the cloud's averages."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        _round_lines(axes, records, topology, "accuracy")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share * 100:g} %"))
+
+    return render(paint, name="accuracy", label="Accuracy by round and edge", width=WIDTH, height=260)
+
+
+def loss(records: Sequence[Record], topology: Topology) -> str:
+    """Loss by round, one line an edge, and the cloud's averages."""
+
+    def paint(figure: Figure) -> None:
+        _round_lines(figure.subplots(), records, topology, "loss")
+
+    return render(paint, name="loss", label="Loss by round and edge", width=WIDTH, height=260)
+
+
+def traffic_by_kind(ledger: Ledger) -> str:
+    """Bytes by what they carry."""
+    bars = [Bar(kind, sent, format_bytes(sent)) for kind, sent in ledger.traffic_by_kind().items()]
+    return _bar_chart(bars, name="traffic-kind", label="Traffic by kind", unit="B")
+
+
+def traffic_by_link(ledger: Ledger) -> str:
+    """Bytes by the class of link they crossed."""
+    bars = [Bar(LINK_NAMES[link], sent, format_bytes(sent)) for link, sent in ledger.traffic_by_link().items()]
+    return _bar_chart(bars, name="traffic-link", label="Traffic by link class", unit="B")
+
+
+def energy_by_tier(bills: Mapping[Tier, Bill]) -> str:
+    """Joules by tier, with their bounds."""
+    bars = [_energy_bar(tier.value, bills[tier].energy_j) for tier in Tier if tier in bills]
+    return _bar_chart(bars, name="energy-tier", label="Energy by tier, with bounds", unit="J")
+
+
+def energy_by_line(total: Bill) -> str:
+    """Joules by the line of the bill, with their bounds."""
+    bars = [_energy_bar(line, getattr(total, f"{line}_j")) for line in LINES]
+    return _bar_chart(bars, name="energy-line", label="Energy by line of the bill, with bounds", unit="J")
+
+
+def latency(records: Sequence[Record], topology: Topology) -> str:
+    """Median latency of a request at each edge: uplink, inference, downlink."""
+    parts = _latency_parts(records, topology)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        _stacked(axes, parts, ("uplink", "inference", "downlink"))
+
+    height = 96 + 30 * len(parts)
+    return render(paint, name="latency", label="Median latency by edge", width=WIDTH, height=height)
+
+
+def timeline(records: Sequence[Record], topology: Topology) -> str:
+    """When each edge and the cloud worked on which round, and the numbered events."""
+    rounds = [record for record in records if isinstance(record, RoundRecord)]
+    active = {record.node_id for record in rounds}
+    nodes = [node for node in (topology.cloud_id, *topology.edge_ids) if node in active]
+    rows = {node: row for row, node in enumerate(nodes)}
+    events = notable_events(records)
+    clock = _Clock(start_s(rounds), any(record.time_s for record in rounds))
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for record in rounds:
+            color = TIER_COLORS[topology.nodes[record.node_id].tier]
+            _round_box(axes, clock, record, rows[record.node_id], color)
+        _number_rounds(axes, clock, rounds, rows)
+        _event_marks(axes, clock, events, rows, topology)
+        axes.set_yticks(range(len(rows)), [shorten(node) for node in rows])
+        axes.set_ylim(len(rows) - 0.45, -0.75)
+        axes.set_xlabel(clock.unit)
+        axes.grid(axis="y", visible=False)
+        _tidy_rows(axes)
+
+    height = 76 + 44 * len(rows)
+    return render(paint, name="timeline", label="Rounds and events in time", width=2 * WIDTH, height=height)
+
+
+def inversion(attack: InversionAttack) -> str:
+    """What the attack recovers at each depth of the cut, beside an attacker who sees nothing."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        depths = range(len(attack.results))
+        axes.bar(depths, [result.psnr_db for result in attack.results], width=0.5, color=SERIES[0])
+        for depth, result in zip(depths, attack.results, strict=True):
+            axes.plot([depth - 0.38, depth + 0.38], [result.baseline_psnr_db] * 2, color=INK, linestyle=(0, (4, 2)))
+            axes.annotate(f"{result.psnr_db:.1f}", (depth, result.psnr_db), (0, 4), **_ABOVE)
+        axes.set_xticks(depths, [f"after {plural(result.blocks_before, 'block')}" for result in attack.results])
+        axes.set_ylabel("PSNR in dB; dashed: mean image")
+        axes.margins(y=0.15)
+        axes.grid(axis="x", visible=False)
+
+    label = "Quality of the attack's reconstructions by blocks before the cut"
+    return render(paint, name="inversion", label=label, width=WIDTH, height=250)
+
+
+def reconstructions(attack: InversionAttack) -> str:
+    """The first attacked images above what was recovered of them, one row a depth of the cut."""
+    rows = [("original", attack.originals)]
+    rows += [(f"after {plural(result.blocks_before, 'block')}", result.reconstructions) for result in attack.results]
+    columns = max(len(images) for _, images in rows)
+
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes_row, (name, images) in zip(grid, rows, strict=True):
+            _image_row(axes_row, name, images)
+
+    label = "Attacked images and their reconstructions"
+    return render(paint, name="reconstructions", label=label, width=WIDTH, height=16 + 58 * len(rows))
+
+
+def notable_events(records: Sequence[Record]) -> list[EventRecord]:
+    """The events that a reader asks about, in order of time: not that nodes joined and finished."""
+    events = [record for record in records if isinstance(record, EventRecord)]
+    return sorted((e for e in events if e.event not in ("joined", "finished")), key=lambda e: e.time_s)
+
+
+def start_s(records: Sequence[Record]) -> float:
+    """When the first round began, on the clock of the records; 0 where they carry no time."""
+    rounds = [record.time_s - record.wall_s for record in records if isinstance(record, RoundRecord) and record.time_s]
+    return min(rounds, default=0.0)
+
+
+_ABOVE: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 11.5}
+
+
+def _round_lines(axes: Axes, records: Sequence[Record], topology: Topology, field: str) -> None:
+    """One line an edge, and diamonds for the cloud, named at their ends."""
+    edges = topology.edge_ids
+    ends: list[tuple[float, str, str]] = []
+    for index, edge in enumerate(edges):
+        color = SERIES[index % len(SERIES)] if len(edges) <= _MAX_LABELS else SERIES[0]
+        ends += _line(axes, records, edge, field, color, marker="o", markersize=4)
+    ends += _line(axes, records, topology.cloud_id, field, INK, marker="D", markersize=4.5, linestyle=":")
+    if len(edges) <= _MAX_LABELS:
+        _name_ends(axes, ends)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="x", visible=False)
+
+
+def _line(
+    axes: Axes, records: Sequence[Record], node_id: str, field: str, color: str, **style: Any
+) -> list[tuple[float, str, str]]:
+    """Draws what a node recorded and returns where the line ends, if it has a point."""
+    values = history(records, node_id, lambda record: getattr(record, field))
+    points = [(number, value) for number, value in enumerate(values, start=1) if value is not None]
+    axes.plot([x for x, _ in points], [y for _, y in points], color=color, **style)
+    return [(points[-1][1], node_id, color)] if points else []
+
+
+def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names right of the axes, at the height of each line's last value, pushed apart where they would touch."""
+    low, high = axes.get_ylim()
+    heights = _apart([(value - low) / (high - low) for value, _, _ in sorted(ends)], least=0.075)
+    for height, (_, name, color) in zip(heights, sorted(ends), strict=True):
+        axes.text(1.015, height, shorten(name), transform=axes.transAxes, color=color, va="center", fontsize=11.5)
+
+
+def _apart(heights: Sequence[float], least: float) -> list[float]:
+    """Rising heights in [0, 1], each at least `least` above the one before, moved as little as that takes."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + least) if placed else height)
+    overshoot = max(0.0, placed[-1] - 1) if placed else 0.0
+    return [height - overshoot for height in placed]
+
+
+def _energy_bar(name: str, energy_j: Bounds) -> Bar:
+    return Bar(name, energy_j.mid, format_joules(energy_j.mid), energy_j.low, energy_j.high)
+
+
+def _bar_chart(bars: Sequence[Bar], *, name: str, label: str, unit: str) -> str:
+    spoken = f"{label}: " + ", ".join(f"{bar.name} {bar.text}" for bar in bars)
+
+    def paint(figure: Figure) -> None:
+        _bars(figure.subplots(), bars, unit)
+
+    return render(paint, name=name, label=spoken, width=WIDTH, height=84 + 28 * len(bars))
+
+
+def _bars(axes: Axes, bars: Sequence[Bar], unit: str) -> None:
+    """Horizontal bars, or dots on a logarithmic axis where the values differ too much for lengths."""
+    rows = range(len(bars))
+    if _differ_widely(bars):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("logarithmic scale")
+        shown = [(row, bar) for row, bar in zip(rows, bars, strict=True) if bar.value > 0]
+        axes.hlines(rows, 0, 1, transform=axes.get_yaxis_transform(), color=GRID, linewidth=0.7, linestyle=":")
+        axes.plot([bar.value for _, bar in shown], [row for row, _ in shown], "o", color=SERIES[0], markersize=8)
+    else:
+        axes.barh(rows, [bar.value for bar in bars], height=0.55, color=SERIES[0])
+    for row, bar in zip(rows, bars, strict=True):
+        _whisker(axes, row, bar)
+    _row_names(axes, [bar.name for bar in bars])
+    _column(axes, [bar.text for bar in bars])
+    axes.xaxis.set_major_formatter(FuncFormatter(_format_j if unit == "J" else _format_b))
+
+
+def _differ_widely(bars: Sequence[Bar]) -> bool:
+    values = [value for bar in bars for value in (bar.low, bar.value, bar.high) if value]
+    return bool(values) and max(values) > _LOG_FROM * min(values)
+
+
+def _whisker(axes: Axes, row: int, bar: Bar) -> None:
+    if bar.low is not None and bar.high is not None and bar.high > 0:
+        axes.plot([bar.low, bar.high], [row, row], color=INK, linewidth=1.2, marker="|", markersize=8)
+
+
+def _format_b(num_bytes: float, _: int) -> str:
+    return format_bytes(num_bytes) if num_bytes else "0"
+
+
+def _format_j(energy_j: float, _: int) -> str:
+    return format_joules(energy_j) if energy_j else "0"
+
+
+def _row_names(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [shorten(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(4)) if axes.get_xscale() == "linear" else None
+    _tidy_rows(axes)
+
+
+def _tidy_rows(axes: Axes) -> None:
+    """Row names in ink, without ticks or an axis line."""
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+
+
+def _column(axes: Axes, texts: Sequence[str]) -> None:
+    """One text beside each row."""
+    for row, text in enumerate(texts):
+        axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=11.5)
+
+
+def _latency_parts(records: Sequence[Record], topology: Topology) -> dict[str, tuple[float, float, float]]:
+    """Edge -> medians of uplink, inference and downlink over the requests of its clusters."""
+    requests = [record for record in records if isinstance(record, RequestRecord)]
+    parts: dict[str, tuple[float, float, float]] = {}
+    for edge in topology.edge_ids:
+        clusters = {cluster.cluster_id for cluster in topology.clusters_of(edge)}
+        own = [request for request in requests if request.cluster_id in clusters]
+        if own:
+            parts[edge] = (
+                median(request.t_ul_s for request in own),
+                median(request.t_inference_s for request in own),
+                median(request.t_dl_s for request in own),
+            )
+    return parts
+
+
+def _stacked(axes: Axes, parts: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
+    """Horizontal bars of several parts each, with the length of the whole bar beside them."""
+    lefts = [0.0] * len(parts)
+    for index, name in enumerate(names):
+        widths = [row[index] for row in parts.values()]
+        axes.barh(range(len(parts)), widths, left=lefts, height=0.55, color=SERIES[index], label=name)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    _row_names(axes, list(parts))
+    _column(axes, [format_seconds(sum(row)) for row in parts.values()])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: format_seconds(seconds) if seconds else "0"))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), borderpad=0, handlelength=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Places records on the time axis; on one of round numbers where records carry no time."""
+
+    start_s: float
+    has_time: bool
+
+    @property
+    def unit(self) -> str:
+        return "seconds since the first round began" if self.has_time else "round"
+
+    def stretch(self, record: RoundRecord) -> tuple[float, float]:
+        """Begin and end of a round."""
+        if not self.has_time:
+            return record.round_index, record.round_index + 1
+        end = record.time_s - self.start_s
+        return end - record.wall_s, end
+
+    def moment(self, event: EventRecord) -> float:
+        return event.time_s - self.start_s if self.has_time else (event.round_index or 0) + 0.5
+
+
+def _round_box(axes: Axes, clock: _Clock, record: RoundRecord, row: int, color: str) -> None:
+    """A box as long as the round, outlined in alarm where members are missing."""
+    begin, end = clock.stretch(record)
+    edge, line = (ALARM, 2.5) if record.missing else (SURFACE, 1.5)
+    axes.barh(row, end - begin, left=begin, height=0.5, color=color, edgecolor=edge, linewidth=line)
+
+
+def _number_rounds(axes: Axes, clock: _Clock, rounds: Sequence[RoundRecord], rows: Mapping[str, int]) -> None:
+    """The round's number in each box that is wide enough for it."""
+    left, right = axes.get_xlim()
+    first = min((record.round_index for record in rounds), default=0)
+    for record in rounds:
+        begin, end = clock.stretch(record)
+        if end - begin > 0.02 * (right - left):
+            number = str(record.round_index - first + 1)
+            axes.text((begin + end) / 2, rows[record.node_id], number, ha="center", va="center", color=SURFACE)
+
+
+def _event_marks(
+    axes: Axes, clock: _Clock, events: Sequence[EventRecord], rows: Mapping[str, int], topology: Topology
+) -> None:
+    """Numbered discs above the row of the edge that an event belongs to; the report's table says what each was."""
+    left, right = axes.get_xlim()
+    free = dict.fromkeys(rows.values(), left)
+    for number, event in enumerate(events, start=1):
+        row = rows.get(_row_node(event.node_id, topology), 0)
+        x = max(min(clock.moment(event), right), free[row])
+        free[row] = x + 0.02 * (right - left)  # the next disc of the row stands beside this one at least
+        axes.text(x, row - 0.42, str(number), ha="center", va="center", fontsize=9, color=SURFACE, bbox=_DISC)
+
+
+_DISC = {"boxstyle": "circle,pad=0.25", "facecolor": ALARM, "edgecolor": SURFACE}
+
+
+def _row_node(node_id: str, topology: Topology) -> str:
+    """The edge or cloud on whose row an event of a node or a cluster is drawn."""
+    if node_id in topology.clusters:
+        return topology.clusters[node_id].edge_id
+    if node_id in topology.nodes and topology.nodes[node_id].tier is Tier.END:
+        return topology.cluster_of(node_id).edge_id
+    return node_id
+
+
+def _image_row(axes_row: Sequence[Axes], name: str, images: Sequence[Any]) -> None:
+    for axes in axes_row:
+        axes.set_axis_off()
+    for axes, image in zip(axes_row, images, strict=False):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
+    axes_row[0].text(-0.15, 0.5, name, transform=axes_row[0].transAxes, ha="right", va="center", fontsize=11.5)

@@ -1,0 +1,203 @@
+"""A run as one JSON object: what `ecogen run --json` prints and the report's headline shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any, TypedDict
+
+from ecogen.accounting.ledger import Bounds, Ledger
+from ecogen.config import Recipe
+from ecogen.placement import Placement
+from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
+from ecogen.topology import Topology
+
+Image = tuple[tuple[float, ...], ...]
+"""Rows of grey values in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Accuracy of a linear probe on the foundation model: pre-trained, and with its first random weights."""
+
+    trained: float
+    untrained: float
+
+
+@dataclass(frozen=True, slots=True)
+class Inversion:
+    """How much of the images an attack recovers from what crosses a cut.
+
+    Attributes:
+        blocks_before: transformer blocks between the image and the cut; 0 is the output of the embedding.
+        psnr_db: peak signal-to-noise ratio of the reconstructions, mean over the attacked images.
+        baseline_psnr_db: the same for somebody who sees nothing and answers with the mean image.
+        ssim: structural similarity, 1 for a perfect copy.
+        label_accuracy: share of reconstructions that a classifier of real images still gets right.
+        reconstructions: of the first few attacked images, in the order of `InversionAttack.originals`.
+    """
+
+    blocks_before: int
+    psnr_db: float
+    baseline_psnr_db: float
+    ssim: float | None = None
+    label_accuracy: float | None = None
+    reconstructions: tuple[Image, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InversionAttack:
+    """One attack at several depths of the cut, and what the attacker knew."""
+
+    description: str
+    num_images: int
+    results: tuple[Inversion, ...]
+    originals: tuple[Image, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a report tells besides the records: sizes, wall time, host, placement and the closing measurements."""
+
+    tunable_parameters: int
+    total_parameters: int
+    wall_s: float
+    engine: str
+    host: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    probe: Probe | None = None
+    inversion: InversionAttack | None = None
+    placements: Mapping[str, Placement] = field(default_factory=dict)
+
+    @property
+    def tunable_fraction(self) -> float:
+        return self.tunable_parameters / self.total_parameters if self.total_parameters else 0.0
+
+
+class Accuracy(TypedDict):
+    """Accuracies in [0, 1]; None where a node did not evaluate in a round.
+
+    `first` and `last` are the first and the last of `per_round` that were measured. An edge's own figure is that of
+    its aggregate before the cloud averages it.
+    """
+
+    first: float | None
+    last: float | None
+    per_round: list[float | None]
+    per_edge: dict[str, list[float | None]]
+
+
+class Summary(TypedDict):
+    """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled."""
+
+    name: str
+    seed: int
+    engine: str
+    rounds: int
+    rounds_planned: int
+    accuracy: Accuracy
+    tunable_fraction: float
+    traffic_bytes: dict[str, int]
+    energy_j: dict[str, float | str]
+    emissions_g: float
+    emissions_g_bounds: dict[str, float]
+    latency_s: dict[str, float] | None
+    wall_s: float
+    events: list[dict[str, Any]]
+
+
+def summarise(
+    records: Sequence[Record], ledger: Ledger, recipe: Recipe, topology: Topology, facts: RunFacts
+) -> Summary:
+    """The JSON object of a run, however far it came."""
+    total = ledger.total
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "engine": facts.engine,
+        "rounds": len(round_indices(records)),
+        "rounds_planned": recipe.tuning.rounds,
+        "accuracy": accuracy(records, topology),
+        "tunable_fraction": facts.tunable_fraction,
+        "traffic_bytes": traffic_bytes(ledger),
+        "energy_j": {**_bounds(total.energy_j), "method": ledger.method},
+        "emissions_g": total.emissions_g.mid,
+        "emissions_g_bounds": _bounds(total.emissions_g),
+        "latency_s": latency_s([record for record in records if isinstance(record, RequestRecord)]),
+        "wall_s": facts.wall_s,
+        "events": [_event(record) for record in records if isinstance(record, EventRecord)],
+    }
+
+
+def round_indices(records: Sequence[Record]) -> range:
+    """The rounds that have a record, from the first to the last."""
+    indices = [record.round_index for record in records if isinstance(record, RoundRecord)]
+    return range(min(indices), max(indices) + 1) if indices else range(0)
+
+
+def history(
+    records: Sequence[Record], node_id: str, value: Callable[[RoundRecord], float | None]
+) -> list[float | None]:
+    """One value a round as one node recorded it; None for the rounds it has no record of."""
+    rounds = {r.round_index: value(r) for r in records if isinstance(r, RoundRecord) and r.node_id == node_id}
+    return [rounds.get(index) for index in round_indices(records)]
+
+
+def accuracy(records: Sequence[Record], topology: Topology) -> Accuracy:
+    """Accuracy by round and by edge.
+
+    A round's is the cloud's where the cloud averaged in that round, else the mean over the edges, weighted equally.
+    """
+    per_edge = {edge: history(records, edge, lambda r: r.accuracy) for edge in topology.edge_ids}
+    of_cloud = history(records, topology.cloud_id, lambda r: r.accuracy)
+    of_edges = zip(*per_edge.values(), strict=True) if per_edge else ()
+    per_round = [_mean(edges) if cloud is None else cloud for cloud, edges in zip(of_cloud, of_edges, strict=True)]
+    measured = [share for share in per_round if share is not None]
+    return {
+        "first": measured[0] if measured else None,
+        "last": measured[-1] if measured else None,
+        "per_round": per_round,
+        "per_edge": per_edge,
+    }
+
+
+def traffic_bytes(ledger: Ledger) -> dict[str, int]:
+    """Bytes by kind and by link class, as the codec wrote them, and beside them the modelled framing.
+
+    What went to an operator outside the federation is in its kind but in no link class.
+    """
+    sums: dict[str, int] = {str(kind): sent for kind, sent in ledger.traffic_by_kind().items()}
+    sums |= {str(link): sent for link, sent in ledger.traffic_by_link().items()}
+    return sums | {"framing": ledger.framing_bytes}
+
+
+def latency_s(requests: Sequence[RequestRecord]) -> dict[str, float] | None:
+    """Medians over requests of each part and of the total (medians, so the parts need not add up); None without any."""
+    if not requests:
+        return None
+    return {
+        "t_ul": median(request.t_ul_s for request in requests),
+        "t_inference": median(request.t_inference_s for request in requests),
+        "t_dl": median(request.t_dl_s for request in requests),
+        "total": median(request.latency_s for request in requests),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return fmean(measured) if measured else None
+
+
+def _bounds(bounds: Bounds) -> dict[str, Any]:
+    return {"low": bounds.low, "mid": bounds.mid, "high": bounds.high}
+
+
+def _event(record: EventRecord) -> dict[str, Any]:
+    return {
+        "event": record.event,
+        "node_id": record.node_id,
+        "round_index": record.round_index,
+        "detail": record.detail,
+        "time_s": record.time_s,
+    }

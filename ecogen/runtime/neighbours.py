@@ -1,0 +1,126 @@
+"""One node's persistent streams to its neighbours: opened once, kept over rounds, opened again after a loss.
+
+Of two neighbours the one whose id sorts first opens the stream, and both use it. Receiving never waits for
+sending, so a cycle of nodes cannot block itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from ecogen.errors import NodeLostError, TransportError
+from ecogen.transport.base import Message, Peer, Stream, Transport
+
+
+class Neighbours:
+    """Streams by neighbour.
+
+    Args:
+        deliver: called with (neighbour's id, message) for each message received; must not block.
+        lost: called with the error when a neighbour's stream breaks.
+        patience_s: how long to wait for a neighbour that should open the stream.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        deliver: Callable[[str, Message], None],
+        lost: Callable[[NodeLostError], None],
+        *,
+        patience_s: float = 20.0,
+    ) -> None:
+        self._transport = transport
+        self._deliver = deliver
+        self._lost = lost
+        self._patience_s = patience_s
+        self._streams: dict[str, asyncio.Future[Stream]] = {}
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    @property
+    def node_id(self) -> str:
+        """The node whose neighbours these are."""
+        return self._transport.peer.node_id
+
+    async def send(self, node_id: str, message: Message) -> None:
+        """Send to a neighbour, over the stream that there is or a new one.
+
+        Raises:
+            NodeLostError: if the neighbour cannot be reached.
+        """
+        stream = await self._stream(node_id)
+        try:
+            await stream.send(message)
+        except TransportError:
+            self._forget(node_id, stream)
+            raise
+
+    async def adopt(self, peer: Peer, stream: Stream) -> None:
+        """Use a stream that a neighbour opened, until it ends."""
+        self._slot(peer.node_id, fresh=True).set_result(stream)
+        await self._pump(peer.node_id, stream)
+
+    async def connect(self, addresses: Mapping[str, str]) -> None:
+        """Learn where neighbours are, and open the streams to them that this node is to open.
+
+        Raises:
+            NodeLostError: if one cannot be reached.
+        """
+        for node_id, address in addresses.items():
+            self._transport.learn(node_id, address)
+        await asyncio.gather(*(self._stream(node_id) for node_id in addresses if self._opens(node_id)))
+
+    async def close(self) -> None:
+        """Close every stream."""
+        streams = [future.result() for future in self._streams.values() if future.done() and not future.cancelled()]
+        for task in self._pumps:
+            task.cancel()
+        for stream in streams:
+            with suppress(TransportError):
+                await stream.close()
+        self._streams.clear()
+
+    async def _stream(self, node_id: str) -> Stream:
+        future = self._slot(node_id)
+        if self._opens(node_id) and not future.done():
+            return await self._open(node_id, future)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), self._patience_s)
+        except TimeoutError:
+            raise NodeLostError(node_id, f"it opened no stream within {self._patience_s:g} s") from None
+
+    async def _open(self, node_id: str, future: asyncio.Future[Stream]) -> Stream:
+        stream = await self._transport.open(node_id)
+        if future.done():  # another task was faster
+            await stream.close()
+            return future.result()
+        future.set_result(stream)
+        task = asyncio.create_task(self._pump(node_id, stream))
+        self._pumps.add(task)
+        task.add_done_callback(self._pumps.discard)
+        return stream
+
+    async def _pump(self, node_id: str, stream: Stream) -> None:
+        try:
+            while (message := await stream.receive()) is not None:
+                self._deliver(node_id, message)
+            self._forget(node_id, stream)
+        except TransportError as problem:
+            self._forget(node_id, stream)
+            self._lost(problem if isinstance(problem, NodeLostError) else NodeLostError(node_id, str(problem)))
+
+    def _opens(self, node_id: str) -> bool:
+        return self._transport.peer.node_id < node_id
+
+    def _slot(self, node_id: str, *, fresh: bool = False) -> asyncio.Future[Stream]:
+        """Where the stream to a neighbour is, or will be."""
+        future = self._streams.get(node_id)
+        if future is None or (fresh and future.done()):
+            future = self._streams[node_id] = asyncio.get_running_loop().create_future()
+        return future
+
+    def _forget(self, node_id: str, stream: Stream) -> None:
+        future = self._streams.get(node_id)
+        if future is not None and future.done() and future.result() is stream:
+            del self._streams[node_id]

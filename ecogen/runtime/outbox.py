@@ -1,0 +1,55 @@
+"""An outbox: records go to disk first and then to the parent, in order, for as long as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from ecogen.errors import TransportError
+from ecogen.records import Record, read_records, to_line
+from ecogen.storage import append_line
+
+
+class Outbox:
+    """A log of records that are sent one by one; after a restart all of it is sent again, and the receiver skips what it has.
+
+    Args:
+        send: delivers one line; raises TransportError if the receiver is away.
+    """
+
+    def __init__(self, path: Path, send: Callable[[bytes], Awaitable[None]]) -> None:
+        self._path, self._send = path, send
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        self._lines = [to_line(record) for record in read_records(lines, str(path))]
+        self._news = asyncio.Event()
+        self._sent = 0
+        self._all_sent = asyncio.Event()
+
+    def put(self, record: Record) -> None:
+        """Take a record; one that is there already is skipped."""
+        line = to_line(record)
+        if line not in self._lines:
+            append_line(self._path, line)
+            self._lines.append(line)
+            self._all_sent.clear()
+            self._news.set()
+
+    async def run(self) -> None:
+        """Forever: send what is there."""
+        while True:
+            while self._sent < len(self._lines):
+                try:
+                    await self._send(self._lines[self._sent])
+                    self._sent += 1
+                except TransportError:
+                    await asyncio.sleep(0.5)
+            self._all_sent.set()
+            self._news.clear()
+            if self._sent == len(self._lines):
+                await self._news.wait()
+
+    async def flush(self) -> None:
+        """Wait until everything is sent."""
+        if self._sent < len(self._lines):
+            await self._all_sent.wait()

@@ -1,0 +1,170 @@
+"""A stage: the segments that one node holds, loaded, with the graphs of the microbatches in flight.
+
+Not thread-safe: one compute thread calls it. Shapes: B microbatch, T tokens, D hidden, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecogen.errors import ConfigError
+from ecogen.models.tunables import Tunables, get_tunables, named_tunables, set_tunables, tunables_of
+from ecogen.models.vit import SegmentedViT
+from ecogen.placement import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov & Hutter 2019), made anew each round. clip_norm 0 turns clipping off."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+
+
+class MicrobatchKey(NamedTuple):
+    """Which microbatch of which local step, at which visit of the route."""
+
+    step: int
+    microbatch: int
+    visit: int
+
+
+class Stage:
+    """Forward and backward of one node's segments, and the local steps of their tunables."""
+
+    def __init__(self, model: SegmentedViT, *, device: str = "cpu", dtype: str = "float32") -> None:
+        self.device = torch.device(resolve_device(device))
+        self.dtype = getattr(torch, dtype)
+        self.model = model.to(self.device)
+        self._lower_frozen()
+        self._tunable_bytes = sum(p.nbytes for _, p in named_tunables(model))
+        self._peak_bytes = 0
+        self._graphs: dict[MicrobatchKey, tuple[Tensor, Tensor]] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._settings = OptimizerSettings(0.0)
+
+    def begin(self, tunables: Mapping[str, Tensor], settings: OptimizerSettings | None = None) -> None:
+        """Take new tunables and, for tuning, a fresh optimizer; forget everything in flight."""
+        self._graphs.clear()
+        set_tunables(self.model, tunables)
+        parameters = [parameter for _, parameter in named_tunables(self.model)]
+        self._settings = settings or self._settings
+        self._optimizer = _adamw(parameters, settings) if settings and parameters else None
+
+    @property
+    def tunables(self) -> Tunables:
+        """A copy of the tunables as they are now."""
+        return get_tunables(self.model)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the parameters, and at the fullest so far of gradients, AdamW's moments and tensors at cuts in flight."""
+        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return parameters + self._peak_bytes
+
+    @torch.no_grad()
+    def infer(self, segment: Segment, inputs: Tensor) -> Tensor:
+        """A segment's output, keeping nothing."""
+        return self._run(segment, inputs)
+
+    def forward(self, key: MicrobatchKey, segment: Segment, inputs: Tensor, *, input_grads: bool) -> Tensor:
+        """A segment's output, keeping its graph until `backward`."""
+        inputs = inputs.to(self.device).detach()
+        inputs.requires_grad_(input_grads)
+        outputs = self._run(segment, inputs)
+        self._graphs[key] = (inputs, outputs)
+        in_flight = sum(i.nbytes + o.nbytes for i, o in self._graphs.values())
+        self._peak_bytes = max(self._peak_bytes, 3 * self._tunable_bytes + in_flight)
+        return outputs.detach()
+
+    def loss(
+        self,
+        key: MicrobatchKey,
+        segment: Segment,
+        inputs: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        input_grads: bool,
+    ) -> float:
+        """The microbatch's share of the batch's mean cross-entropy; `backward` with None starts from it.
+
+        Args:
+            labels: [B] class indices.
+            batch_size: examples of the whole batch, so that shares of its microbatches sum to its mean.
+        """
+        logits = self.forward(key, segment, inputs, input_grads=input_grads)
+        inputs, logits = self._graphs.pop(key)
+        total = torch.nn.functional.cross_entropy(logits.float(), labels.to(self.device), reduction="sum")
+        self._graphs[key] = (inputs, total / batch_size)
+        return float(total.detach()) / batch_size
+
+    def backward(self, key: MicrobatchKey, grads: Tensor | None) -> Tensor | None:
+        """Back-propagate through a kept graph; returns the gradient of its inputs where that was asked for."""
+        inputs, outputs = self._graphs.pop(key)
+        outputs.backward(None if grads is None else grads.to(outputs.device, outputs.dtype))
+        return inputs.grad
+
+    def squared_norm(self, segment: Segment) -> float:
+        """The squared norm of the gradients of one segment's tunables."""
+        named = {name: p.grad for name, p in named_tunables(self.model) if p.grad is not None}
+        return sum(float(grad.double().square().sum()) for grad in tunables_of(named, [segment]).values())
+
+    def step(self, squared_norm: float) -> None:
+        """One local step, with gradients clipped by the norm over the whole chain."""
+        if self._optimizer is None:
+            return
+        scale = clip_scale(squared_norm, self._settings.clip_norm)
+        if scale < 1:
+            for _, parameter in named_tunables(self.model):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _run(self, segment: Segment, inputs: Tensor) -> Tensor:
+        mixed = self.dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
+            outputs: Tensor = self.model(inputs.to(self.device), segment)
+        return outputs
+
+    def _lower_frozen(self) -> None:
+        """Hold the frozen backbone in the node's type; tunables stay in float32."""
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(self.dtype)
+
+
+def clip_scale(squared_norm: float, clip_norm: float) -> float:
+    """The factor of `torch.nn.utils.clip_grad_norm_`, from a norm that was summed over the chain."""
+    if not clip_norm:
+        return 1.0
+    return min(1.0, clip_norm / (squared_norm**0.5 + 1e-6))
+
+
+def resolve_device(name: str) -> str:
+    """The torch device of a name; `auto` takes an accelerator where there is one.
+
+    Raises:
+        ConfigError: if the device is not on this machine.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    count = torch.cuda.device_count()
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= count:
+        raise ConfigError(
+            [f"compute.device: {name!r} is not on this machine, which has {count} CUDA devices; use 'auto'"]
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(["compute.device: 'mps' is not on this machine; use 'auto'"])
+    return name
+
+
+def _adamw(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True)

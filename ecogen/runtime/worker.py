@@ -1,0 +1,57 @@
+"""A worker: one node's compute thread and its meter. The event loop never computes; everything heavy goes through here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from ecogen.metering.meter import Meter
+from ecogen.records import Phase, Usage
+from ecogen.transport.base import TrafficCounter
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Worker:
+    """Runs one computation at a time, and meters it.
+
+    Args:
+        counter: what this node sent.
+        executor: threads to compute on, where nodes share a process: they share its executor too, one thread a core, and
+            each still computes one thing at a time. None makes a thread of its own.
+    """
+
+    def __init__(self, meter: Meter, counter: TrafficCounter, executor: Executor | None = None) -> None:
+        self.meter = meter
+        self._counter = counter
+        self._owned = None if executor else ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._executor = executor or self._owned
+        self._turn = asyncio.Lock()
+
+    async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The function's result, computed on the compute thread when its turn comes."""
+        async with self._turn:
+            loop = asyncio.get_running_loop()
+            work = loop.run_in_executor(self._executor, lambda: self.meter.run(function, *args, **kwargs))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait([work])  # the thread cannot be stopped: keep the turn until it is done
+                raise
+
+    def usage(self, phase: Phase, held_bytes: int = 0) -> Usage:
+        """This node's usage since the last call.
+
+        Args:
+            held_bytes: memory that the node holds, for nodes that share a process; one that has its own says its peak.
+        """
+        memory_bytes = None if self._owned else held_bytes
+        return self.meter.take(phase, self._counter.take(), memory_bytes)
+
+    def close(self) -> None:
+        """Let the compute thread end."""
+        if self._owned:
+            self._owned.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,70 @@
+"""Files that are either whole or not there: atomic writes, and clear errors when a disk is full."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ecogen.errors import StorageError
+
+
+def write_atomically(path: Path, content: bytes | str, *, mode: int = 0o644) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between.
+
+    Raises:
+        StorageError: if the disk is full or not writable; the old file is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data, mode)
+    except OSError as problem:
+        raise StorageError(
+            f"cannot write {path} ({len(data)} bytes): {problem.strerror}; free some space or choose another folder"
+        ) from problem
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append one line and hand it to the system.
+
+    Raises:
+        StorageError: if the disk is full or not writable.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(line)
+    except OSError as problem:
+        raise StorageError(f"cannot append to {path}: {problem.strerror}; free some space, then --resume") from problem
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made if needed.
+
+    Raises:
+        StorageError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise StorageError(f"cannot make the folder {path}: {problem.strerror}; choose another with --out") from problem
+    return path
+
+
+def cache_folder() -> Path:
+    """Where EcoGen caches what it can make again: `$XDG_CACHE_HOME/ecogen`, or `~/.cache/ecogen`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecogen"
+
+
+def _replace(path: Path, data: bytes, mode: int) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

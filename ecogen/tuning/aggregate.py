@@ -1,0 +1,58 @@
+"""Aggregation: many updates in, one set of tunables out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ecogen.errors import AggregationError
+from ecogen.models.tunables import Tunables
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The tunables of one cluster (or edge) after its local steps, and the examples behind them."""
+
+    sender_id: str
+    tunables: Mapping[str, Tensor]
+    num_examples: int
+
+
+def aggregate(updates: Sequence[Update]) -> Tunables:
+    """Average updates, each weighted by the examples it saw.
+
+    FedAvg, McMahan et al. 2017, Algorithm 1: https://arxiv.org/abs/1602.05629. The average is taken in double precision, in
+    the order of the senders' names, so that it does not depend on who came first.
+
+    Raises:
+        AggregationError: if names or shapes differ, a value is not finite, or nobody saw an example.
+    """
+    total = sum(update.num_examples for update in updates)
+    if not updates or total <= 0:
+        raise AggregationError(f"{len(updates)} updates with {total} examples in all: nothing to average")
+    ordered = sorted(updates, key=lambda update: update.sender_id)
+    for update in ordered:
+        _check(update, ordered[0])
+    return {name: _average(name, ordered, total) for name in ordered[0].tunables}
+
+
+def _average(name: str, updates: Sequence[Update], total: int) -> Tensor:
+    first = updates[0].tunables[name]
+    average = torch.zeros(first.shape, dtype=torch.float64)
+    for update in updates:
+        average.add_(update.tunables[name].double(), alpha=update.num_examples / total)
+    return average.to(first.dtype)
+
+
+def _check(update: Update, other: Update) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in update.tunables.items()}
+    others = {name: tuple(tensor.shape) for name, tensor in other.tunables.items()}
+    if shapes != others:
+        different = sorted(set(shapes.items()) ^ set(others.items()))[0]
+        raise AggregationError(f"updates of {update.sender_id!r} and {other.sender_id!r} differ at {different[0]!r}")
+    for name, tensor in update.tunables.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AggregationError(f"update of {update.sender_id!r} has a value that is not finite in {name!r}")

@@ -1,0 +1,111 @@
+"""Where the foundation model comes from: pre-trained here and cached, a folder, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ViTConfig
+
+from ecogen import config as recipes
+from ecogen.errors import CheckpointError, StorageError
+from ecogen.models.checkpoint import Foundation, open_foundation
+from ecogen.storage import cache_folder, make_folder, write_atomically
+from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain
+
+OnStep = Callable[[str, int, int, float], None]
+"""Called with the phase, the step, how many there are, and the loss."""
+
+
+def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundation, str]:
+    """The foundation model of a recipe, and in words how it came about.
+
+    Raises:
+        CheckpointError: if a folder is no model's, or the hub cannot be reached.
+        StorageError: if the cache cannot be written.
+    """
+    source = recipe.model.source
+    if source.startswith("hf:"):
+        return open_foundation(_download(source.removeprefix("hf:"))), f"from the hub: {source}"
+    if source != "pretrain":
+        return open_foundation(Path(source)), f"from the folder {source}"
+    folder = foundation_folder(recipe)
+    if (folder / "made.json").exists():
+        return open_foundation(folder), _how(folder, "from the cache; made in")
+    _make(recipe, folder, on_step)
+    return open_foundation(folder), _how(folder, "pre-trained in")
+
+
+def foundation_folder(recipe: recipes.Recipe) -> Path:
+    """Where the pre-trained model is cached, by everything that makes it what it is."""
+    made_by: dict[str, Any] = recipes.section_table(recipe.model) | {
+        "pretraining": recipes.section_table(recipe.pretraining)
+    }
+    made_by |= {"version": RECIPE_VERSION, "torch": torch.__version__}
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "foundation" / key
+
+
+def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
+    """Pre-train, and put the finished folder in place in one step: another process may do the same."""
+    wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing else computes yet
+    try:
+        options = {name: int(v) if float(v).is_integer() else v for name, v in recipe.pretraining.options.items()}
+        model = pretrain(_vit_config(recipe.model), seed=recipe.pretraining.seed, on_step=on_step, **options)
+    finally:
+        torch.set_num_threads(threads)
+    made = {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s, "time_s": time.time()}
+    make_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        try:
+            model.save_pretrained(temporary)
+        except OSError as problem:
+            raise StorageError(f"cannot write to the cache {folder.parent}: {problem}; set XDG_CACHE_HOME") from problem
+        write_atomically(Path(temporary) / "made.json", json.dumps(made))
+        _put_in_place(Path(temporary), folder)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if folder.exists() and not (folder / "made.json").exists():
+        shutil.rmtree(folder)
+    if not folder.exists():
+        shutil.copytree(temporary, folder.with_suffix(f".{os.getpid()}"))
+        os.replace(folder.with_suffix(f".{os.getpid()}"), folder)
+
+
+def _how(folder: Path, verb: str) -> str:
+    made = json.loads((folder / "made.json").read_text())
+    return f"{verb} {made['wall_s']:.0f} s ({made['cpu_s']:.0f} CPU s)"
+
+
+def _vit_config(model: recipes.Model) -> ViTConfig:
+    return ViTConfig(
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_blocks,
+        num_attention_heads=model.num_heads,
+        intermediate_size=model.intermediate_size,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        num_channels=model.num_channels,
+    )
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as problem:
+        raise CheckpointError(
+            f"cannot get {repository!r} from the hub ({type(problem).__name__}: {problem}); "
+            "download it where there is a network, then give its folder as model.source"
+        ) from problem

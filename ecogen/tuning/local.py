@@ -1,0 +1,301 @@
+"""The local steps of one cluster, as one of its devices lives them: microbatches flow through the route, 1F1B.
+
+The start device issues credits: as many microbatches are in flight as there are stages, and a returned one makes room for
+the next. What arrives goes into an inbox at once, backward before forward; one loop computes and another sends, so the cycle
+of a U-shaped route cannot block itself.
+
+Gradients are clipped by their norm over the whole chain: its square is summed along the way back with a batch's gradients and
+travels forward with the next batch's activations, which is when each device takes its optimizer step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ecogen.errors import NodeLostError
+from ecogen.placement import Placement, Segment
+from ecogen.planning.cost import ModelShape, backward_flops, forward_flops
+from ecogen.records import Kind
+from ecogen.runtime.neighbours import Neighbours
+from ecogen.runtime.stage import MicrobatchKey, Stage
+from ecogen.runtime.worker import Worker
+from ecogen.transport.base import Message
+from ecogen.tuning.data import Examples
+from ecogen.tuning.messages import BACKWARD, FINISH, FORWARD, LABELS, RETURNED, AttemptKey, Flow
+
+_KINDS: dict[str, Kind] = {FORWARD: "activations", BACKWARD: "gradients"}
+
+
+@dataclass(frozen=True)
+class Route:
+    """A placement, and what tuning must know of it."""
+
+    placement: Placement
+    shape: ModelShape
+
+    @property
+    def last(self) -> int:
+        """The index of the visit with the head."""
+        return len(self.placement) - 1
+
+    @property
+    def lowest(self) -> int:
+        """The first visit that holds a tunable; no gradient flows below it."""
+        block = self.shape.lowest_tunable_block
+        return next((i for i, visit in enumerate(self.placement) if visit.segment.stop > block), self.last)
+
+    def segment(self, visit: int) -> Segment:
+        return self.placement.visits[visit].segment
+
+    def node_id(self, visit: int) -> str:
+        return self.placement.visits[visit].node_id
+
+
+@dataclass(frozen=True, slots=True)
+class LocalResult:
+    """What the start device knows in the end: examples seen, each once, and the mean loss of the last epoch's steps."""
+
+    num_steps: int
+    loss: float | None
+
+
+@dataclass(order=True, slots=True)
+class _Task:
+    """A microbatch that waits for its computation: backward first, then in order of arrival."""
+
+    priority: tuple[bool, int]
+    method: str = field(compare=False)
+    flow: Flow = field(compare=False)
+    tensor: Tensor | None = field(compare=False)
+
+
+class LocalSteps:
+    """One device's part in one attempt.
+
+    Args:
+        batches: on the start device, the batches of all its local epochs; None elsewhere.
+        num_microbatches: into how many a batch is cut, at most.
+    """
+
+    def __init__(
+        self,
+        key: AttemptKey,
+        route: Route,
+        stage: Stage,
+        worker: Worker,
+        neighbours: Neighbours,
+        *,
+        batches: Iterator[Examples] | None = None,
+        num_microbatches: int = 1,
+    ) -> None:
+        self.key, self.route = key, route
+        self._stage, self._worker, self._neighbours = stage, worker, neighbours
+        self._batches, self._num_microbatches = batches, num_microbatches
+        self._inbox: list[_Task] = []
+        self._arrived = asyncio.Event()
+        self._arrivals = 0
+        self._outbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+        self._credits = asyncio.Semaphore(len(route.placement.node_ids))
+        self._returned: asyncio.Queue[Flow] = asyncio.Queue()
+        self._labels: dict[tuple[int, int], Tensor] = {}
+        self._unlabelled: dict[tuple[int, int], tuple[Flow, Tensor]] = {}
+        self._backwards: dict[int, int] = {}  # visit -> microbatches of this step that came back
+        self._step = 0
+        self._end: asyncio.Future[LocalResult] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> LocalResult:
+        """Take part until the start device has finished all its batches.
+
+        Raises:
+            NodeLostError: if a device of the cluster is lost meanwhile.
+        """
+        loops = [asyncio.create_task(loop) for loop in (self._compute_loop(), self._send_loop())]
+        if self._batches is not None:
+            loops.append(asyncio.create_task(self._start_loop(self._batches)))
+        for loop in loops:
+            loop.add_done_callback(self._pass_on_failure)
+        try:
+            return await self._end
+        finally:
+            for loop in loops:
+                loop.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+
+    def deliver(self, message: Message, flow: Flow) -> None:
+        """Take a message of this attempt from a neighbour; never waits."""
+        match message.method:
+            case "forward" | "backward":
+                self._push(message.method, flow, message.tensors["tensor"])
+            case "labels":
+                self._give_labels(flow, message.tensors["tensor"])
+            case "returned":
+                self._take_back(flow)
+            case "finish":
+                self._push(FINISH, flow, None)
+
+    def fail(self, error: NodeLostError) -> None:
+        """End the attempt, since a device is lost."""
+        if error.node_id in self.route.placement.node_ids and not self._end.done():
+            self._end.set_exception(error)
+
+    # The start device: batches in, credits, the end.
+
+    async def _start_loop(self, batches: Iterator[Examples]) -> None:
+        step, squared_norm, losses = 0, 0.0, []
+        while (batch := await self._worker.compute(next, batches, None)) is not None:
+            loss, squared_norm = await self._local_step(step, batch, squared_norm)
+            losses.append(loss)
+            step += 1
+        finish = Flow(self.key, step, squared_norm=squared_norm, loss=_mean(losses) or 0.0)
+        for node_id in self.route.placement.node_ids[1:]:
+            self._outbox.put_nowait((node_id, Message.of(FINISH, finish)))
+        await self._outbox.join()
+        self._push(FINISH, finish, None)
+
+    async def _local_step(self, step: int, batch: Examples, squared_norm: float) -> tuple[float, float]:
+        """Send one batch through the chain; returns its mean loss and its gradients' squared norm."""
+        parts = _microbatches(batch, self._num_microbatches)
+        for index, part in enumerate(parts):
+            await self._credits.acquire()
+            flow = Flow(self.key, step, index, 0, len(batch), len(parts), squared_norm)
+            self._send(LABELS, self.route.last, flow, part.labels)
+            self._push(FORWARD, flow, part.images)
+        returned = [await self._returned.get() for _ in parts]
+        return sum(flow.loss for flow in returned), sum(flow.squared_norm for flow in returned)
+
+    def _take_back(self, flow: Flow) -> None:
+        self._credits.release()
+        self._returned.put_nowait(flow)
+
+    # Every device: an inbox, a loop that computes, a loop that sends.
+
+    def _push(self, method: str, flow: Flow, tensor: Tensor | None) -> None:
+        place = (flow.step, flow.microbatch)
+        if method == FORWARD and flow.visit == self.route.last and place not in self._labels:
+            assert tensor is not None
+            self._unlabelled[place] = (flow, tensor)
+            return
+        self._arrivals += 1
+        heapq.heappush(self._inbox, _Task((method != BACKWARD, self._arrivals), method, flow, tensor))
+        self._arrived.set()
+
+    def _give_labels(self, flow: Flow, labels: Tensor) -> None:
+        place = (flow.step, flow.microbatch)
+        self._labels[place] = labels
+        if place in self._unlabelled:
+            self._push(FORWARD, *self._unlabelled.pop(place))
+
+    async def _compute_loop(self) -> None:
+        while True:
+            while self._inbox:
+                task = heapq.heappop(self._inbox)
+                outcome = await self._worker.compute(self._execute, task)
+                if outcome is None:
+                    self._end.set_result(LocalResult(task.flow.step, task.flow.loss if task.flow.step else None))
+                    return
+                self._send(*outcome)
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    async def _send_loop(self) -> None:
+        while True:
+            node_id, message = await self._outbox.get()
+            await self._neighbours.send(node_id, message)
+            self._outbox.task_done()
+
+    def _send(self, method: str, visit: int, flow: Flow, tensor: Tensor | None) -> None:
+        """Pass a microbatch on to a visit: to a neighbour, or to this node itself."""
+        node_id = self.route.node_id(visit)
+        tensors = {} if tensor is None else {"tensor": tensor}
+        message = Message.of(method, flow, kind=_KINDS.get(method, "control"), tensors=tensors)
+        if node_id == self._neighbours.node_id:
+            self.deliver(message, flow)
+        else:
+            self._outbox.put_nowait((node_id, message))
+
+    # On the compute thread.
+
+    def _execute(self, task: _Task) -> tuple[str, int, Flow, Tensor | None] | None:
+        """Compute one task; returns what to send and to which visit, or None at the end."""
+        if task.flow.step > self._step:
+            self._stage.step(task.flow.squared_norm)
+            self._step = task.flow.step
+            self._backwards.clear()
+        if task.method == FINISH:
+            return None
+        if task.method == BACKWARD:
+            return self._backward(task.flow, task.tensor)
+        assert task.tensor is not None
+        return self._forward(task.flow, task.tensor)
+
+    def _forward(self, flow: Flow, inputs: Tensor) -> tuple[str, int, Flow, Tensor | None]:
+        visit, segment = flow.visit, self.route.segment(flow.visit)
+        self._worker.meter.add_flops(forward_flops(self.route.shape, segment) * len(inputs))
+        key = MicrobatchKey(flow.step, flow.microbatch, visit)
+        if visit == self.route.last:
+            labels = self._labels.pop((flow.step, flow.microbatch))
+            loss = self._stage.loss(
+                key, segment, inputs, labels, flow.batch_size, input_grads=visit > self.route.lowest
+            )
+            return self._backward(_at(flow, visit, loss=loss, squared_norm=0.0), None, len(inputs))
+        if visit < self.route.lowest:
+            outputs = self._stage.infer(segment, inputs)
+        else:
+            outputs = self._stage.forward(key, segment, inputs, input_grads=visit > self.route.lowest)
+        return FORWARD, visit + 1, _at(flow, visit + 1), outputs.cpu()
+
+    def _backward(
+        self, flow: Flow, grads: Tensor | None, num_examples: int | None = None
+    ) -> tuple[str, int, Flow, Tensor | None]:
+        visit, segment = flow.visit, self.route.segment(flow.visit)
+        examples = len(grads) if grads is not None else num_examples or 0
+        self._worker.meter.add_flops(backward_flops(self.route.shape, segment) * examples)
+        input_grads = self._stage.backward(MicrobatchKey(flow.step, flow.microbatch, visit), grads)
+        flow = _at(flow, visit, squared_norm=flow.squared_norm + self._norm_when_complete(flow))
+        if visit > self.route.lowest:
+            assert input_grads is not None
+            return BACKWARD, visit - 1, _at(flow, visit - 1), input_grads.cpu()
+        return RETURNED, 0, _at(flow, 0), None
+
+    def _norm_when_complete(self, flow: Flow) -> float:
+        """The squared norm of a visit's gradients once its last microbatch is back, 0 before."""
+        self._backwards[flow.visit] = self._backwards.get(flow.visit, 0) + 1
+        complete = self._backwards[flow.visit] == flow.num_microbatches
+        return self._stage.squared_norm(self.route.segment(flow.visit)) if complete else 0.0
+
+    def _pass_on_failure(self, loop: asyncio.Task[None]) -> None:
+        if not loop.cancelled() and (problem := loop.exception()) and not self._end.done():
+            self._end.set_exception(problem)
+
+
+def _at(flow: Flow, visit: int, *, loss: float | None = None, squared_norm: float | None = None) -> Flow:
+    """The same microbatch at another visit."""
+    return Flow(
+        flow.key,
+        flow.step,
+        flow.microbatch,
+        visit,
+        flow.batch_size,
+        flow.num_microbatches,
+        flow.squared_norm if squared_norm is None else squared_norm,
+        flow.loss if loss is None else loss,
+    )
+
+
+def _microbatches(batch: Examples, count: int) -> list[Examples]:
+    """The batch in at most `count` parts of nearly equal size, in order."""
+    parts = zip(
+        batch.images.tensor_split(min(count, len(batch))),
+        batch.labels.tensor_split(min(count, len(batch))),
+        strict=True,
+    )
+    return [Examples(images, labels) for images, labels in parts]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,97 @@
+"""What nodes say to each other while they tune: the names of methods, and the bodies of messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ecogen.placement import Placement, Segment, Visit
+from ecogen.records import Usage
+
+TUNE, SYNC = "tune", "sync"
+FORWARD, BACKWARD, RETURNED, LABELS, FINISH = "forward", "backward", "returned", "labels", "finish"
+FLOW_METHODS = frozenset({FORWARD, BACKWARD, RETURNED, LABELS, FINISH})
+
+
+class AttemptKey(msgspec.Struct, frozen=True, order=True):
+    """One attempt of one cluster at one round; a later attempt fences off the earlier ones."""
+
+    round_index: int
+    attempt: int
+
+
+class TuneOrder(msgspec.Struct, frozen=True):
+    """Edge to each device of a cluster: do your part of the local steps. Tensors: the tunables of its segments.
+
+    Attributes:
+        addresses: where its neighbours on the route are.
+    """
+
+    key: AttemptKey
+    addresses: dict[str, str]
+
+
+class TuneResult(msgspec.Struct, frozen=True):
+    """Device to edge: done. Tensors: the tunables after the local steps.
+
+    Attributes:
+        num_examples: examples that this device owns and tuned on, each counted once; 0 where it owns none.
+        loss: mean training loss over the local steps, from the start device.
+        usage: of this device since its last report.
+    """
+
+    num_examples: int
+    loss: float | None
+    usage: Usage
+
+
+class SyncOrder(msgspec.Struct, frozen=True):
+    """Edge to cloud: my aggregate after this round, to be averaged with the other edges'. Tensors: the tunables."""
+
+    round_index: int
+    num_examples: int
+
+
+class SyncResult(msgspec.Struct, frozen=True):
+    """Cloud to edge: the average. Tensors: the tunables.
+
+    Attributes:
+        counted: False where the update came after its round was closed, and is not in the average.
+    """
+
+    round_index: int
+    counted: bool
+
+
+class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One microbatch between two visits, forward or backward.
+
+    Attributes:
+        visit: the index of the visit that should run.
+        batch_size: examples of the whole batch.
+        num_microbatches: microbatches of the batch.
+        squared_norm: forward: of the previous step's gradients over the whole chain; backward: of this step's so far,
+            with the batch's last microbatch.
+        loss: backward: the microbatch's share of the batch's mean loss; with `finish`, the mean over all steps.
+    """
+
+    key: AttemptKey
+    step: int
+    microbatch: int = 0
+    visit: int = 0
+    batch_size: int = 0
+    num_microbatches: int = 0
+    squared_norm: float = 0.0
+    loss: float = 0.0
+
+
+def placement_table(placement: Placement) -> list[dict[str, Any]]:
+    """A placement as plain values."""
+    plain: list[dict[str, Any]] = msgspec.to_builtins(list(placement))
+    return plain
+
+
+def placement_from_table(table: list[dict[str, Any]]) -> Placement:
+    """The placement that `placement_table` wrote."""
+    return Placement(tuple(Visit(row["node_id"], Segment(**row["segment"])) for row in table))

@@ -1,0 +1,142 @@
+"""The cloud's part of tuning: averages what the edges learned, once all of them that are here have sent it.
+
+An edge asks again after a restart of either side, and gets the same answer: an update is counted once, by round and edge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
+from ecogen.models.tunables import Tunables
+from ecogen.records import EventRecord, Record, RoundRecord
+from ecogen.runtime.membership import Members
+from ecogen.runtime.worker import Worker
+from ecogen.transport.base import Message, Peer
+from ecogen.tuning.aggregate import Update, aggregate
+from ecogen.tuning.messages import SYNC, SyncOrder, SyncResult
+
+Evaluate = Callable[[Tunables], float | None]
+
+
+@dataclass
+class CloudState:
+    """What the cloud knows after its last average; `round_index` -1 is the start."""
+
+    tunables: Tunables
+    round_index: int = -1
+    counted: list[str] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write it atomically."""
+        metadata = {"round_index": self.round_index, "counted": self.counted}
+        save_tensors(path, self.tunables, {"state": json.dumps(metadata)})
+
+    @classmethod
+    def load(cls, path: Path) -> CloudState:
+        """The state that `save` wrote."""
+        return cls(load_tensors(path), **json.loads(load_metadata(path)["state"]))
+
+
+class CloudSync:
+    """Averages over edges, round by round.
+
+    Args:
+        evaluate: accuracy of tunables, run on the compute thread.
+        publish: takes each record.
+        patience_s: how long a lost edge is waited for.
+    """
+
+    def __init__(
+        self,
+        node_id: str,
+        state: CloudState,
+        path: Path,
+        members: Members,
+        worker: Worker,
+        evaluate: Evaluate,
+        publish: Callable[[Record], None],
+        *,
+        patience_s: float,
+    ) -> None:
+        self.state = state
+        self._node_id = node_id
+        self._path, self._members, self._worker = path, members, worker
+        self._evaluate, self._publish, self._patience_s = evaluate, publish, patience_s
+        self._pending: dict[int, dict[str, Update]] = {}
+        self._closing: dict[int, asyncio.Task[None]] = {}
+
+    async def sync(self, peer: Peer, message: Message) -> Message:
+        """Answer an edge with the average of its round, once that is closed."""
+        order = message.read(SyncOrder)
+        if order.round_index > self.state.round_index:
+            update = Update(peer.node_id, message.tensors, order.num_examples)
+            self._pending.setdefault(order.round_index, {})[peer.node_id] = update
+            await self._members.wake()
+            await asyncio.shield(self._close(order.round_index))
+        counted = order.round_index < self.state.round_index or peer.node_id in self.state.counted
+        counted = counted and order.round_index == self.state.round_index
+        if not counted:
+            self._fence(peer.node_id, order.round_index)
+        result = SyncResult(self.state.round_index, counted)
+        return Message.of(SYNC, result, kind="tunables", tensors=self.state.tunables)
+
+    def _close(self, round_index: int) -> asyncio.Task[None]:
+        """The task that closes a round, begun by whoever comes first."""
+        if round_index not in self._closing:
+            self._closing[round_index] = asyncio.create_task(self._close_round(round_index))
+        return self._closing[round_index]
+
+    async def _close_round(self, round_index: int) -> None:
+        began_s = time.perf_counter()
+        await self._wait_for_all(round_index)
+        updates = list(self._pending.pop(round_index).values())
+        tunables = await self._worker.compute(aggregate, updates)
+        accuracy = await self._worker.compute(self._evaluate, tunables)
+        members = sorted(update.sender_id for update in updates)
+        self.state = CloudState(tunables, round_index, members)
+        await self._worker.compute(self.state.save, self._path)
+        self._publish(self._record(updates, members, accuracy, time.perf_counter() - began_s))
+
+    async def _wait_for_all(self, round_index: int) -> None:
+        """Until every edge has sent its update, or the missing ones are lost and do not come back in time."""
+        pending = self._pending[round_index]
+
+        def are_gone() -> bool:
+            return not self._missing(pending) & set(self._members.ready_ids)
+
+        while self._missing(pending):
+            gone = are_gone()
+            news = await self._members.wait_for(
+                lambda gone=gone: not self._missing(pending) or are_gone() != gone,  # type: ignore[misc]
+                self._patience_s if gone else None,
+            )
+            if not news:
+                return
+
+    def _missing(self, pending: dict[str, Update]) -> set[str]:
+        return set(self._members.expected) - pending.keys()
+
+    def _record(self, updates: list[Update], members: list[str], accuracy: float | None, wall_s: float) -> RoundRecord:
+        missing = tuple(sorted(set(self._members.expected) - set(members)))
+        return RoundRecord(
+            self._node_id,
+            self.state.round_index,
+            accuracy,
+            None,
+            sum(update.num_examples for update in updates),
+            tuple(members),
+            missing,
+            wall_s,
+            (self._worker.usage("tuning"),),
+            time.time(),
+        )
+
+    def _fence(self, node_id: str, round_index: int) -> None:
+        detail = f"its update came after the round was closed with {', '.join(self.state.counted)}"
+        self._publish(EventRecord("fenced", node_id, round_index, detail, time.time()))
