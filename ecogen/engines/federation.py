@@ -31,7 +31,7 @@ class Engine(Protocol):
     def check(self) -> None:
         """Raise what made a node fail for good, if one did."""
 
-    def address(self, node_id: str) -> None:
+    def address(self, node_id: str) -> str:
         """Let the operator's transport know where a node is."""
 
 

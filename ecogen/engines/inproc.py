@@ -40,13 +40,14 @@ class InprocEngine:
     async def start_node(self, node_id: str) -> None:
         """Start one node, or start it again after `kill`."""
         topology = recipes.build_topology(self._recipe.topology)
-        transport = self.network.join(Peer(node_id, topology.nodes[node_id].tier.value))
+        tier, parent_id = topology.nodes[node_id].tier, topology.parent_of(node_id)
+        transport = self.network.join(Peer(node_id, tier.value))
         worker = Worker(CpuMeter(node_id, "thread"), transport.counter, self._executor)
         compute = recipes.compute_of(self._recipe, node_id)
         context = NodeContext(
             node_id, make_folder(self._folder / "nodes" / node_id), transport, worker, compute.device, compute.dtype
         )
-        node = Node(context, build_role(context, self._recipe, self._tuned))
+        node = Node(context, build_role(context, tier, parent_id, self._recipe, self._tuned))
         address = await node.serve()
         self._tasks[node_id] = asyncio.create_task(node.run(address), name=node_id)
 
@@ -71,8 +72,9 @@ class InprocEngine:
             if task.done() and not task.cancelled() and (problem := task.exception()):
                 raise problem
 
-    def address(self, node_id: str) -> None:
-        """Nothing to learn: ids are addresses here."""
+    def address(self, node_id: str) -> str:
+        """Ids are addresses here."""
+        return node_id
 
 
 @asynccontextmanager

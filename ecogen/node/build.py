@@ -1,10 +1,11 @@
-"""Which role a node of the topology has."""
+"""Which role a node has."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ecogen import config as recipes
+from ecogen.config import Recipe
+from ecogen.errors import ConfigError
 from ecogen.node.cloud import CloudRole
 from ecogen.node.context import NodeContext, Role
 from ecogen.node.device import DeviceRole
@@ -13,17 +14,22 @@ from ecogen.topology import Tier
 from ecogen.tuning.foundation import obtain_foundation
 
 
-def build_role(context: NodeContext, recipe: recipes.Recipe, tuned: Path | None = None) -> Role:
-    """The role of a node, from the recipe's topology alone: edges and devices are told the rest by their parents.
+def build_role(
+    context: NodeContext, tier: str, parent_id: str | None, recipe: Recipe | None = None, tuned: Path | None = None
+) -> Role:
+    """The role of a tier. Only the cloud needs the recipe: edges and devices are told by their parents.
 
     Args:
         tuned: for the cloud of a federation that only serves: the tunables.
+
+    Raises:
+        ConfigError: if the cloud has no recipe, or another node no parent.
     """
-    topology = recipes.build_topology(recipe.topology)
-    node, parent_id = topology.nodes[context.node_id], topology.parent_of(context.node_id)
-    if node.tier is Tier.CLOUD:
+    if tier == Tier.CLOUD and recipe is not None:
         return CloudRole(context, recipe, obtain_foundation, tuned=tuned)
-    assert parent_id is not None
-    if node.tier is Tier.EDGE:
+    if tier == Tier.EDGE and parent_id is not None:
         return EdgeRole(context, parent_id)
-    return DeviceRole(context, parent_id)
+    if tier == Tier.END and parent_id is not None:
+        return DeviceRole(context, parent_id)
+    need = "a recipe" if tier == Tier.CLOUD else "a parent to join"
+    raise ConfigError([f"a node of tier {tier!r} needs {need}"], context.node_id)

@@ -110,7 +110,7 @@ class CloudRole:
         self._progress = ProgressReport("starting", 0, 1)
         self._prepared = asyncio.Event()
         self._finished_edges: set[str] = set()
-        parent = Parent(Tier.EDGE, self._members, context.worker, self._welcome, self._read, self._log.put)
+        parent = Parent(Tier.EDGE, context.transport, self._members, context.worker, self._welcome, self._read, self._log.put)
         self.methods = {
             **parent.methods(),
             **methods(Tier.EDGE, **{SYNC: self._on_sync, PUBLISH: self._publish}),

@@ -58,7 +58,7 @@ class EdgeRole:
         self._prepared = asyncio.Event()
         self._incarnation = _next_incarnation(context.folder / "incarnation")
         self._work: asyncio.Task[None] | None = None
-        parent = Parent(Tier.END, self._members, context.worker, self._welcome, self._read, self._outbox.put)
+        parent = Parent(Tier.END, context.transport, self._members, context.worker, self._welcome, self._read, self._outbox.put)
         self.methods = {**parent.methods(), **methods(OPERATOR, **{RESULT: self._result})}
 
     async def run(self, address: str) -> None:

@@ -13,7 +13,7 @@ from ecogen.runtime.delivery import FETCH, serve_pieces
 from ecogen.runtime.membership import HEARTBEAT, JOIN, READY, Alive, Join, Members
 from ecogen.runtime.worker import Worker
 from ecogen.topology import Tier
-from ecogen.transport.base import Message, Peer
+from ecogen.transport.base import Message, Peer, Transport
 
 
 class Parent:
@@ -29,13 +29,14 @@ class Parent:
     def __init__(
         self,
         tier: Tier,
+        transport: Transport,
         members: Members,
         worker: Worker,
         welcome: Callable[[str], Awaitable[Message]],
         read: Callable[[Iterable[str]], Mapping[str, Tensor]],
         publish: Callable[[Record], None],
     ) -> None:
-        self._tier, self._members, self._worker = tier, members, worker
+        self._tier, self._transport, self._members, self._worker = tier, transport, members, worker
         self._welcome, self._read, self._publish = welcome, read, publish
 
     def methods(self) -> dict[str, Method]:
@@ -45,7 +46,9 @@ class Parent:
 
     async def _join(self, peer: Peer, message: Message) -> Message:
         welcome = await self._welcome(peer.node_id)
-        await self._members.join(peer.node_id, message.read(Join).address)
+        address = message.read(Join).address
+        self._transport.learn(peer.node_id, address)
+        await self._members.join(peer.node_id, address)
         return welcome
 
     async def _ready(self, peer: Peer, message: Message) -> Message:

@@ -29,7 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ecogen.errors import AuthenticationError
 
-TIERS = ("cloud", "edge", "end")
+TIERS = ("cloud", "edge", "end", "operator")
 
 AUTHORITY_CERTIFICATE = "authority.pem"
 AUTHORITY_KEY = "authority.key"
@@ -38,8 +38,8 @@ NODE_CERTIFICATE = "node.pem"
 NODE_KEY = "node.key"
 _ISSUED = "issued.jsonl"
 
-# Both become parts of a URI, and a node id one label of a host name: RFC 1123, at most 63 characters.
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+# Both become parts of a URI, and a node id labels of a host name: RFC 1123, at most 63 characters each.
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?){0,3}")
 # Nodes' clocks may differ by this much.
 _CLOCK_SKEW = timedelta(minutes=5)
 # CRL entry extension with the node id; an OID of our own, from a UUID (ITU-T X.667).

@@ -31,7 +31,7 @@ _RECORD_TEXT = 16_384 - 100  # gRPC's largest record less its TSI_SSL_MAX_PROTEC
 _PREFACE = 292 + 144
 _HANDSHAKE = 2126 + 3282
 # Open and close of a stream, both ways together, and in how many records.
-_STREAM = (43 + 38) + (49 + 39)
+_STREAM = (43 + 38 + 6) + (49 + 39)
 _STREAM_RECORDS = 2 + 4
 
 

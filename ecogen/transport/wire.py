@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _SERVICE = "ecogen"
 _END = b""
+# What a node says at once about a stream that it lets in; one that it refuses looks much the same otherwise.
+_ACCEPTED = ("ok", "1")
 # Messages that a stream reads ahead or writes behind at each end; HTTP/2's own window comes on top.
 _WINDOW = 2
 
@@ -226,7 +228,7 @@ class GrpcTransport:
 
     async def _on_stream(self, _: object, context: Context) -> None:
         peer, serial = await self._admit(context)
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata((_ACCEPTED,))
         stream = _WireStream(self, peer.node_id, context, None, serial)
         task = self._start(self._accept(peer, stream))
         self._accepted[stream] = task
@@ -456,9 +458,10 @@ class _WireStream:
 
 async def _connected(rpc: Any) -> None:
     """Wait until the other node has accepted the stream."""
-    await rpc.initial_metadata()
-    if rpc.done():
-        await rpc.read()  # raises what went wrong
+    metadata = await rpc.initial_metadata()
+    if _ACCEPTED not in tuple(metadata or ()):
+        await rpc.code()
+        await rpc.read()  # raises why not
 
 
 async def _outcome(rpc: Awaitable[Any], link: _Link) -> Any:

@@ -1,0 +1,40 @@
+"""What several folders of tests share. Nothing here imports torch before a test asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("ecogen", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("ecogen")
+
+
+@pytest.fixture(scope="session")
+def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny foundation model of three blocks, written by `save_pretrained`."""
+    from tests.tiny import save_foundation
+
+    return save_foundation(tmp_path_factory.mktemp("foundation"))
+
+
+@pytest.fixture
+def recipe_of(foundation: Path) -> Callable[..., Any]:
+    """Makes tiny recipes on that foundation: `recipe_of(tuning={"rounds": 1})`."""
+    from tests.tiny import tiny_recipe
+
+    return lambda **sections: tiny_recipe(foundation, **sections)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many torch threads as a node has."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

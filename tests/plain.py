@@ -1,0 +1,77 @@
+"""The truth that chains are compared with: the whole model and its fine-tuning, as a textbook writes them.
+
+Nothing of EcoGen is used here but the names of the tunables: no segments, no PEFT, no hooks on blocks, no stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from transformers import ViTForImageClassification
+
+
+class PlainModel:
+    """A whole vision transformer with deep prompts, LoRA and a head, frozen but for those.
+
+    Args:
+        lora_scale: alpha / rank.
+    """
+
+    def __init__(
+        self, whole: ViTForImageClassification, tunables: Mapping[str, Tensor], *, lora_scale: float = 1.0
+    ) -> None:
+        self.whole = whole.requires_grad_(False)
+        self.tunables = {name: tensor.detach().clone().requires_grad_() for name, tensor in tunables.items()}
+        self._scale = lora_scale
+        for name in tunables:
+            if name.endswith("lora_A.weight"):
+                self._add_lora(name.removesuffix(".lora_A.weight"))
+
+    def logits(self, images: Tensor) -> Tensor:
+        vit = self.whole.vit
+        hidden = vit.embeddings(images)
+        for index, layer in enumerate(vit.layers):
+            hidden = self._block(index, layer, hidden)
+        head = self.whole.classifier
+        weight = self.tunables.get("classifier.weight", head.weight)
+        bias = self.tunables.get("classifier.bias", head.bias)
+        return linear(vit.layernorm(hidden)[:, 0], weight, bias)
+
+    def _block(self, index: int, layer: torch.nn.Module, hidden: Tensor) -> Tensor:
+        prompts = self.tunables.get(f"vit.layers.{index}.prompts")
+        if prompts is None:
+            return layer(hidden)
+        many = prompts.expand(len(hidden), *prompts.shape)
+        longer = layer(torch.cat([hidden[:, :1], many, hidden[:, 1:]], dim=1))
+        return torch.cat([longer[:, :1], longer[:, 1 + len(prompts) :]], dim=1)
+
+    def _add_lora(self, name: str) -> None:
+        a, b = self.tunables[f"{name}.lora_A.weight"], self.tunables[f"{name}.lora_B.weight"]
+        module = self.whole.get_submodule(name)
+        module.register_forward_hook(lambda _, args, out: out + args[0] @ a.T @ b.T * self._scale)
+
+
+def fine_tune(
+    model: PlainModel,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> list[float]:
+    """AdamW on whole batches; returns the loss of each step."""
+    parameters = list(model.tunables.values())
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    losses = []
+    for images, labels in batches:
+        optimizer.zero_grad()
+        loss = cross_entropy(model.logits(images).float(), labels)
+        loss.backward()
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
