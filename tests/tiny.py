@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +96,12 @@ class Sent:
         return encode(self.message, self.sender_id).data
 
 
-@dataclass
 class RecordingNetwork(MemoryNetwork):
     """Keeps every message of every link."""
 
-    window: int = 8
-    sent: list[Sent] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__(window=self.window)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.sent: list[Sent] = []
 
     def join(self, peer: Peer) -> MemoryTransport:
         return _RecordingTransport(self, peer)

@@ -14,11 +14,15 @@ from typing import Protocol
 from torch import Tensor
 
 from ecogen import config as recipes
+from ecogen.engines.saving import save_run
 from ecogen.node.cloud import Status, Watch
-from ecogen.node.context import END, PROGRESS, RECORD, RESULT, STATUS, WATCH, ProgressReport
+from ecogen.node.context import END, OPERATOR, PROGRESS, RECORD, RESULT, STATUS, WATCH, ProgressReport
 from ecogen.node.device import ASK, Ask, Asked
 from ecogen.records import Record, RoundRecord, from_line
-from ecogen.transport.base import Message, Transport
+from ecogen.reports.summary import Summary
+from ecogen.transport.base import Message, Peer, Transport
+from ecogen.transport.certs import load_credentials
+from ecogen.transport.wire import GrpcTransport
 
 OnProgress = Callable[[ProgressReport], None]
 
@@ -65,15 +69,25 @@ class Federation:
             if isinstance(record, RoundRecord):
                 yield record
 
-    async def status(self) -> Status:
-        """How the federation is now."""
-        reply = await self._engine.transport.call(self.topology.cloud_id, Message.of(STATUS, counted=False))
-        return reply.read(Status)
+    @property
+    def cloud_address(self) -> str:
+        """Where the cloud is, for those who come to watch."""
+        return self._engine.address(self.topology.cloud_id)
 
     async def tunables(self) -> dict[str, Tensor]:
         """The tunables of the cloud's last average; the first edge's where edges stay alone."""
         node_id = self.topology.cloud_id if self.recipe.tuning.cloud_every else self.topology.edge_ids[0]
         return await self.tunables_of(node_id)
+
+    async def save(self, folder: str | Path) -> Summary:
+        """Write the run folder: tunables, PEFT adapter, records, report; returns the figures.
+
+        Raises:
+            StorageError: if the disk is full.
+        """
+        tunables = await self.tunables()
+        wall_s = time.perf_counter() - self.began_s
+        return await asyncio.to_thread(save_run, Path(folder), self.recipe, self.records, tunables, wall_s)
 
     async def tunables_of(self, node_id: str) -> dict[str, Tensor]:
         """The tunables that the cloud or an edge holds."""
@@ -96,3 +110,19 @@ class Federation:
             self._engine.check()
             if done:
                 return pending.result()
+
+
+async def ask_status(folder: Path, cloud_address: str) -> Status:
+    """How the federation of a run folder is, asked over the network with the operator's certificate.
+
+    Raises:
+        TransportError: if it does not answer.
+    """
+    credentials = load_credentials(folder / "certificates" / OPERATOR, node_id=OPERATOR, tier=OPERATOR)
+    transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials)
+    transport.learn("cloud", cloud_address)
+    try:
+        reply = await transport.call("cloud", Message.of(STATUS, counted=False), timeout_s=5)
+        return reply.read(Status)
+    finally:
+        await transport.close()

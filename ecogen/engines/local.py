@@ -196,9 +196,7 @@ def _problem(report: dict[str, Any], node_id: str) -> EcoGenError:
 
 
 @asynccontextmanager
-async def launch_local(
-    recipe: recipes.Recipe, folder: Path, *, tuned: Path | None = None
-) -> AsyncIterator[Federation]:
+async def launch_local(recipe: recipes.Recipe, folder: Path, *, tuned: Path | None = None) -> AsyncIterator[Federation]:
     """A federation of processes on this machine, ended on leaving."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     engine = LocalEngine(recipe, folder, tuned=tuned)

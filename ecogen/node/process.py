@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import peft.utils.transformers_weight_conversion  # noqa: F401 - what peft and the data import later, imported once
+import sklearn.datasets  # noqa: F401
 import torch
 
 from ecogen import config as recipes

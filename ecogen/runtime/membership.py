@@ -20,6 +20,8 @@ JOIN, READY, HEARTBEAT = "join", "ready", "heartbeat"
 HEARTBEAT_S = 2.0
 SILENCE_S = 8.0
 """A child that was silent for so long is taken as lost: four heartbeats."""
+PREPARING_S = 120.0
+"""How long a child may take from joining until it is ready; it sends no heartbeats meanwhile."""
 
 
 class Join(msgspec.Struct, frozen=True):
@@ -97,7 +99,7 @@ class Members:
 
     async def ready(self, node_id: str) -> None:
         """A child holds what it needs and can work."""
-        if node_id in self._here:
+        if self.seen(node_id):
             self._here[node_id].ready = True
             await self.wake()
 
@@ -126,8 +128,9 @@ class Members:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             for node_id, member in list(self._here.items()):
-                if time.monotonic() - member.seen_s > SILENCE_S:
-                    await self.lose(node_id, f"silent for {SILENCE_S:g} s")
+                patience_s = SILENCE_S if member.ready else PREPARING_S
+                if time.monotonic() - member.seen_s > patience_s:
+                    await self.lose(node_id, f"silent for {patience_s:g} s")
 
     async def _notify(self, event: EventKind, node_id: str, detail: str) -> None:
         self._announce(EventRecord(event, node_id, detail=detail, time_s=time.time()))

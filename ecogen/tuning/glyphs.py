@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-# Fonts of matplotlib 3.x that draw all 62 characters as such; cmsy10 and LastResort draw symbols, cmmi10 old-style digits.
+# matplotlib's fonts that draw all 62 characters as such: cmsy10 and LastResort draw symbols, cmmi10 old-style digits.
 FONTS = (
     *(f"DejaVu{family}" for family in ("Sans", "Sans-Bold", "Sans-Oblique", "Sans-BoldOblique")),
     *(f"DejaVuSans{family}" for family in ("Mono", "Mono-Bold", "Mono-Oblique", "Mono-BoldOblique")),

@@ -1,7 +1,7 @@
 """Muon: momentum whose update is orthogonalised, so that all directions of a weight matrix learn at one pace.
 
 Jordan et al. 2024: https://kellerjordan.github.io/posts/muon/. Ours computes in float32: `torch.optim.Muon` does so in
-bfloat16, which processors without such instructions emulate. Only for matrices; other parameters need another optimizer.
+bfloat16, which processors without such instructions emulate. Only matrices learn so; the rest needs another optimizer.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    self._update(matrix, group["lr"], group["momentum"], group["weight_decay"])
+                    direction = self._direction(matrix, matrix.grad, group["momentum"])
+                    _move(matrix, direction, group["lr"], group["weight_decay"])
 
-    def _update(self, matrix: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
-        average = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-        average.lerp_(matrix.grad, 1 - momentum)
-        direction = orthogonalise(matrix.grad.lerp(average, momentum))
-        tall = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-        matrix.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * tall)
+    def _direction(self, matrix: Tensor, gradient: Tensor, momentum: float) -> Tensor:
+        average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+        average.lerp_(gradient, 1 - momentum)
+        return orthogonalise(gradient.lerp(average, momentum))
+
+
+def _move(matrix: Tensor, direction: Tensor, lr: float, weight_decay: float) -> None:
+    """A step whose size does not depend on the matrix's shape."""
+    tall = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+    matrix.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * tall)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
     """About the nearest matrix with orthonormal rows or columns: singular values end up between 0.7 and 1.2."""
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
+    x: Tensor = wide / (wide.norm() + 1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = _A * x + (_B * gram + _C * gram @ gram) @ x

@@ -1,8 +1,8 @@
-"""Pre-training in the cloud: a vision transformer learns from unlabelled glyphs, without labels, in about 100 CPU seconds.
+"""Pre-training in the cloud: a vision transformer learns from unlabelled glyphs in about 100 CPU seconds.
 
 Two random views of one rendered glyph should have like features, views of different glyphs unlike ones (SimCLR, Chen et
-al. 2020: https://arxiv.org/abs/2002.05709). Which character a glyph shows is never used. What made it cheap is told in
-docs: matrices learn by Muon, and features are standardised in the end.
+al. 2020: https://arxiv.org/abs/2002.05709). Which character a glyph shows is never used. Two things make it cheap:
+matrices learn by Muon, and in the end features are standardised, so that a new head learns in its first round.
 
 Shapes: B glyphs a batch, C channels, R image side, D hidden, N images. Images are in [-1, 1], as the devices' data.
 """
@@ -183,6 +183,6 @@ def _views(config: ViTConfig, glyphs: Tensor, generator: torch.Generator) -> Ten
 def _descend(loss: Tensor, optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for optimizer in optimizers:
         optimizer.step()

@@ -1,0 +1,70 @@
+"""Launch a federation on the engine that its recipe names."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ecogen import config as recipes
+from ecogen.accounting.intensity import intensity
+from ecogen.engines.federation import Federation
+from ecogen.engines.inproc import launch_inproc
+from ecogen.engines.local import launch_local
+
+_ENGINES = {"inproc": launch_inproc, "local": launch_local}
+
+
+@asynccontextmanager
+async def launch(
+    recipe: recipes.Recipe, *, folder: str | Path | None = None, tuned: Path | None = None
+) -> AsyncIterator[Federation]:
+    """A running federation; its nodes are stopped on leaving.
+
+    Args:
+        folder: where the nodes keep their disks, so that a later launch there goes on; None for a temporary one.
+        tuned: tunables to serve with, instead of tuning.
+
+    Raises:
+        ConfigError, PlacementError: if the recipe cannot be carried out.
+    """
+    for site in recipes.build_topology(recipe.topology).sites.values():
+        intensity(site.zone)  # an unknown zone should not come up after an hour of tuning
+    with tempfile.TemporaryDirectory(prefix="ecogen-") as temporary:
+        async with _ENGINES[recipe.engine](recipe, Path(folder or temporary), tuned=tuned) as federation:
+            yield federation
+
+
+@asynccontextmanager
+async def serve(run: Path, engine: str = "inproc") -> AsyncIterator[Federation]:
+    """One cluster of a finished run, ready to answer with its tuned model.
+
+    Raises:
+        RunError, CheckpointError: if the folder holds no finished run.
+    """
+    from ecogen.engines.saving import load_recipe
+    from ecogen.models.adapters import BACKBONE, TUNABLES
+    from ecogen.models.checkpoint import load_metadata
+
+    recipe = load_recipe(run)
+    load_metadata(run / TUNABLES)
+    topology = replace(recipe.topology, edges=1, clusters_per_edge=1)
+    known = recipes.build_topology(topology)
+    one = replace(
+        recipe,
+        engine=engine,  # type: ignore[arg-type]
+        model=replace(recipe.model, source=str(run / BACKBONE)),
+        topology=replace(
+            topology,
+            sites={name: site for name, site in topology.sites.items() if name in known.sites},
+            devices={name: device for name, device in topology.devices.items() if name in known.nodes},
+        ),
+        compute=replace(recipe.compute, nodes={n: c for n, c in recipe.compute.nodes.items() if n in known.nodes}),
+        evaluation=recipes.Evaluation(split="none", requests=0),
+    )
+    async with launch(one, tuned=run / TUNABLES) as federation:
+        async for _ in federation.watch():
+            pass
+        yield federation

@@ -1,0 +1,162 @@
+"""The run folder: what a run was asked, what it recorded, and what came out of it.
+
+recipe.toml recipe.json   the resolved recipe
+records.jsonl             every record, as the cloud kept it
+facts.json summary.json   what the report needs besides the records, and the figures of `ecogen run --json`
+backbone/                 the foundation model, as save_pretrained writes it
+tunables.safetensors      everything that was tuned
+adapter/                  the same as a PEFT directory, where there is LoRA
+report.html               made from the files above, again at any time
+nodes/ certificates/      the nodes' disks and identities, for --resume
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from ecogen import config as recipes
+from ecogen.accounting.ledger import settle
+from ecogen.errors import ConfigError, RunError
+from ecogen.metering.hardware import describe_host
+from ecogen.models.adapters import classification_config, save_tuned
+from ecogen.models.checkpoint import Foundation
+from ecogen.models.profile import model_shape
+from ecogen.placement import Segment
+from ecogen.planning.clusters import place_clusters
+from ecogen.planning.cost import num_adapter_parameters, num_parameters, num_tunables
+from ecogen.records import Record, read_records, to_line
+from ecogen.reports.html import write_report
+from ecogen.reports.summary import RunFacts, Summary, summarise
+from ecogen.reports.toml import to_toml
+from ecogen.storage import make_folder, write_atomically
+from ecogen.tuning.foundation import obtain_foundation
+
+RECIPE, RECORDS, FACTS, SUMMARY, REPORT = "recipe.json", "records.jsonl", "facts.json", "summary.json", "report.html"
+
+
+def begin_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
+    """Make the run folder, or check that it can be resumed.
+
+    Raises:
+        RunError: if there is a run already and it is not to be resumed, or it is of another recipe.
+    """
+    path = folder / RECIPE
+    if path.exists() and not resume:
+        raise RunError(
+            f"{folder} holds a run already; add --resume to go on with it, or choose another folder with --out"
+        )
+    if resume and path.exists():
+        _check_same(recipe, load_recipe(folder), folder)
+    if resume and not path.exists():
+        raise RunError(f"{folder} holds no run to resume; leave --resume out to begin one there")
+    make_folder(folder)
+    table = recipes.to_table(recipe)
+    write_atomically(path, json.dumps(table, indent=2))
+    write_atomically(folder / "recipe.toml", to_toml(table))
+
+
+def load_recipe(folder: Path) -> recipes.Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        RunError: if there is none.
+    """
+    try:
+        return recipes.from_table(json.loads((folder / RECIPE).read_text()), str(folder / RECIPE))
+    except (OSError, ValueError, ConfigError) as problem:
+        raise RunError(f"{folder} is no run folder: {RECIPE} cannot be read ({problem})") from problem
+
+
+def save_run(
+    folder: Path, recipe: recipes.Recipe, records: Sequence[Record], tunables: Mapping[str, Tensor], wall_s: float
+) -> Summary:
+    """Write everything that outlives the federation; returns the summary."""
+    begin_run(folder, recipe, resume=(folder / RECIPE).exists())
+    foundation, _ = obtain_foundation(recipe, lambda *_: None)
+    num_labels = int(tunables["classifier.bias"].shape[0]) if "classifier.bias" in tunables else 10
+    save_tuned(folder, foundation, tunables, recipe.tunables, num_labels)
+    write_atomically(folder / RECORDS, b"".join(map(to_line, records)))
+    facts = gather_facts(recipe, foundation, num_labels, tunables, wall_s)
+    write_atomically(folder / FACTS, msgspec.json.format(msgspec.json.encode(facts)))
+    return rebuild_report(folder)
+
+
+def rebuild_report(folder: Path) -> Summary:
+    """Write report.html and summary.json anew from the other files.
+
+    Raises:
+        RunError: if a file is missing or damaged.
+    """
+    recipe, records = load_recipe(folder), load_records(folder)
+    try:
+        facts = msgspec.json.decode((folder / FACTS).read_bytes(), type=RunFacts)
+    except (OSError, msgspec.MsgspecError) as problem:
+        raise RunError(
+            f"{folder / FACTS} cannot be read ({problem}); the run has not finished: --resume it"
+        ) from problem
+    topology = recipes.build_topology(recipe.topology)
+    ledger = settle(records, topology)
+    summary = summarise(records, ledger, recipe, topology, facts)
+    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2))
+    write_report(folder / REPORT, records, ledger, recipe, topology, facts)
+    return summary
+
+
+def load_records(folder: Path) -> list[Record]:
+    """The records of a run folder.
+
+    Raises:
+        RunError: if there are none, or the file is damaged.
+    """
+    try:
+        lines = (folder / RECORDS).read_bytes().splitlines(keepends=True)
+    except OSError as problem:
+        raise RunError(f"{folder / RECORDS}: {problem.strerror}; the run has not finished: --resume it") from problem
+    return read_records(lines, str(folder / RECORDS))
+
+
+def gather_facts(
+    recipe: recipes.Recipe, foundation: Foundation, num_labels: int, tunables: Mapping[str, Tensor], wall_s: float
+) -> RunFacts:
+    """Sizes, host, placement, and the closing measurements that the recipe asks for."""
+    config = classification_config(foundation, num_labels)
+    shape = model_shape(config, recipe.tunables)
+    whole = Segment(0, shape.num_blocks, has_embedding=True, has_head=True)
+    attack = None
+    if recipe.evaluation.inversion:
+        from ecogen.tuning.inversion import attack_first_cut
+
+        attack = attack_first_cut(foundation, recipe, tunables)
+    return RunFacts(
+        tunable_parameters=num_tunables(shape, whole),
+        total_parameters=num_parameters(shape, whole) + num_adapter_parameters(shape, whole),
+        wall_s=wall_s,
+        engine=recipe.engine,
+        host=describe_host_line(),
+        versions=describe_host().versions,
+        probe=None,
+        inversion=attack,
+        placements=place_clusters(recipe, shape),
+    )
+
+
+def describe_host_line() -> str:
+    """The host in one line."""
+    host = describe_host()
+    return f"{host.cpu}, {host.num_cores} cores, {host.memory_bytes / 2**30:.0f} GiB, {host.system}"
+
+
+def _check_same(recipe: recipes.Recipe, earlier: recipes.Recipe, folder: Path) -> None:
+    """A run is resumed with its own recipe; only the engine may change, which does not change the result."""
+    new, old = recipes.to_table(recipe), recipes.to_table(earlier)
+    different = [key for key in new if key not in ("engine", "name") and new[key] != old[key]]
+    if different:
+        raise RunError(
+            f"{folder} holds a run of another recipe: {', '.join(different)} differ; "
+            f"resume with `ecogen run {folder / 'recipe.toml'} --out {folder} --resume`"
+        )

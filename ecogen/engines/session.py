@@ -1,0 +1,219 @@
+"""What the command line does with federations: run one with progress, leave one in the background, ask one."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ecogen import config as recipes
+from ecogen.engines.federation import ask_status
+from ecogen.engines.launch import launch, serve
+from ecogen.engines.saving import RECORDS, begin_run, load_recipe, load_records
+from ecogen.errors import DataError, RunError, TransportError
+from ecogen.node.cloud import Status
+from ecogen.node.context import ProgressReport
+from ecogen.node.device import Asked
+from ecogen.records import EventRecord, Record, RoundRecord
+from ecogen.reports.console import NodeStatus, round_line, show_status
+from ecogen.reports.summary import Summary
+from ecogen.storage import make_folder, write_atomically
+from ecogen.topology import Topology
+
+LOCK, RUNNING, LOG = ".lock", "running.json", "run.log"
+
+_DETACH_S = 120.0
+
+
+async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Console) -> Summary:
+    """A whole run, with progress on `screen`; returns the figures.
+
+    Raises:
+        EcoGenError: what a user can act on; the run can be resumed.
+    """
+    make_folder(folder)
+    with _locked(folder):
+        begin_run(folder, recipe, resume=resume)
+        async with launch(recipe, folder=folder) as federation:
+            _remember(folder, federation.cloud_address)
+            with RunProgress(recipe, screen) as progress:
+                async for record in federation.watch(progress.report):
+                    progress.show(record)
+                progress.report(ProgressReport("saving", 0, 1))
+                return await federation.save(folder)
+
+
+def detach(recipe: recipes.Recipe, folder: Path, *, resume: bool) -> None:
+    """Start the run in a process of its own that no terminal owns, and wait until its cloud serves.
+
+    Raises:
+        RunError: if it does not come up.
+    """
+    if recipe.engine == "inproc":
+        raise RunError("--detach needs nodes that outlive this process; add --engine local")
+    make_folder(folder)
+    path = folder / "detached.json"
+    write_atomically(path, json.dumps(recipes.to_table(recipe)))
+    command = [
+        sys.executable,
+        "-m",
+        "ecogen.engines.detached",
+        str(path),
+        str(folder),
+        *(["--resume"] if resume else []),
+    ]
+    (folder / RUNNING).unlink(missing_ok=True)
+    with (folder / LOG).open("ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    deadline_s = time.monotonic() + _DETACH_S
+    while not (folder / RUNNING).exists():
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-3:]
+            raise RunError("the run did not start: " + " ".join(last or [f"see {folder / LOG}"]))
+        time.sleep(0.1)
+
+
+async def status(folder: Path) -> list[RenderableType]:
+    """How a run is, in lines to print.
+
+    Raises:
+        RunError: if the folder holds no run.
+    """
+    recipe = load_recipe(folder)
+    live = await _live_status(folder)
+    if live is None:
+        return [_resting_line(folder)]
+    topology = recipes.build_topology(recipe.topology)
+    progress = live.progress
+    line = f"{live.run}: running; {progress.phase} {progress.done}/{progress.total} {progress.detail}; {live.num_records} records"
+    return [line, show_status([_node_status(node_id, topology, live) for node_id in live.expected])]
+
+
+async def predict(folder: Path, images: Sequence[Path], engine: str) -> tuple[Asked, Topology]:
+    """What the tuned model of a run says of pictures, through the split chain.
+
+    Raises:
+        DataError: if a picture cannot be read.
+        RunError, CheckpointError: if the run has not finished or is damaged.
+    """
+    for path in images:
+        if not path.is_file():
+            raise DataError(f"cannot read the picture {path}: no such file; give PNG files")
+    async with serve(folder, engine) as federation:
+        start_id = next(iter(federation.topology.clusters.values())).node_ids[0]
+        return await federation.ask(start_id, images), federation.topology
+
+
+def prediction_table(images: Sequence[Path], asked: Asked) -> dict[str, Any]:
+    """An answer as plain values."""
+    import msgspec
+
+    answers = zip(images, asked.labels, asked.probabilities, strict=True)
+    predictions = [{"image": str(path), "label": label, "probability": p} for path, label, p in answers]
+    record = msgspec.to_builtins(asked.record)
+    return {"predictions": predictions, "latency_s": asked.record.latency_s, "record": record}
+
+
+class RunProgress:
+    """Progress bars: the phase, the round, and the time left; and a line for each round and event."""
+
+    def __init__(self, recipe: recipes.Recipe, screen: Console) -> None:
+        self._rounds = recipe.tuning.rounds
+        self._edges = recipe.topology.edges
+        self._screen = screen
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
+        self._bars = Progress(*columns, console=screen, transient=True)
+        self._task = self._bars.add_task("starting", total=None, detail="")
+        self._phase = ""
+
+    def __enter__(self) -> RunProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def report(self, progress: ProgressReport) -> None:
+        """Show how far a phase is."""
+        if progress.phase == "tuning":
+            return  # shown by its records
+        self._enter(progress.phase, progress.total)
+        self._bars.update(self._task, completed=progress.done, total=progress.total, detail=progress.detail)
+
+    def show(self, record: Record) -> None:
+        """Show a record that tells something to people."""
+        if isinstance(record, RoundRecord):
+            self._enter("tuning", self._rounds * self._edges)
+            if record.loss is not None:
+                self._bars.update(self._task, advance=1, detail=f"round {record.round_index + 1} of {self._rounds}")
+            self._bars.console.print(round_line(record, self._rounds))
+        elif isinstance(record, EventRecord) and record.event not in ("joined", "finished"):
+            self._bars.console.print(f"{record.event}: {record.node_id}: {record.detail}", style="yellow", markup=False)
+
+    def _enter(self, phase: str, total: int) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._bars.reset(self._task, description=phase, total=total, detail="")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process a run folder."""
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder} belongs to a run that is going on; see `ecogen status {folder}`") from None
+        try:
+            yield
+        finally:
+            (folder / RUNNING).unlink(missing_ok=True)
+
+
+def _remember(folder: Path, cloud_address: str) -> None:
+    write_atomically(folder / RUNNING, json.dumps({"pid": os.getpid(), "cloud": cloud_address}))
+
+
+async def _live_status(folder: Path) -> Status | None:
+    """What the cloud of a run says; None if the run does not go on, or lives within another process."""
+    try:
+        running = json.loads((folder / RUNNING).read_text())
+        os.kill(running["pid"], 0)
+        return await asyncio.wait_for(ask_status(folder, running["cloud"]), 10)
+    except (OSError, ValueError, KeyError, TransportError, TimeoutError):
+        return None
+
+
+def _resting_line(folder: Path) -> str:
+    """What the folder alone tells."""
+    log = folder / "nodes" / "cloud" / RECORDS
+    if (folder / RECORDS).exists():
+        rounds = {r.round_index for r in load_records(folder) if isinstance(r, RoundRecord)}
+        return f"{folder}: finished after {len(rounds)} rounds; see {folder / 'report.html'}"
+    state = (
+        "not finished, and nobody is running it" if not (folder / RUNNING).exists() else "running within one process"
+    )
+    return f"{folder}: {state}; {'records so far are in ' + str(log) if log.exists() else 'no records yet'}; go on with --resume"
+
+
+def _node_status(node_id: str, topology: Topology, live: Status) -> NodeStatus:
+    return NodeStatus(node_id, topology.nodes[node_id].tier, "ready" if node_id in live.ready else "away")

@@ -1,0 +1,179 @@
+"""A cluster of devices in a test: stages cut from one model, and their local steps over the in-memory network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+from ecogen.config import Tunables as Spec
+from ecogen.errors import NodeLostError
+from ecogen.metering.meter import null_meter
+from ecogen.models.profile import model_shape
+from ecogen.models.tunables import attach_tunables, named_tunables
+from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
+from ecogen.placement import Placement, Segment, place
+from ecogen.runtime.neighbours import Neighbours
+from ecogen.runtime.stage import OptimizerSettings, Stage
+from ecogen.runtime.worker import Worker
+from ecogen.transport.base import Message, Peer, Stream
+from ecogen.transport.memory import MemoryNetwork
+from ecogen.tuning.data import Examples
+from ecogen.tuning.local import LocalResult, LocalSteps, Route
+from ecogen.tuning.messages import AttemptKey, Flow
+from tests.tiny import IMAGE, tiny_config, tiny_vit
+
+KEY = AttemptKey(0, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is cut, and what trains in it."""
+
+    num_blocks: int
+    cuts: tuple[int, ...] = ()
+    labels: str = "start"
+    spec: Spec = field(default_factory=lambda: Spec(prompts=2, lora_rank=2))
+
+    @property
+    def config(self) -> ViTConfig:
+        return tiny_config(self.num_blocks)
+
+    @property
+    def placement(self) -> Placement:
+        nodes = [f"device-{index}" for index in range(len(self.cuts) + 1)]
+        return place(nodes, self.cuts, self.num_blocks, self.labels)
+
+    @property
+    def route(self) -> Route:
+        return Route(self.placement, model_shape(self.config, self.spec))
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_blocks: int = 6) -> Case:
+    """Any model of up to `max_blocks` blocks, any cuts, any tunables of which there is at least one."""
+    num_blocks = draw(st.integers(1, max_blocks))
+    cuts = draw(st.sets(st.integers(1, num_blocks - 1), max_size=3)) if num_blocks > 1 else set()
+    spec = Spec(
+        prompts=draw(st.integers(0, 2)),
+        lora_rank=draw(st.integers(0, 2)),
+        head=draw(st.booleans()),
+        first_block=draw(st.integers(0, num_blocks)),
+    )
+    has_adapters = (spec.prompts or spec.lora_rank) and spec.first_block < num_blocks
+    assume(spec.head or has_adapters)
+    return Case(num_blocks, tuple(sorted(cuts)), draw(st.sampled_from(["start", "end"])), spec)
+
+
+def cut_model(whole: ViTForImageClassification, segments: Sequence[Segment], spec: Spec) -> SegmentedViT:
+    """The segments of a whole model, with tunables attached; shares no memory with it."""
+    state = whole.state_dict()
+    model = load_vit(
+        whole.config, segments, {name: state[name].clone() for name in parameter_names(whole.config, segments)}
+    )
+    attach_tunables(model, spec)
+    return model
+
+
+def random_tunables(case: Case, seed: int = 1) -> dict[str, Tensor]:
+    """Values for all tunables of the whole model, none of them zero."""
+    whole = cut_model(tiny_vit(case.config), [whole_segment(case.config)], case.spec)
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in named_tunables(whole)}
+
+
+def random_batches(count: int, size: int, seed: int = 2, *, dtype: torch.dtype = torch.float32) -> list[Examples]:
+    """Batches of noise with random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Examples(
+            torch.randn(size, 1, IMAGE, IMAGE, generator=generator, dtype=dtype),
+            torch.randint(0, 10, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def stages_of(case: Case, *, double: bool = False, dtype: str = "float32", device: str = "cpu") -> dict[str, Stage]:
+    """One stage a node; in double precision, rounding cannot hide or fake a difference."""
+    whole, stages = tiny_vit(case.config), {}
+    for node_id in case.placement.node_ids:
+        model = cut_model(whole, case.placement.segments_of(node_id), case.spec)
+        stages[node_id] = Stage(model, device=device, dtype=dtype)
+        if double:
+            stages[node_id].model.double()
+    return stages
+
+
+@dataclass
+class Tuned:
+    """What a cluster has after its local steps."""
+
+    tunables: dict[str, Tensor]
+    results: dict[str, LocalResult]
+
+
+class _Device:
+    """The service of a device: its neighbours' streams, and the steps that their messages go to."""
+
+    def __init__(self, network: MemoryNetwork, node_id: str, executor: ThreadPoolExecutor) -> None:
+        self.transport = network.join(Peer(node_id, "end"))
+        self.neighbours = Neighbours(self.transport, self._deliver, self._lose, patience_s=5.0)
+        self.worker = Worker(null_meter(node_id), self.transport.counter, executor)
+        self.steps: LocalSteps | None = None
+
+    async def handle(self, _: Peer, message: Message) -> Message:
+        return message
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        await self.neighbours.adopt(peer, stream)
+
+    def _deliver(self, _: str, message: Message) -> None:
+        assert self.steps is not None
+        self.steps.deliver(message, message.read(Flow))
+
+    def _lose(self, error: NodeLostError) -> None:
+        assert self.steps is not None
+        self.steps.fail(error)
+
+
+async def tune_cluster(
+    case: Case,
+    tunables: Mapping[str, Tensor],
+    batches: Sequence[Examples],
+    settings: OptimizerSettings,
+    *,
+    network: MemoryNetwork | None = None,
+    num_microbatches: int = 1,
+    stages: Mapping[str, Stage] | None = None,
+    timeout_s: float = 30.0,
+) -> Tuned:
+    """Run the local steps of a cluster to their end."""
+    network, stages = network or MemoryNetwork(), stages or stages_of(case)
+    route = case.route
+    with ThreadPoolExecutor(1) as executor:
+        devices = {node_id: _Device(network, node_id, executor) for node_id in stages}
+        for node_id, device in devices.items():
+            await device.transport.serve(device)
+            stages[node_id].begin(tunables, settings)
+            is_start = node_id == route.placement.start_id
+            own: Iterator[Examples] | None = iter(batches) if is_start else None
+            make = partial(LocalSteps, KEY, route, stages[node_id], device.worker, device.neighbours)
+            device.steps = make(batches=own, num_microbatches=num_microbatches)
+        try:
+            async with asyncio.timeout(timeout_s):
+                results = await asyncio.gather(*(d.steps.run() for d in devices.values() if d.steps is not None))
+        finally:
+            for device in devices.values():
+                await device.neighbours.close()
+                await device.transport.close()
+    tuned = {name: tensor for stage in stages.values() for name, tensor in stage.tunables.items()}
+    return Tuned(tuned, dict(zip(devices, results, strict=True)))
