@@ -54,15 +54,17 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object at the end.")] = False,
 ) -> None:
     """Tune a model with a federation, and write its run folder with a report."""
-    from ecogen.engines import session
-
     overrides = [*(settings or []), *([f"engine={engine}"] if engine else [])]
     resolved = recipes.load(recipe, overrides)
     folder = out or Path("runs") / resolved.name
     if detach:
-        session.detach(resolved, folder, resume=resume)
+        from ecogen.engines import background
+
+        background.detach(resolved, folder, resume=resume)
         print(f"runs in the background; look at it with: ecogen status {folder}")
         return
+    from ecogen.engines import session
+
     summary = asyncio.run(session.run(resolved, folder, resume=resume, screen=screen))
     if as_json:
         print(json.dumps(summary))
@@ -209,7 +211,7 @@ def _errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except EcoGenError as problem:
-        screen.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        screen.print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         screen.print("interrupted; go on with --resume", style="yellow")

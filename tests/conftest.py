@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
-settings.register_profile("ecogen", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported: tiny tensors, shared cores
+
+settings.register_profile(
+    "ecogen",
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # shrinking runs a federation hundreds of times
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("ecogen")
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ecogen import config as recipes
 from ecogen.engines.saving import save_run
+from ecogen.errors import TransportError
 from ecogen.node.cloud import Status, Watch
 from ecogen.node.context import END, OPERATOR, PROGRESS, RECORD, RESULT, STATUS, WATCH, ProgressReport
 from ecogen.node.device import ASK, Ask, Asked
 from ecogen.records import Record, RoundRecord, from_line
 from ecogen.reports.summary import Summary
-from ecogen.transport.base import Message, Peer, Transport
+from ecogen.transport.base import Message, Peer, Stream, Transport
 from ecogen.transport.certs import load_credentials
 from ecogen.transport.wire import GrpcTransport
 
@@ -51,9 +52,8 @@ class Federation:
 
     async def watch(self, on_progress: OnProgress | None = None) -> AsyncIterator[Record]:
         """Every record, from the first of the run to the last, as the nodes publish them."""
-        stream = await self._engine.transport.open(self.topology.cloud_id)
+        stream = await self._open_watch()
         try:
-            await stream.send(Message.of(WATCH, Watch(len(self.records)), counted=False))
             while (message := await self._next(stream.receive)) is not None and message.method != END:
                 if message.method == RECORD:
                     self.records.append(from_line(message.body))
@@ -102,6 +102,15 @@ class Federation:
         reply = await self._engine.transport.call(node_id, Message.of(ASK, ask, counted=False))
         return reply.read(Asked)
 
+    async def _open_watch(self) -> Stream:
+        try:
+            stream = await self._engine.transport.open(self.topology.cloud_id)
+            await stream.send(Message.of(WATCH, Watch(len(self.records)), counted=False))
+        except TransportError:
+            self._engine.check()  # what made the cloud fail says more than that it is gone
+            raise
+        return stream
+
     async def _next(self, receive: Callable[[], object]) -> Message | None:
         """The next message; looks now and then whether a node has failed for good."""
         pending = asyncio.ensure_future(receive())  # type: ignore[arg-type]
@@ -109,7 +118,8 @@ class Federation:
             done, _ = await asyncio.wait([pending], timeout=0.5)
             self._engine.check()
             if done:
-                return pending.result()
+                message: Message | None = pending.result()
+                return message
 
 
 async def ask_status(folder: Path, cloud_address: str) -> Status:

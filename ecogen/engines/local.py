@@ -58,7 +58,7 @@ class LocalEngine:
         self._recipe, self._folder, self._tuned, self._restart = recipe, folder, tuned, restart
         self._topology = recipes.build_topology(recipe.topology)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["ecogen.node.process"])
+        self._context.set_forkserver_preload(["__main__", "ecogen.node.process"])
         self._children: dict[str, _Child] = {}
         self._watchers: set[asyncio.Task[None]] = set()
         self._failure: EcoGenError | None = None

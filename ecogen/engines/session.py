@@ -6,9 +6,6 @@ import asyncio
 import fcntl
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ecogen import config as recipes
+from ecogen.engines.background import RUNNING
 from ecogen.engines.federation import ask_status
 from ecogen.engines.launch import launch, serve
 from ecogen.engines.saving import RECORDS, begin_run, load_recipe, load_records
@@ -31,10 +29,7 @@ from ecogen.reports.summary import Summary
 from ecogen.storage import make_folder, write_atomically
 from ecogen.topology import Topology
 
-LOCK, RUNNING, LOG = ".lock", "running.json", "run.log"
-
-_DETACH_S = 120.0
-
+LOCK = ".lock"
 
 async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Console) -> Summary:
     """A whole run, with progress on `screen`; returns the figures.
@@ -52,36 +47,6 @@ async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Con
                     progress.show(record)
                 progress.report(ProgressReport("saving", 0, 1))
                 return await federation.save(folder)
-
-
-def detach(recipe: recipes.Recipe, folder: Path, *, resume: bool) -> None:
-    """Start the run in a process of its own that no terminal owns, and wait until its cloud serves.
-
-    Raises:
-        RunError: if it does not come up.
-    """
-    if recipe.engine == "inproc":
-        raise RunError("--detach needs nodes that outlive this process; add --engine local")
-    make_folder(folder)
-    path = folder / "detached.json"
-    write_atomically(path, json.dumps(recipes.to_table(recipe)))
-    command = [
-        sys.executable,
-        "-m",
-        "ecogen.engines.detached",
-        str(path),
-        str(folder),
-        *(["--resume"] if resume else []),
-    ]
-    (folder / RUNNING).unlink(missing_ok=True)
-    with (folder / LOG).open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    deadline_s = time.monotonic() + _DETACH_S
-    while not (folder / RUNNING).exists():
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-3:]
-            raise RunError("the run did not start: " + " ".join(last or [f"see {folder / LOG}"]))
-        time.sleep(0.1)
 
 
 async def status(folder: Path) -> list[RenderableType]:

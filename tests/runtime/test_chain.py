@@ -29,7 +29,7 @@ def plain_of(case: Case) -> PlainModel:
 
 
 @given(case=cases(), batch_size=st.integers(1, 4))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_chain_equals_the_whole_model_in_outputs_and_gradients(case: Case, batch_size: int) -> None:
     (batch,) = random_batches(1, batch_size)
     chain, plain = chain_of(case), plain_of(case)
@@ -56,7 +56,7 @@ def test_without_tunables_the_outputs_are_those_of_transformers_bit_for_bit() ->
 
 
 @given(case=cases(), data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_a_chain_may_be_run_slice_by_slice(case: Case, data: st.DataObject) -> None:
     chain = chain_of(case)
     middle = data.draw(st.integers(0, len(chain)))

@@ -118,7 +118,7 @@ class Tuned:
     """What a cluster has after its local steps."""
 
     tunables: dict[str, Tensor]
-    results: dict[str, LocalResult]
+    results: dict[str, LocalResult | BaseException]
 
 
 class _Device:
@@ -155,8 +155,9 @@ async def tune_cluster(
     num_microbatches: int = 1,
     stages: Mapping[str, Stage] | None = None,
     timeout_s: float = 30.0,
+    keeps_errors: bool = False,
 ) -> Tuned:
-    """Run the local steps of a cluster to their end."""
+    """Run the local steps of a cluster to their end; raises what a device raised, unless that is kept as its result."""
     network, stages = network or MemoryNetwork(), stages or stages_of(case)
     route = case.route
     with ThreadPoolExecutor(1) as executor:
@@ -170,7 +171,10 @@ async def tune_cluster(
             device.steps = make(batches=own, num_microbatches=num_microbatches)
         try:
             async with asyncio.timeout(timeout_s):
-                results = await asyncio.gather(*(d.steps.run() for d in devices.values() if d.steps is not None))
+                for node_id, device in devices.items():
+                    await device.neighbours.connect({other: other for other in route.placement.neighbours_of(node_id)})
+                runs = [device.steps.run() for device in devices.values() if device.steps is not None]
+                results = await asyncio.gather(*runs, return_exceptions=keeps_errors)
         finally:
             for device in devices.values():
                 await device.neighbours.close()
