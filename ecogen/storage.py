@@ -38,6 +38,22 @@ def append_line(path: Path, line: bytes) -> None:
         raise StorageError(f"cannot append to {path}: {problem.strerror}; free some space, then --resume") from problem
 
 
+def read_lines(path: Path) -> list[bytes]:
+    """The whole lines of a log, none if there is no log; a last line that a crash cut off is taken out of the file.
+
+    Raises:
+        StorageError: if it cannot be read or mended.
+    """
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        whole, _, cut_off = content.rpartition(b"\n")
+        if cut_off:
+            os.truncate(path, len(content) - len(cut_off))  # or the next line would be appended to it
+    except OSError as problem:
+        raise StorageError(f"cannot read {path}: {problem.strerror}; check its permissions") from problem
+    return [line + b"\n" for line in whole.split(b"\n")] if whole else []
+
+
 def make_folder(path: Path) -> Path:
     """The folder, made if needed.
 

@@ -1,4 +1,4 @@
-"""A run that no terminal owns: started here, found again by `ecogen status`. Imports no torch, so that it answers at once."""
+"""A run that no terminal owns: started here, found again by `ecogen status`. Imports no torch, so it is quick."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ OnProgress = Callable[[ProgressReport], None]
 class Engine(Protocol):
     """What brings nodes to life."""
 
-    transport: Transport  # the operator's
+    @property
+    def transport(self) -> Transport:
+        """The operator's."""
 
     def check(self) -> None:
         """Raise what made a node fail for good, if one did."""
@@ -54,7 +56,7 @@ class Federation:
         """Every record, from the first of the run to the last, as the nodes publish them."""
         stream = await self._open_watch()
         try:
-            while (message := await self._next(stream.receive)) is not None and message.method != END:
+            while (message := await self._next(stream)) is not None and message.method != END:
                 if message.method == RECORD:
                     self.records.append(from_line(message.body))
                     yield self.records[-1]
@@ -111,15 +113,14 @@ class Federation:
             raise
         return stream
 
-    async def _next(self, receive: Callable[[], object]) -> Message | None:
+    async def _next(self, stream: Stream) -> Message | None:
         """The next message; looks now and then whether a node has failed for good."""
-        pending = asyncio.ensure_future(receive())  # type: ignore[arg-type]
+        pending = asyncio.ensure_future(stream.receive())
         while True:
             done, _ = await asyncio.wait([pending], timeout=0.5)
             self._engine.check()
             if done:
-                message: Message | None = pending.result()
-                return message
+                return pending.result()
 
 
 async def ask_status(folder: Path, cloud_address: str) -> Status:

@@ -61,7 +61,8 @@ async def status(folder: Path) -> list[RenderableType]:
         return [_resting_line(folder)]
     topology = recipes.build_topology(recipe.topology)
     progress = live.progress
-    line = f"{live.run}: running; {progress.phase} {progress.done}/{progress.total} {progress.detail}; {live.num_records} records"
+    where = f"{progress.phase} {progress.done}/{progress.total} {progress.detail}"
+    line = f"{live.run}: running; {where}; {live.num_records} records"
     return [line, show_status([_node_status(node_id, topology, live) for node_id in live.expected])]
 
 
@@ -177,7 +178,8 @@ def _resting_line(folder: Path) -> str:
     state = (
         "not finished, and nobody is running it" if not (folder / RUNNING).exists() else "running within one process"
     )
-    return f"{folder}: {state}; {'records so far are in ' + str(log) if log.exists() else 'no records yet'}; go on with --resume"
+    records = f"records so far are in {log}" if log.exists() else "no records yet"
+    return f"{folder}: {state}; {records}; go on with --resume"
 
 
 def _node_status(node_id: str, topology: Topology, live: Status) -> NodeStatus:

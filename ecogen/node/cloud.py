@@ -1,4 +1,4 @@
-"""The cloud: makes and keeps the foundation model, delivers it, averages over edges, and keeps the federation's records."""
+"""The cloud: makes and delivers the foundation model, averages over edges, keeps the federation's records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord, from_line, read_records, to_line
 from ecogen.runtime.membership import Members
 from ecogen.runtime.stage import Stage
-from ecogen.storage import append_line
+from ecogen.storage import append_line, read_lines
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_splits
@@ -74,17 +74,20 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        self.records = read_records(lines, str(path))
+        self.records = read_records(read_lines(path), str(path))
         self._keys = {_key(record) for record in self.records}
         self.changed = asyncio.Condition()
 
     def put(self, record: Record) -> None:
         """Take a record; one that is there already is skipped."""
-        if _key(record) not in self._keys:
+        if not self.has(record):
             append_line(self._path, to_line(record))
             self._keys.add(_key(record))
             self.records.append(record)
+
+    def has(self, record: Record) -> bool:
+        """Whether it is here already."""
+        return _key(record) in self._keys
 
     async def announce(self) -> None:
         """Wake those who watch."""
@@ -109,8 +112,8 @@ class CloudRole:
         self._members = Members(self._topology.edge_ids, self._log.put)
         self._progress = ProgressReport("starting", 0, 1)
         self._prepared = asyncio.Event()
-        self._finished_edges: set[str] = set()
-        parent = Parent(Tier.EDGE, context.transport, self._members, context.worker, self._welcome, self._read, self._log.put)
+        self._finished_edges = _finished(self._log.records)
+        parent = Parent(Tier.EDGE, context, self._members, self._welcome, self._read, self._log.put)
         self.methods = {
             **parent.methods(),
             **methods(Tier.EDGE, **{SYNC: self._on_sync, PUBLISH: self._publish}),
@@ -146,6 +149,8 @@ class CloudRole:
         )
         self._report(ProgressReport("delivery", 0, len(self._topology.end_ids)))
         self._prepared.set()
+        if not self._has_finished:  # the edges may have, while this node was away
+            self._close_books()
 
     def _load(self) -> None:
         num_labels = load_splits(self._recipe.data, self._recipe.model.image_size, self._recipe.seed).num_labels
@@ -187,16 +192,17 @@ class CloudRole:
             record = from_line(message.body)
         except msgspec.MsgspecError as problem:
             raise ProtocolError(f"{peer.node_id} published what is not a record: {problem}") from problem
+        is_new = not self._log.has(record)
         self._log.put(record)
         if isinstance(record, RoundRecord):
             self._report(ProgressReport("tuning", record.round_index + 1, self._recipe.tuning.rounds, record.node_id))
-        if isinstance(record, EventRecord) and record.event == "finished":
-            self._finish(record.node_id)
-        return Message.of(PUBLISH)
+        if is_new and isinstance(record, EventRecord) and record.event in ("finished", "resumed"):
+            self._finished_edges = _finished(self._log.records)
+            self._close_books()
+        return Message.of(PUBLISH, counted=message.counted)
 
-    def _finish(self, edge_id: str) -> None:
+    def _close_books(self) -> None:
         """Close the cloud's own books once every edge has closed its own."""
-        self._finished_edges.add(edge_id)
         if self._finished_edges.issuperset(self._topology.edge_ids):
             usage = self._context.worker.usage("serving", self._stage.memory_bytes)
             now_s = time.time()
@@ -235,10 +241,11 @@ class CloudRole:
     def _is_end(self, record: EventRecord) -> bool:
         return record.node_id == self._context.node_id
 
+    @property
+    def _has_finished(self) -> bool:
+        return self._context.node_id in _finished(self._log.records)
+
     async def _status(self, _: Peer, __: Message) -> Message:
-        finished = any(
-            isinstance(r, EventRecord) and r.event == "finished" and self._is_end(r) for r in self._log.records
-        )
         status = Status(
             self._recipe.name,
             self._progress,
@@ -246,7 +253,7 @@ class CloudRole:
             self._members.ready_ids,
             self._members.expected,
             self._members.addresses,
-            finished,
+            self._has_finished,
         )
         return Message.of(STATUS, status, counted=False)
 
@@ -260,6 +267,17 @@ class CloudRole:
 
     def _report(self, progress: ProgressReport) -> None:
         self._progress = progress
+
+
+def _finished(records: Iterable[Record]) -> set[str]:
+    """The nodes that have finished, and were not started again since."""
+    nodes: set[str] = set()
+    for record in records:
+        if isinstance(record, EventRecord) and record.event == "finished":
+            nodes.add(record.node_id)
+        if isinstance(record, EventRecord) and record.event == "resumed":
+            nodes.discard(record.node_id)
+    return nodes
 
 
 def _key(record: Record) -> tuple[object, ...]:

@@ -64,7 +64,9 @@ class Method:
 class Role(Protocol):
     """What a node of one tier does."""
 
-    methods: Mapping[str, Method]
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """What it answers to."""
 
     async def run(self, address: str) -> None:
         """The node's own loops, until it is stopped."""

@@ -56,9 +56,10 @@ class EdgeRole:
         self._outbox = Outbox(context.folder / "records.jsonl", self._send_record)
         self._members = Members([], self._outbox.put)
         self._prepared = asyncio.Event()
+        self._books_closed = False
         self._incarnation = _next_incarnation(context.folder / "incarnation")
         self._work: asyncio.Task[None] | None = None
-        parent = Parent(Tier.END, context.transport, self._members, context.worker, self._welcome, self._read, self._outbox.put)
+        parent = Parent(Tier.END, context, self._members, self._welcome, self._read, self._outbox.put)
         self.methods = {**parent.methods(), **methods(OPERATOR, **{RESULT: self._result})}
 
     async def run(self, address: str) -> None:
@@ -77,7 +78,7 @@ class EdgeRole:
     async def _prepare(self, message: Message) -> Message:
         """Get ready to work as the cloud's welcome says; returns the answer to it."""
         if not self._prepared.is_set():
-            await self._settle(message.read(Welcome), message.tensors)
+            await self._settle(message.read(Welcome), dict(message.tensors))
             self._prepared.set()
         return Message.of("ready", Ready(self._context.worker.usage("delivery", self._stage.memory_bytes)))
 
@@ -94,7 +95,7 @@ class EdgeRole:
         self._stage = await context.worker.compute(self._load)
         self._evaluate = await context.worker.compute(self._evaluator)
         path = context.folder / "state.safetensors"
-        state = EdgeState.load(path) if path.exists() else EdgeState(dict(tunables), welcome.next_round)
+        state = EdgeState.load(path) if path.exists() else EdgeState(tunables, welcome.next_round)
         self._rounds = EdgeRounds(
             state,
             path,
@@ -180,6 +181,7 @@ class EdgeRole:
         replies = [reply for reply in await asyncio.gather(*books) if reply is not None]
         await self._outbox.flush()
         usages = [reply.read(Ready).usage for reply in replies] + [self._context.worker.usage("serving")]
+        self._books_closed = True
         wall_s = max(usage.wall_s for usage in usages)
         self._outbox.put(PhaseRecord(self._context.node_id, "serving", wall_s, tuple(usages), time_s=time.time()))
 
@@ -199,7 +201,8 @@ class EdgeRole:
         self._outbox.put(EventRecord(event, self._context.node_id, detail=detail, time_s=time.time()))
 
     async def _send_record(self, line: bytes) -> None:
-        await self._context.transport.call(self._cloud_id, Message(PUBLISH, body=line))
+        message = Message(PUBLISH, body=line, counted=not self._books_closed)
+        await self._context.transport.call(self._cloud_id, message)
 
 
 def _next_incarnation(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The one node class: a transport, a worker and a role. It admits callers, and otherwise leaves everything to the role."""
+"""The one node class: a transport, a worker and a role. It admits callers and leaves the rest to the role."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cloud does for its edges and an edge for its devices: welcome them, hand out the backbone, see that they live."""
+"""What the cloud is to its edges and an edge to its devices: welcomes them, and hands out the backbone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from ecogen.node.context import Method, Ready, methods
+from ecogen.node.context import Method, NodeContext, Ready, methods
 from ecogen.records import PhaseRecord, Record
 from ecogen.runtime.delivery import FETCH, serve_pieces
 from ecogen.runtime.membership import HEARTBEAT, JOIN, READY, Alive, Join, Members
-from ecogen.runtime.worker import Worker
 from ecogen.topology import Tier
-from ecogen.transport.base import Message, Peer, Transport
+from ecogen.transport.base import Message, Peer
 
 
 class Parent:
@@ -29,14 +28,13 @@ class Parent:
     def __init__(
         self,
         tier: Tier,
-        transport: Transport,
+        context: NodeContext,
         members: Members,
-        worker: Worker,
         welcome: Callable[[str], Awaitable[Message]],
         read: Callable[[Iterable[str]], Mapping[str, Tensor]],
         publish: Callable[[Record], None],
     ) -> None:
-        self._tier, self._transport, self._members, self._worker = tier, transport, members, worker
+        self._tier, self._context, self._members = tier, context, members
         self._welcome, self._read, self._publish = welcome, read, publish
 
     def methods(self) -> dict[str, Method]:
@@ -47,7 +45,7 @@ class Parent:
     async def _join(self, peer: Peer, message: Message) -> Message:
         welcome = await self._welcome(peer.node_id)
         address = message.read(Join).address
-        self._transport.learn(peer.node_id, address)
+        self._context.transport.learn(peer.node_id, address)
         await self._members.join(peer.node_id, address)
         return welcome
 
@@ -61,4 +59,4 @@ class Parent:
         return Message.of(HEARTBEAT, Alive(self._members.seen(peer.node_id)))
 
     async def _fetch(self, _: Peer, message: Message) -> Message:
-        return await self._worker.compute(serve_pieces, message, self._read)
+        return await self._context.worker.compute(serve_pieces, message, self._read)

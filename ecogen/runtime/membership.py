@@ -115,7 +115,7 @@ class Members:
             await self._notify("lost", node_id, reason)
 
     async def wait_for(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
-        """Wait until the condition holds, which is looked at whenever a child comes or goes; False after the timeout."""
+        """Wait until the condition holds, looked at whenever a child comes or goes; False after the timeout."""
         async with self._changed:
             try:
                 await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ecogen.errors import TransportError
 from ecogen.records import Record, read_records, to_line
-from ecogen.storage import append_line
+from ecogen.storage import append_line, read_lines
 
 
 class Outbox:
-    """A log of records that are sent one by one; after a restart all of it is sent again, and the receiver skips what it has.
+    """A log of records, sent one by one; after a restart all are sent again, and the receiver skips what it has.
 
     Args:
         send: delivers one line; raises TransportError if the receiver is away.
@@ -20,8 +20,7 @@ class Outbox:
 
     def __init__(self, path: Path, send: Callable[[bytes], Awaitable[None]]) -> None:
         self._path, self._send = path, send
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        self._lines = [to_line(record) for record in read_records(lines, str(path))]
+        self._lines = [to_line(record) for record in read_records(read_lines(path), str(path))]
         self._news = asyncio.Event()
         self._sent = 0
         self._all_sent = asyncio.Event()

@@ -5,6 +5,7 @@ Not thread-safe: one compute thread calls it. Shapes: B microbatch, T tokens, D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,7 +44,8 @@ class Stage:
         self.dtype = getattr(torch, dtype)
         self.model = model.to(self.device)
         self._lower_frozen()
-        self._tunable_bytes = sum(p.nbytes for _, p in named_tunables(model))
+        self._named = dict(named_tunables(model))  # looked up once: walking the modules costs as much as a small block
+        self._tunable_bytes = sum(parameter.nbytes for parameter in self._named.values())
         self._peak_bytes = 0
         self._graphs: dict[MicrobatchKey, tuple[Tensor, Tensor]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
@@ -53,7 +55,7 @@ class Stage:
         """Take new tunables and, for tuning, a fresh optimizer; forget everything in flight."""
         self._graphs.clear()
         set_tunables(self.model, tunables)
-        parameters = [parameter for _, parameter in named_tunables(self.model)]
+        parameters = list(self._named.values())
         self._settings = settings or self._settings
         self._optimizer = _adamw(parameters, settings) if settings and parameters else None
 
@@ -64,7 +66,7 @@ class Stage:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the parameters, and at the fullest so far of gradients, AdamW's moments and tensors at cuts in flight."""
+        """Bytes of parameters, gradients, AdamW's moments and tensors at cuts in flight, at the fullest so far."""
         parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return parameters + self._peak_bytes
 
@@ -108,12 +110,12 @@ class Stage:
     def backward(self, key: MicrobatchKey, grads: Tensor | None) -> Tensor | None:
         """Back-propagate through a kept graph; returns the gradient of its inputs where that was asked for."""
         inputs, outputs = self._graphs.pop(key)
-        outputs.backward(None if grads is None else grads.to(outputs.device, outputs.dtype))
+        torch.autograd.backward(outputs, None if grads is None else grads.to(outputs.device, outputs.dtype))
         return inputs.grad
 
     def squared_norm(self, segment: Segment) -> float:
         """The squared norm of the gradients of one segment's tunables."""
-        named = {name: p.grad for name, p in named_tunables(self.model) if p.grad is not None}
+        named = {name: p.grad for name, p in self._named.items() if p.grad is not None}
         return sum(float(grad.double().square().sum()) for grad in tunables_of(named, [segment]).values())
 
     def step(self, squared_norm: float) -> None:
@@ -122,9 +124,8 @@ class Stage:
             return
         scale = clip_scale(squared_norm, self._settings.clip_norm)
         if scale < 1:
-            for _, parameter in named_tunables(self.model):
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
+            grads = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
+            torch._foreach_mul_(grads, scale)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -145,7 +146,7 @@ def clip_scale(squared_norm: float, clip_norm: float) -> float:
     """The factor of `torch.nn.utils.clip_grad_norm_`, from a norm that was summed over the chain."""
     if not clip_norm:
         return 1.0
-    return min(1.0, clip_norm / (squared_norm**0.5 + 1e-6))
+    return min(1.0, clip_norm / (math.sqrt(squared_norm) + 1e-6))
 
 
 def resolve_device(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A worker: one node's compute thread and its meter. The event loop never computes; everything heavy goes through here."""
+"""A worker: one node's compute thread and its meter. The event loop never computes; what is heavy comes here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Worker:
 
     Args:
         counter: what this node sent.
-        executor: threads to compute on, where nodes share a process: they share its executor too, one thread a core, and
+        executor: threads to compute on, where nodes share a process: they share its executor too, one thread a
+        core, and
             each still computes one thing at a time. None makes a thread of its own.
     """
 

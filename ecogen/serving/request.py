@@ -1,6 +1,7 @@
 """A request through the split chain: forward only, from the start device around the route and back.
 
-The start device asks for itself: its inputs go nowhere, activations do. Every visit adds what it computed to the message,
+The start device asks for itself: its inputs go nowhere, activations do. Every visit adds what it computed to
+the message,
 so the answer says what each device did and what crossed each link.
 """
 
@@ -160,8 +161,8 @@ def request_hops(placement: Placement, reports: Sequence[VisitReport], answer_by
     Args:
         answer_bytes: what brought the answer back to the start device; 0 where the head is there.
     """
-    receivers = [visit.node_id for visit in placement][1:] + [placement.start_id]
-    sent = [report.received_bytes for report in reports][1:] + [answer_bytes]
+    receivers = [*(visit.node_id for visit in placement.visits[1:]), placement.start_id]
+    sent = [*(report.received_bytes for report in reports[1:]), answer_bytes]
     hops = []
     for visit, report, receiver, num_bytes in zip(placement, reports, receivers, sent, strict=True):
         crosses = receiver != visit.node_id

@@ -31,15 +31,13 @@ class Evaluator:
         if self._examples is None or not len(self._examples):
             return None
         self._stage.begin(tunables)
-        correct = sum(
-            self._correct(images, labels)
-            for images, labels in zip(
-                self._examples.images.split(_BATCH), self._examples.labels.split(_BATCH), strict=True
-            )
-        )
-        return correct / len(self._examples)
+        starts = range(0, len(self._examples), _BATCH)
+        return sum(self._correct(start) for start in starts) / len(self._examples)
 
-    def _correct(self, images: Tensor, labels: Tensor) -> int:
+    def _correct(self, start: int) -> int:
+        assert self._examples is not None
+        batch = slice(start, start + _BATCH)
+        images, labels = self._examples.images[batch], self._examples.labels[batch]
         segment = whole_segment(self._stage.model.whole.config)
         self._worker.meter.add_flops(forward_flops(self._shape, segment) * len(images))
         return int((self._stage.infer(segment, images).argmax(-1).cpu() == labels).sum())

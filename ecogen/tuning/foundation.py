@@ -59,7 +59,10 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # nothing else computes yet
     try:
-        options = {name: int(v) if float(v).is_integer() else v for name, v in recipe.pretraining.options.items()}
+        options: dict[str, Any] = {
+            name: int(value) if float(value).is_integer() else value
+            for name, value in recipe.pretraining.options.items()
+        }
         model = pretrain(_vit_config(recipe.model), seed=recipe.pretraining.seed, on_step=on_step, **options)
     finally:
         torch.set_num_threads(threads)

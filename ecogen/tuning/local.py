@@ -1,10 +1,13 @@
 """The local steps of one cluster, as one of its devices lives them: microbatches flow through the route, 1F1B.
 
-The start device issues credits: as many microbatches are in flight as there are stages, and a returned one makes room for
-the next. What arrives goes into an inbox at once, backward before forward; one loop computes and another sends, so the cycle
+The start device issues credits: as many microbatches are in flight as there are stages, and a returned one
+makes room for
+the next. What arrives goes into an inbox at once, backward before forward; one loop computes and another
+sends, so the cycle
 of a U-shaped route cannot block itself.
 
-Gradients are clipped by their norm over the whole chain: its square is summed along the way back with a batch's gradients and
+Gradients are clipped by their norm over the whole chain: its square is summed along the way back with a
+batch's gradients and
 travels forward with the next batch's activations, which is when each device takes its optimizer step.
 """
 

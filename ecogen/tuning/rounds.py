@@ -1,7 +1,9 @@
 """The edge's round loop: order the clusters to tune, average what comes back, evaluate, and agree with the cloud.
 
-A round is a pure function of the tunables it begins with, the data and the seed, and its outcome is committed to disk before
-anybody hears of it. So an edge that was killed goes on from its last round, and a cluster that was lost is simply not in
+A round is a pure function of the tunables it begins with, the data and the seed, and its outcome is committed
+to disk before
+anybody hears of it. So an edge that was killed goes on from its last round, and a cluster that was lost is
+simply not in
 the average.
 """
 

@@ -1,6 +1,7 @@
 """The cloud's part of tuning: averages what the edges learned, once all of them that are here have sent it.
 
-An edge asks again after a restart of either side, and gets the same answer: an update is counted once, by round and edge.
+An edge asks again after a restart of either side, and gets the same answer: an update is counted once, by
+round and edge.
 """
 
 from __future__ import annotations

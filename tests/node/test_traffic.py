@@ -12,6 +12,7 @@ import pytest
 from ecogen.accounting.ledger import settle
 from ecogen.config import Recipe, build_topology
 from ecogen.records import EventRecord, Record, Traffic
+from ecogen.runtime import membership
 from tests.runs import Finished, run
 from tests.tiny import RecordingNetwork, Sent, tiny_recipe
 
@@ -53,7 +54,9 @@ def books(request: pytest.FixtureRequest, foundation: Path, tmp_path_factory: py
         placement={"labels": request.param},
     )
     network = RecordingNetwork()
-    finished = asyncio.run(run(recipe, tmp_path_factory.mktemp("run"), network))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(membership, "HEARTBEAT_S", 60.0)  # one after the closing of the books would be in none
+        finished = asyncio.run(run(recipe, tmp_path_factory.mktemp("run"), network))
     return recipe, network, finished
 
 

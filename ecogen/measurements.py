@@ -1,0 +1,58 @@
+"""What is measured once a run is over: the probe of the foundation model, and the attacks on what crosses a cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Image = tuple[tuple[float, ...], ...]
+"""Rows of grey values in [0, 1]."""
+
+EXACT_DB = 60.0
+"""The highest PSNR that is told apart: an image rounded to 8 bits has 58.9 dB, so this is a perfect copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Accuracy of a linear probe on the foundation model: pre-trained, and with its first random weights."""
+
+    trained: float
+    untrained: float
+
+
+@dataclass(frozen=True, slots=True)
+class Inversion:
+    """How much of the images an attack recovers from what crosses a cut.
+
+    Attributes:
+        blocks_before: transformer blocks between the image and the cut; 0 is the output of the embedding.
+        psnr_db: peak signal-to-noise ratio of the reconstructions, mean over the attacked images, each at most
+            `EXACT_DB`.
+        baseline_psnr_db: the same for somebody who sees nothing and answers with the mean image.
+        ssim: structural similarity, 1 for a perfect copy.
+        label_accuracy: share of reconstructions that a classifier of real images still gets right.
+        reconstructions: of the first few attacked images, in the order of `InversionAttack.originals`.
+    """
+
+    blocks_before: int
+    psnr_db: float
+    baseline_psnr_db: float
+    ssim: float | None = None
+    label_accuracy: float | None = None
+    reconstructions: tuple[Image, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InversionAttack:
+    """One attacker at several depths of the cut, and what it knew and did.
+
+    Attributes:
+        attacker: its name, unique in a run.
+        original_label_accuracy: share of the attacked images themselves that the classifier gets right.
+    """
+
+    attacker: str
+    description: str
+    num_images: int
+    results: tuple[Inversion, ...]
+    originals: tuple[Image, ...] = ()
+    original_label_accuracy: float | None = None
