@@ -131,7 +131,7 @@ def gather_facts(
     if recipe.evaluation.inversion:
         from ecogen.tuning.inversion import attack_first_cut
 
-        attack = attack_first_cut(foundation, recipe, tunables)
+        attacks = attack_first_cut(foundation, recipe, tunables)
     return RunFacts(
         tunable_parameters=num_tunables(shape, whole),
         total_parameters=num_parameters(shape, whole) + num_adapter_parameters(shape, whole),
@@ -140,7 +140,7 @@ def gather_facts(
         host=describe_host_line(),
         versions=describe_host().versions,
         probe=None,
-        inversion=attack,
+        inversion=attacks,
         placements=place_clusters(recipe, shape),
     )
 

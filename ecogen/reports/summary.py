@@ -9,52 +9,10 @@ from typing import Any, TypedDict
 
 from ecogen.accounting.ledger import Bounds, Ledger
 from ecogen.config import Recipe
+from ecogen.measurements import InversionAttack, Probe
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.topology import Topology
-
-Image = tuple[tuple[float, ...], ...]
-"""Rows of grey values in [0, 1]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Accuracy of a linear probe on the foundation model: pre-trained, and with its first random weights."""
-
-    trained: float
-    untrained: float
-
-
-@dataclass(frozen=True, slots=True)
-class Inversion:
-    """How much of the images an attack recovers from what crosses a cut.
-
-    Attributes:
-        blocks_before: transformer blocks between the image and the cut; 0 is the output of the embedding.
-        psnr_db: peak signal-to-noise ratio of the reconstructions, mean over the attacked images.
-        baseline_psnr_db: the same for somebody who sees nothing and answers with the mean image.
-        ssim: structural similarity, 1 for a perfect copy.
-        label_accuracy: share of reconstructions that a classifier of real images still gets right.
-        reconstructions: of the first few attacked images, in the order of `InversionAttack.originals`.
-    """
-
-    blocks_before: int
-    psnr_db: float
-    baseline_psnr_db: float
-    ssim: float | None = None
-    label_accuracy: float | None = None
-    reconstructions: tuple[Image, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class InversionAttack:
-    """One attack at several depths of the cut, and what the attacker knew."""
-
-    description: str
-    num_images: int
-    results: tuple[Inversion, ...]
-    originals: tuple[Image, ...] = ()
-
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
@@ -67,7 +25,7 @@ class RunFacts:
     host: str
     versions: Mapping[str, str] = field(default_factory=dict)
     probe: Probe | None = None
-    inversion: InversionAttack | None = None
+    inversion: tuple[InversionAttack, ...] = ()
     placements: Mapping[str, Placement] = field(default_factory=dict)
 
     @property
@@ -88,8 +46,17 @@ class Accuracy(TypedDict):
     per_edge: dict[str, list[float | None]]
 
 
+class Recovered(TypedDict):
+    """What one attacker recovered at one depth of the cut; see `ecogen.measurements.Inversion`."""
+
+    psnr_db: float
+    baseline_psnr_db: float
+    ssim: float | None
+    label_accuracy: float | None
+
+
 class Summary(TypedDict):
-    """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled."""
+    """The JSON object of a run. `inversion` is by attacker and blocks before the cut, None where none attacked. Bytes of kinds and link classes are payload and headers; `framing` is modelled."""
 
     name: str
     seed: int
@@ -103,6 +70,7 @@ class Summary(TypedDict):
     emissions_g: float
     emissions_g_bounds: dict[str, float]
     latency_s: dict[str, float] | None
+    inversion: dict[str, dict[str, Recovered]] | None
     wall_s: float
     events: list[dict[str, Any]]
 
@@ -125,6 +93,7 @@ def summarise(
         "emissions_g": total.emissions_g.mid,
         "emissions_g_bounds": _bounds(total.emissions_g),
         "latency_s": latency_s([record for record in records if isinstance(record, RequestRecord)]),
+        "inversion": inversion(facts.inversion),
         "wall_s": facts.wall_s,
         "events": [_event(record) for record in records if isinstance(record, EventRecord)],
     }
@@ -182,6 +151,23 @@ def latency_s(requests: Sequence[RequestRecord]) -> dict[str, float] | None:
         "t_dl": median(request.t_dl_s for request in requests),
         "total": median(request.latency_s for request in requests),
     }
+
+
+def inversion(attacks: Sequence[InversionAttack]) -> dict[str, dict[str, Recovered]] | None:
+    """What was recovered, by attacker and by blocks before the cut (as words, for JSON); None without an attack."""
+    recovered: dict[str, dict[str, Recovered]] = {
+        attack.attacker: {
+            str(result.blocks_before): {
+                "psnr_db": result.psnr_db,
+                "baseline_psnr_db": result.baseline_psnr_db,
+                "ssim": result.ssim,
+                "label_accuracy": result.label_accuracy,
+            }
+            for result in attack.results
+        }
+        for attack in attacks
+    }
+    return recovered or None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -4,7 +4,7 @@ The threat: an honest-but-curious device behind the cut, or whoever reads the li
 at what it is sent. We grant it everything the federation shares, which is the strong and so the honest setting: the
 frozen backbone, the current tunables, and images of its own from the very distribution it attacks (the validation
 digits, on which nobody tunes and which are not attacked; rendered glyphs only where the recipe keeps too few). It
-sees the tuned model's activations of test images. Three attackers, each beginning where the one before it ended:
+sees the tuned model's activations of test images. Three attackers, the last two beginning with the least-squares answer:
 
     least squares    ridge regression of each patch's pixels on its own token, fitted on the attacker's images
     trained decoder  a small MLP-mixer over all tokens, trained to correct the least-squares answer
@@ -126,15 +126,13 @@ def blend(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def fit_least_squares(known: Known) -> Decode:
     """Ridge regression, each patch on its own token; the penalty is the one that serves the held-out images best."""
-    unfitted = known.held_out
-
-    def miss(ridge: float) -> float:
-        return float((_ridge(known.fitted, known.patch_size, ridge)(unfitted.activations) - unfitted.images).square().mean())
-
-    return _ridge(known.all, known.patch_size, min(_RIDGES, key=miss))
+    held_out, tried = known.held_out, PatchRegression(known.fitted, known.patch_size)
+    misses = {r: (tried.decode(held_out.activations, r) - held_out.images).square().mean().item() for r in _RIDGES}
+    regression, ridge = PatchRegression(known.all, known.patch_size), min(_RIDGES, key=misses.__getitem__)
+    return lambda activations: regression.decode(activations, ridge)
 
 
-def train_decoder(known: Known, begin: Decode, generator: torch.Generator, *, steps: int = 150) -> Decode:
+def train_decoder(known: Known, begin: Decode, generator: torch.Generator, *, steps: int = 300) -> Decode:
     """A mixer that corrects another decoder's answers, trained with AdamW on all pairs."""
     pairs = known.all
     scale, shift = pairs.activations.std() + 1e-12, pairs.activations.mean((0, 1))
@@ -182,8 +180,30 @@ def optimise(encode: Encode, seen: Tensor, begin: Tensor, *, steps: int = 60) ->
     return images.detach()
 
 
+class PatchRegression:
+    """Each patch's pixels regressed on its own token, in float64, factorised once for every penalty."""
+
+    def __init__(self, pairs: Pairs, patch_size: int) -> None:
+        self._size, self._shape = patch_size, pairs.images.shape
+        tokens = pairs.activations[:, 1:].double().transpose(0, 1)  # [P, N, D]
+        pixels = _patches(pairs.images, patch_size).double().transpose(0, 1)  # [P, N, K]
+        self._tokens, self._pixels = tokens.mean(1, keepdim=True), pixels.mean(1, keepdim=True)
+        tokens, pixels = tokens - self._tokens, pixels - self._pixels
+        self._values, self._vectors = torch.linalg.eigh(tokens.transpose(1, 2) @ tokens)  # [P, D], [P, D, D]
+        self._projected = self._vectors.transpose(1, 2) @ (tokens.transpose(1, 2) @ pixels)  # [P, D, K]
+
+    def decode(self, activations: Tensor, ridge: float) -> Tensor:
+        """[B, T, D] -> [B, C, H, W]; `ridge` is relative to the mean variance of the tokens."""
+        level = self._values.mean(1, keepdim=True).clamp_min(1e-30)
+        # Directions below float32's resolution carry nothing but its rounding.
+        inverse = torch.where(self._values > 1e-13 * level, 1 / (self._values.clamp_min(1e-30) + ridge * level), 0)
+        weights = self._vectors @ (inverse.unsqueeze(2) * self._projected)
+        patches = (activations[:, 1:].double().transpose(0, 1) - self._tokens) @ weights + self._pixels
+        return _unpatch(patches.transpose(0, 1), self._size, self._shape).float()
+
+
 class Mixer(nn.Module):
-    """One layer of an MLP-mixer, and a head that begins at zero (Tolstikhin et al. 2021: https://arxiv.org/abs/2105.01601)."""
+    """One layer of an MLP-mixer, its head zero at first (Tolstikhin et al. 2021: https://arxiv.org/abs/2105.01601)."""
 
     def __init__(self, tokens: int, hidden: int, pixels: int, generator: torch.Generator, *, width: int = 64) -> None:
         super().__init__()
@@ -305,26 +325,6 @@ def _told(attacker: str, results: tuple[Inversion, ...], whose: str, score: Scor
         as_pictures(originals[:NUM_SHOWN]),
         score.read(originals),
     )
-
-
-def _ridge(pairs: Pairs, patch_size: int, ridge: float) -> Decode:
-    """Ridge regression of each patch on its token, in float64; `ridge` is relative to the tokens' mean variance."""
-    tokens = pairs.activations[:, 1:].double().transpose(0, 1)  # [P, N, D]
-    pixels = _patches(pairs.images, patch_size).double().transpose(0, 1)  # [P, N, K]
-    token_mean, pixel_mean = tokens.mean(1, keepdim=True), pixels.mean(1, keepdim=True)
-    tokens, pixels = tokens - token_mean, pixels - pixel_mean
-    values, vectors = torch.linalg.eigh(tokens.transpose(1, 2) @ tokens)  # [P, D], [P, D, D]
-    level = values.mean(1, keepdim=True).clamp_min(1e-30)
-    # Directions below float32's resolution carry its rounding only.
-    inverse = torch.where(values > 1e-13 * level, 1 / (values + ridge * level).clamp_min(1e-30), 0)
-    weights = vectors @ (inverse.unsqueeze(2) * (vectors.transpose(1, 2) @ (tokens.transpose(1, 2) @ pixels)))
-    shape = pairs.images.shape
-
-    def decode(activations: Tensor) -> Tensor:
-        patches = (activations[:, 1:].double().transpose(0, 1) - token_mean) @ weights + pixel_mean
-        return _unpatch(patches.transpose(0, 1), patch_size, shape).float()
-
-    return decode
 
 
 def _patches(images: Tensor, size: int) -> Tensor:
