@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from ecogen.storage import cache_folder
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -106,6 +109,21 @@ def circumstances(packages: Sequence[str] = ()) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "kernel": platform.release()}
         | {package: _version(package) for package in packages},
     }
+
+
+def peer_environment(name: str, packages: Sequence[str]) -> Path:
+    """The Python of a virtual environment that holds another project's packages, made by pip where there is none yet.
+
+    They never enter the project's own environment. The environments lie in `$ECOGEN_PEERS`, or in EcoGen's cache.
+    """
+    folder = Path(os.environ.get("ECOGEN_PEERS") or cache_folder() / "peers") / name
+    python = folder / "bin" / "python"
+    wanted = "\n".join(packages)
+    if not (folder / "packages").exists() or (folder / "packages").read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        (folder / "packages").write_text(wanted)
+    return python
 
 
 def write_result(name: str, result: Mapping[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -26,14 +27,17 @@ def write_atomically(path: Path, content: bytes | str, *, mode: int = 0o644) -> 
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append one line and hand it to the system.
+    """Append one line and hand it to the system: the whole of it, or nothing.
 
     Raises:
         StorageError: if the disk is full or not writable.
     """
     try:
         with path.open("ab", buffering=0) as file:
-            file.write(line)
+            begin = file.tell()
+            if file.write(line) != len(line):
+                file.truncate(begin)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as problem:
         raise StorageError(f"cannot append to {path}: {problem.strerror}; free some space, then --resume") from problem
 

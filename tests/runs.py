@@ -49,10 +49,15 @@ async def finish(federation: Federation) -> Finished:
     return Finished(federation.records, await federation.tunables())
 
 
-async def run(recipe: Recipe, folder: Path, network: MemoryNetwork | None = None, timeout_s: float = 60) -> Finished:
+async def run(recipe: Recipe, folder: Path, network: MemoryNetwork | None = None, timeout_s: float = 30) -> Finished:
     """A whole run, from its start to its end."""
-    async with asyncio.timeout(timeout_s), running(recipe, folder, network) as (federation, _):
-        return await finish(federation)
+    async with running(recipe, folder, network) as (federation, _):
+        try:
+            return await asyncio.wait_for(finish(federation), timeout_s)
+        except TimeoutError:
+            seen = [str(record)[:150] for record in federation.records[-8:]]
+            waiting = [repr(task)[:300] for task in asyncio.all_tasks()]
+            raise AssertionError("\n".join(["the run did not end", *seen, *waiting])) from None
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 20) -> None:

@@ -35,6 +35,7 @@ from ecogen.reports.summary import RunFacts, Summary, summarise
 from ecogen.reports.toml import to_toml
 from ecogen.storage import make_folder, write_atomically
 from ecogen.tuning.foundation import obtain_foundation
+from ecogen.tuning.inversion import attack_first_cut
 
 RECIPE, RECORDS, FACTS, SUMMARY, REPORT = "recipe.json", "records.jsonl", "facts.json", "summary.json", "report.html"
 
@@ -127,11 +128,7 @@ def gather_facts(
     config = classification_config(foundation, num_labels)
     shape = model_shape(config, recipe.tunables)
     whole = Segment(0, shape.num_blocks, has_embedding=True, has_head=True)
-    attack = None
-    if recipe.evaluation.inversion:
-        from ecogen.tuning.inversion import attack_first_cut
-
-        attacks = attack_first_cut(foundation, recipe, tunables)
+    attacks = attack_first_cut(foundation, recipe, tunables) if recipe.evaluation.inversion else ()
     return RunFacts(
         tunable_parameters=num_tunables(shape, whole),
         total_parameters=num_parameters(shape, whole) + num_adapter_parameters(shape, whole),

@@ -121,7 +121,7 @@ def _plain(values: dict[str, object]) -> dict[str, object]:
 def _adapter_readme(spec: recipes.Tunables, num_labels: int) -> str:
     missing = (
         f"\nPlain PEFT misses the {spec.prompts} deep visual prompts of each block, which it has no format for: its "
-        "outputs differ from the tuned model's. Load the run folder with `ecogen.load_tuned(DIR)` for the whole of it.\n"
+        "outputs differ from the tuned model's. Load the run folder with `ecogen.load_tuned(DIR)` for all of it.\n"
         if spec.prompts
         else "\nThis is the whole of what was tuned: plain PEFT gives the tuned model's outputs.\n"
     )

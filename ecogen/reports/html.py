@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from markupsafe import Markup
 
 from ecogen.accounting.ledger import Ledger
 from ecogen.config import Recipe, to_table
-from ecogen.errors import StorageError
+from ecogen.measurements import EXACT_DB, Inversion, InversionAttack
+from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.reports import drawing, plots, tables
 from ecogen.reports.summary import RunFacts, Summary, round_indices, summarise
@@ -26,6 +26,7 @@ from ecogen.reports.wording import (
     phase_name,
     plural,
 )
+from ecogen.storage import write_atomically
 from ecogen.topology import Topology
 from ecogen.units import format_bytes, format_joules, format_seconds
 
@@ -45,17 +46,7 @@ def write_report(
     Raises:
         StorageError: if the disk is full or the folder cannot be written.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    page = render_report(records, ledger, recipe, topology, facts)
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = problem.strerror or str(problem)
-        raise StorageError(f"cannot write {target}: {reason}; free some space or choose another folder") from problem
+    write_atomically(Path(path), render_report(records, ledger, recipe, topology, facts))
 
 
 def render_report(
@@ -76,6 +67,9 @@ def render_report(
         tables=_tables(records, ledger, topology, facts),
         hidden_parts=drawing.hidden_parts(topology),
         num_joined=_num_joined(records),
+        first_cuts=first_cuts(facts.placements),
+        strongest=strongest(facts.inversion),
+        exact_db=EXACT_DB,
     )
     return page.translate(_CONTROL_CHARACTERS)
 
@@ -147,11 +141,12 @@ def _figures(records: Sequence[Record], ledger: Ledger, topology: Topology, fact
 
 
 def _attack_figures(facts: RunFacts) -> dict[str, str]:
-    if facts.inversion is None or not facts.inversion.results:
+    attacks = [attack for attack in facts.inversion if attack.results]
+    if not attacks:
         return {}
-    figures = {"inversion": plots.inversion(facts.inversion)}
-    if facts.inversion.originals:
-        figures["reconstructions"] = plots.reconstructions(facts.inversion)
+    figures = {"inversion": plots.inversion(attacks)}
+    if all(attack.originals for attack in attacks):
+        figures["reconstructions"] = plots.reconstructions(attacks)
     return figures
 
 
@@ -171,6 +166,21 @@ def _tables(records: Sequence[Record], ledger: Ledger, topology: Topology, facts
         "placement": tables.placement_table(topology, facts.placements),
         "inversion": tables.inversion_table(facts),
     }
+
+
+def first_cuts(placements: Mapping[str, Placement]) -> list[int]:
+    """How many blocks stand before the first cut, of all clusters, each number once."""
+    return sorted({placement.visits[0].segment.stop for placement in placements.values() if len(placement) > 1})
+
+
+def strongest(attacks: Sequence[InversionAttack]) -> list[tuple[InversionAttack, Inversion]]:
+    """At each depth of the cut, the attack that recovered most, and what it did."""
+    found = [(attack, result) for attack in attacks for result in attack.results]
+    depths = sorted({result.blocks_before for _, result in found})
+    return [
+        max((pair for pair in found if pair[1].blocks_before == depth), key=lambda pair: pair[1].psnr_db)
+        for depth in depths
+    ]
 
 
 def _num_joined(records: Sequence[Record]) -> int:

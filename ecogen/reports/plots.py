@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from ecogen.accounting.ledger import Bill, Bounds, Ledger
+from ecogen.measurements import InversionAttack
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
-from ecogen.reports.summary import InversionAttack, history
+from ecogen.reports.summary import history
 from ecogen.reports.svg import ALARM, GRID, INK, SERIES, SURFACE, TIER_COLORS, render
 from ecogen.reports.wording import LINK_NAMES, plural, shorten
 from ecogen.topology import Tier, Topology
@@ -27,6 +28,7 @@ LINES = ("cpu", "idle", "memory", "network", "overhead")
 """The lines of a bill, as in `Bill.cpu_j` and so on."""
 
 _LOG_FROM = 100  # a chart whose largest value is this many times its smallest is drawn on a logarithmic axis
+_MAX_SHOWN = 12  # attacked images beside each other
 _MAX_LABELS = 6  # more lines than this share one colour and have no names
 
 
@@ -123,38 +125,52 @@ def timeline(records: Sequence[Record], topology: Topology) -> str:
     return render(paint, name="timeline", label="Rounds and events in time", width=2 * WIDTH, height=height)
 
 
-def inversion(attack: InversionAttack) -> str:
-    """What the attack recovers at each depth of the cut, beside an attacker who sees nothing."""
+def inversion(attacks: Sequence[InversionAttack]) -> str:
+    """What each attacker recovers at each depth of the cut, beside somebody who sees nothing."""
+    depths = sorted({result.blocks_before for attack in attacks for result in attack.results})
+    baseline = max(result.baseline_psnr_db for attack in attacks for result in attack.results)
+    width = 0.84 / len(attacks)
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        depths = range(len(attack.results))
-        axes.bar(depths, [result.psnr_db for result in attack.results], width=0.5, color=SERIES[0])
-        for depth, result in zip(depths, attack.results, strict=True):
-            axes.plot([depth - 0.38, depth + 0.38], [result.baseline_psnr_db] * 2, color=INK, linestyle=(0, (4, 2)))
-            axes.annotate(f"{result.psnr_db:.1f}", (depth, result.psnr_db), (0, 4), **_ABOVE)
-        axes.set_xticks(depths, [f"after {plural(result.blocks_before, 'block')}" for result in attack.results])
+        for index, attack in enumerate(attacks):
+            shift = (index - (len(attacks) - 1) / 2) * width
+            bars = [(depths.index(result.blocks_before) + shift, result.psnr_db) for result in attack.results]
+            color = SERIES[index % len(SERIES)]
+            axes.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 * width, color=color, label=attack.attacker)
+            for x, y in bars:
+                axes.annotate(f"{y:.1f}", (x, y), (0, 3), **_ABOVE)
+        axes.axhline(baseline, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.set_xticks(range(len(depths)), [f"after {plural(depth, 'block')}" for depth in depths])
         axes.set_ylabel("PSNR in dB; dashed: mean image")
-        axes.margins(y=0.15)
+        axes.margins(y=0.12)
         axes.grid(axis="x", visible=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0, handlelength=1, columnspacing=1)
 
-    label = "Quality of the attack's reconstructions by blocks before the cut"
-    return render(paint, name="inversion", label=label, width=WIDTH, height=250)
+    label = "Quality of each attacker's reconstructions by blocks before the cut"
+    return render(paint, name="inversion", label=label, width=WIDTH, height=300)
 
 
-def reconstructions(attack: InversionAttack) -> str:
-    """The first attacked images above what was recovered of them, one row a depth of the cut."""
-    rows = [("original", attack.originals)]
-    rows += [(f"after {plural(result.blocks_before, 'block')}", result.reconstructions) for result in attack.results]
-    columns = max(len(images) for _, images in rows)
+def reconstructions(attacks: Sequence[InversionAttack]) -> str:
+    """Attacked images, and below them what each attacker recovered, one row a depth of the cut."""
+    depths = sorted({result.blocks_before for attack in attacks for result in attack.results})
+    shown = min(_MAX_SHOWN // len(attacks), *(len(attack.originals) for attack in attacks))
 
     def paint(figure: Figure) -> None:
-        grid = figure.subplots(len(rows), columns, squeeze=False)
-        for axes_row, (name, images) in zip(grid, rows, strict=True):
-            _image_row(axes_row, name, images)
+        grid = figure.add_gridspec(1, len(attacks), left=0.11, right=1, bottom=0, top=0.9, wspace=0.06)
+        for index, attack in enumerate(attacks):
+            found = {result.blocks_before: result.reconstructions for result in attack.results}
+            rows = [attack.originals, *(found.get(depth, ()) for depth in depths)]
+            cells = grid[index].subgridspec(len(rows), max(shown, 1), wspace=0.05, hspace=0.06).subplots(squeeze=False)
+            for row, (axes_row, images) in enumerate(zip(cells, rows, strict=True)):
+                _image_row(axes_row, images[:shown], f"{attack.attacker}-{row}".replace(" ", "-"))
+            cells[0][0].set_title(attack.attacker, loc="left", fontsize=12, color=INK)
+            if index == 0:
+                _row_titles(cells, ["original", *(f"after {plural(depth, 'block')}" for depth in depths)])
 
     label = "Attacked images and their reconstructions"
-    return render(paint, name="reconstructions", label=label, width=WIDTH, height=16 + 58 * len(rows))
+    height = 30 + 62 * (1 + len(depths))
+    return render(paint, name="reconstructions", label=label, width=2 * WIDTH, height=height, layout=None)
 
 
 def notable_events(records: Sequence[Record]) -> list[EventRecord]:
@@ -169,7 +185,7 @@ def start_s(records: Sequence[Record]) -> float:
     return min(rounds, default=0.0)
 
 
-_ABOVE: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 11.5}
+_ABOVE: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 10.5}
 
 
 def _round_lines(axes: Axes, records: Sequence[Record], topology: Topology, field: str) -> None:
@@ -378,9 +394,15 @@ def _row_node(node_id: str, topology: Topology) -> str:
     return node_id
 
 
-def _image_row(axes_row: Sequence[Axes], name: str, images: Sequence[Any]) -> None:
+def _image_row(axes_row: Sequence[Axes], images: Sequence[Any], name: str) -> None:
+    """`name` makes the pictures' ids unique, which matplotlib derives from their content."""
     for axes in axes_row:
         axes.set_axis_off()
-    for axes, image in zip(axes_row, images, strict=False):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
-    axes_row[0].text(-0.15, 0.5, name, transform=axes_row[0].transAxes, ha="right", va="center", fontsize=11.5)
+    for column, (axes, image) in enumerate(zip(axes_row, images, strict=False)):
+        picture = axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
+        picture.set_gid(f"{name}-{column}")
+
+
+def _row_titles(cells: Sequence[Sequence[Axes]], names: Sequence[str]) -> None:
+    for row, name in zip(cells, names, strict=True):
+        row[0].text(-0.2, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=11.5)

@@ -14,6 +14,7 @@ from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.topology import Topology
 
+
 @dataclass(frozen=True, slots=True)
 class RunFacts:
     """What a report tells besides the records: sizes, wall time, host, placement and the closing measurements."""
@@ -56,7 +57,10 @@ class Recovered(TypedDict):
 
 
 class Summary(TypedDict):
-    """The JSON object of a run. `inversion` is by attacker and blocks before the cut, None where none attacked. Bytes of kinds and link classes are payload and headers; `framing` is modelled."""
+    """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled.
+
+    `inversion` is by attacker and by blocks before the cut; None where nobody attacked.
+    """
 
     name: str
     seed: int

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 from ecogen.accounting.intensity import intensity
 from ecogen.accounting.ledger import Bill, Ledger
+from ecogen.measurements import Inversion, InversionAttack
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Hop, Record, RequestRecord, RoundRecord
-from ecogen.reports.summary import Inversion, RunFacts, history, round_indices
+from ecogen.reports.summary import RunFacts, history, round_indices
 from ecogen.reports.wording import (
     DASH,
     LINK_NAMES,
@@ -172,11 +173,12 @@ def placement_table(topology: Topology, placements: Mapping[str, Placement]) -> 
 
 
 def inversion_table(facts: RunFacts) -> Table:
-    """What the attack recovered, by blocks before the cut."""
-    columns = [word("blocks before the cut"), Column("PSNR", "dB"), Column("mean image alone", "dB")]
-    columns += [Column("SSIM"), Column("labels still read")]
-    results = facts.inversion.results if facts.inversion else ()
-    return Table("Inversion attack", tuple(columns), tuple(_inversion_cells(result) for result in results))
+    """What each attacker recovered, by blocks before the cut."""
+    columns = [word("attacker"), Column("blocks", "before the cut"), Column("images")]
+    columns += [Column("PSNR", "dB"), Column("mean image alone", "dB"), Column("SSIM"), Column("labels read")]
+    columns += [Column("from the originals")]
+    rows = tuple(_inversion_cells(attack, result) for attack in facts.inversion for result in attack.results)
+    return Table("Inversion attacks", tuple(columns), rows)
 
 
 def hops_tables(record: RequestRecord, topology: Topology) -> tuple[Table, Table]:
@@ -236,13 +238,16 @@ def _route(placement: Placement) -> str:
     return " → ".join(f"{short_id(visit.node_id)}: {visit.segment}" for visit in placement)
 
 
-def _inversion_cells(result: Inversion) -> tuple[str, ...]:
+def _inversion_cells(attack: InversionAttack, result: Inversion) -> tuple[str, ...]:
     return (
+        attack.attacker,
         str(result.blocks_before),
+        format_count(attack.num_images),
         f"{result.psnr_db:.1f}",
         f"{result.baseline_psnr_db:.1f}",
         DASH if result.ssim is None else f"{result.ssim:.2f}",
         format_share(result.label_accuracy),
+        format_share(attack.original_label_accuracy),
     )
 
 

@@ -12,9 +12,7 @@ Keys are EC P-256, unencrypted, readable by their owner only.
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -28,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ecogen.errors import AuthenticationError
+from ecogen.storage import write_atomically
 
 TIERS = ("cloud", "edge", "end", "operator")
 
@@ -125,7 +124,7 @@ def create_authority(directory: Path, federation: str, *, valid_days: int = 3650
     builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
     authority = Authority(directory, builder.sign(key, hashes.SHA256()), key)
     directory.mkdir(parents=True, exist_ok=True)
-    write_private(directory / AUTHORITY_KEY, _key_pem(key))
+    write_atomically(directory / AUTHORITY_KEY, _key_pem(key), mode=0o600)
     write_atomically(directory / AUTHORITY_CERTIFICATE, authority.certificate_pem)
     _write_revoked(authority, set())
     return authority
@@ -152,7 +151,7 @@ def issue(authority: Authority, node_id: str, tier: str, directory: Path, *, val
     key = ec.generate_private_key(ec.SECP256R1())
     certificate_pem = sign(authority, key.public_key(), node_id, tier, valid_days=valid_days)
     directory.mkdir(parents=True, exist_ok=True)
-    write_private(directory / NODE_KEY, _key_pem(key))
+    write_atomically(directory / NODE_KEY, _key_pem(key), mode=0o600)
     write_atomically(directory / NODE_CERTIFICATE, certificate_pem)
     write_atomically(directory / AUTHORITY_CERTIFICATE, authority.certificate_pem)
     return identity_of(x509.load_pem_x509_certificate(certificate_pem))
@@ -276,25 +275,11 @@ def host_name(node_id: str) -> str:
     return f"{node_id}.ecogen"
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner may read, whole or not at all."""
-    write_atomically(path, data, mode=0o600)
-
-
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write a file whole or not at all, with `mode` from its first moment on."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise AuthenticationError(
-            f"{what} {name!r} cannot be in a certificate; use at most 63 of a-z, 0-9 and '-', not at either end"
+            f"{what} {name!r} cannot be in a certificate; use a-z, 0-9 and '-', not at either end, "
+            "at most 63 in a row, and up to four such parts with '.' between"
         )
 
 

@@ -1,4 +1,4 @@
-"""Did pre-training teach anything? A linear probe on the foundation model, beside the same probe on untrained weights."""
+"""Did pre-training teach anything? A linear probe on the foundation model, beside one on untrained weights."""
 
 from __future__ import annotations
 

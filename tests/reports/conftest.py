@@ -9,6 +9,7 @@ import pytest
 
 from ecogen.accounting.ledger import Ledger, settle
 from ecogen.config import Recipe, build_topology, load
+from ecogen.measurements import Inversion, InversionAttack, Probe
 from ecogen.placement import Placement, place
 from ecogen.records import (
     EventRecord,
@@ -20,7 +21,7 @@ from ecogen.records import (
     Traffic,
     Usage,
 )
-from ecogen.reports.summary import Inversion, InversionAttack, Probe, RunFacts
+from ecogen.reports.summary import RunFacts
 from ecogen.topology import Cluster, Topology
 
 TUNABLES_BYTES = 21_600 * 4
@@ -164,14 +165,14 @@ def placements_of(topology: Topology, num_blocks: int = 4) -> dict[str, Placemen
     return {name: place(cluster.node_ids, cuts, num_blocks) for name, cluster in topology.clusters.items()}
 
 
-def attack() -> InversionAttack:
+def attack(attacker: str, best_db: float) -> InversionAttack:
     """Three depths of the cut; the deeper, the more the images blur."""
     generator = random.Random(0)
-    originals = tuple(digit(generator.random()) for _ in range(6))
+    originals = tuple(digit(generator.random()) for _ in range(4))
     results = tuple(
         Inversion(
             depth,
-            27.4 - 6 * depth,
+            best_db - 6 * depth,
             11.2,
             0.93 - 0.3 * depth,
             0.98 - 0.25 * depth,
@@ -179,7 +180,7 @@ def attack() -> InversionAttack:
         )
         for depth in (0, 1, 2)
     )
-    return InversionAttack("a linear decoder, trained on 600 images of the attacker's own", 64, results, originals)
+    return InversionAttack(attacker, "trained on 600 images of its own", 64, results, originals, 0.99)
 
 
 def digit(slant: float) -> tuple[tuple[float, ...], ...]:
@@ -224,6 +225,6 @@ def facts(topology: Topology) -> RunFacts:
         host="Linux 6.1, x86_64, AMD EPYC 9R14, 2 cores, 7.6 GiB",
         versions={"ecogen": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "numpy": "2.4.6"},
         probe=Probe(0.951, 0.712),
-        inversion=attack(),
+        inversion=(attack("least squares", 27.4), attack("trained decoder", 31.8)),
         placements=placements_of(topology),
     )

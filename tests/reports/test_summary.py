@@ -63,6 +63,18 @@ def test_the_summary_reads_the_facts(summary: Summary, facts: RunFacts) -> None:
     assert (summary["name"], summary["seed"]) == ("digits", 0)
 
 
+def test_what_was_recovered_is_told_by_attacker_and_depth(summary: Summary) -> None:
+    assert summary["inversion"] is not None
+    assert list(summary["inversion"]) == ["least squares", "trained decoder"]
+    assert list(summary["inversion"]["least squares"]) == ["0", "1", "2"]
+    told = summary["inversion"]["trained decoder"]["1"]
+    assert told == pytest.approx({"psnr_db": 25.8, "baseline_psnr_db": 11.2, "ssim": 0.63, "label_accuracy": 0.73})
+
+
+def test_without_an_attack_nothing_is_told_of_it(recipe: Recipe, topology: Topology, facts: RunFacts) -> None:
+    assert summarise([], settle([], topology), recipe, topology, replace(facts, inversion=()))["inversion"] is None
+
+
 def test_events_tell_who_was_lost_and_came_back(summary: Summary) -> None:
     told = [(event["event"], event["node_id"], event["round_index"]) for event in summary["events"]]
     assert ("lost", LOST, 3) in told

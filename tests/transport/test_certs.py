@@ -106,7 +106,7 @@ def test_missing_and_damaged_files(lab: Authority, tmp_path: Path, name: str) ->
         load_credentials(tmp_path / "end-1")
 
 
-@pytest.mark.parametrize("name", ["", "Edge", "a.b", "-a", "a" * 64, "a/b"])
+@pytest.mark.parametrize("name", ["", "Edge", "a..b", "a.-b", "-a", "a" * 64, "a/b"])
 def test_names_that_cannot_be_hosts_are_refused(lab: Authority, tmp_path: Path, name: str) -> None:
     with pytest.raises(AuthenticationError, match="cannot be in a certificate"):
         issue(lab, name, "end", tmp_path / "new")
