@@ -33,6 +33,7 @@ WARM_UP = 5
 
 OVERRIDES = [
     "engine=local",
+    "topology.sites={}",
     "topology.edges=1",
     f"topology.clusters_per_edge={NUM_CLIENTS}",
     "topology.devices_per_cluster=1",

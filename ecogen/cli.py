@@ -1,4 +1,4 @@
-"""The command line: `ecogen run`, `report`, `predict`, `status`, `node`, `certs`. Prints; everything else logs or returns."""
+"""The command line. It prints; everything else logs or returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,42 +18,48 @@ from rich.logging import RichHandler
 
 from ecogen import config as recipes
 from ecogen.errors import EcoGenError
+from ecogen.storage import storage_error
+
+if TYPE_CHECKING:
+    from ecogen.reports.summary import Summary
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="EcoGen tunes and serves generative models across a cloud, edge sites and end devices, and bills every round.",
+    help=(
+        "EcoGen tunes and serves generative models across a cloud, edge sites and end devices, and bills every round "
+        "in seconds, bytes, joules and grams of CO2e. Begin with: ecogen run digits"
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 certs_app = typer.Typer(no_args_is_help=True, help="The federation's certificates: who may be which node.")
 app.add_typer(certs_app, name="certs")
 
 screen = Console(stderr=True)
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `ecogen run --out` wrote it.")]
+EngineName = Literal["inproc", "local"]
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `ecogen run` wrote it.")]
+AuthorityFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, say tuning.rounds=4; repeatable."),
+]
 
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name, or the path of a TOML file.")],
-    engine: Annotated[
-        str | None, typer.Option(help="inproc: all nodes in this process; local: a process a node.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a value, say tuning.rounds=4; repeatable."),
-    ] = None,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe's name, or a TOML file.")],
+    engine: Annotated[EngineName | None, typer.Option(help="All nodes in this process, or a process a node.")] = None,
+    settings: Settings = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; default runs/NAME.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out from its last finished round.")
-    ] = False,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="Leave the run in the background; `ecogen status` finds it.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished round.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave it running in the background.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object at the end.")] = False,
 ) -> None:
-    """Tune a model with a federation, and write its run folder with a report."""
+    """Tune a model, and write a run folder with a report."""
     overrides = [*(settings or []), *([f"engine={engine}"] if engine else [])]
     resolved = recipes.load(recipe, overrides)
     folder = out or Path("runs") / resolved.name
@@ -63,9 +69,7 @@ def run(
         background.detach(resolved, folder, resume=resume)
         print(f"runs in the background; look at it with: ecogen status {folder}")
         return
-    from ecogen.engines import session
-
-    summary = asyncio.run(session.run(resolved, folder, resume=resume, screen=screen))
+    summary = _run_here(resolved, folder, resume)
     if as_json:
         print(json.dumps(summary))
     else:
@@ -77,9 +81,10 @@ def run(
 
 @app.command()
 def report(
-    run_folder: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="Print the figures too.")] = False
+    run_folder: RunFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
-    """Rebuild report.html from the records of a run."""
+    """Make report.html anew from a run's records."""
     from ecogen.engines.saving import REPORT, rebuild_report
 
     summary = rebuild_report(run_folder)
@@ -89,11 +94,14 @@ def report(
 @app.command()
 def predict(
     run_folder: RunFolder,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG files.")],
-    engine: Annotated[str, typer.Option(help="inproc or local.")] = "inproc",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG files.")],
+    engine: Annotated[EngineName, typer.Option(help="All nodes in this process, or a process a node.")] = "inproc",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
 ) -> None:
-    """Classify pictures through the split chain, and tell what each device computed and what crossed each link."""
+    """Classify pictures through the split chain.
+
+    Tells what each device computed, what crossed each link, and how long it took.
+    """
     from ecogen.engines import session
 
     asked, topology = asyncio.run(session.predict(run_folder, images, engine))
@@ -108,8 +116,10 @@ def predict(
 
 
 @app.command()
-def status(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")] = Path("runs")) -> None:
-    """Show how a run is, and which of its nodes are there."""
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of several.")] = Path("runs"),
+) -> None:
+    """Show how a run is, and which nodes are there."""
     from ecogen.engines import session
 
     for line in asyncio.run(session.status(run_folder)):
@@ -122,25 +132,26 @@ def node(
         str, typer.Argument(metavar="NODE_ID", help="Such as cloud, edge-0 or edge-0.cluster-1.device-2.")
     ],
     certificates: Annotated[
-        Path, typer.Option("--certs", metavar="DIR", help="The folder that `ecogen certs issue` made.")
+        Path, typer.Option("--certs", metavar="DIR", help="What `ecogen certs issue` wrote for this node.")
     ],
-    folder: Annotated[Path, typer.Option(metavar="DIR", help="This node's disk.")],
-    recipe: Annotated[str | None, typer.Option(help="For the cloud: the recipe.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For the cloud: override a value.")
-    ] = None,
-    join: Annotated[
-        str | None, typer.Option(metavar="PARENT_ID@HOST:PORT", help="For the others: whom to join.")
-    ] = None,
+    folder: Annotated[Path, typer.Option(metavar="DIR", help="This node's disk; kept over restarts.")],
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="For the cloud: what to carry out.")] = None,
+    settings: Settings = None,
+    join: Annotated[str | None, typer.Option(metavar="ID@HOST:PORT", help="For others: the parent to join.")] = None,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
     ] = "127.0.0.1:0",
-    advertise: Annotated[str | None, typer.Option(metavar="HOST", help="Under which host others reach it.")] = None,
-    revoked: Annotated[Path | None, typer.Option(metavar="FILE", help="The revocation list.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    advertise: Annotated[
+        str | None, typer.Option(metavar="HOST", help="The host by which others reach it, if another.")
+    ] = None,
+    revoked: Annotated[Path | None, typer.Option(metavar="FILE", help="The federation's revocation list.")] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda:N or mps.")] = "auto",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the frozen weights.")] = "float32",
 ) -> None:
-    """Be one node of a federation, until interrupted."""
+    """Be one node of a federation, until interrupted.
+
+    Its certificate says which tier it is of. Start the cloud first, then the edges, then the devices.
+    """
     from ecogen.engines.by_hand import node_settings, run_by_hand
 
     table = recipes.to_table(recipes.load(recipe, settings or [])) if recipe else {}
@@ -152,9 +163,9 @@ def node(
 @certs_app.command("init")
 def certs_init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the authority will be; keep it safe.")],
-    federation: Annotated[str, typer.Option(help="The federation's name.")] = "ecogen",
+    federation: Annotated[str, typer.Option(metavar="NAME", help="Its federation's name.")] = "ecogen",
 ) -> None:
-    """Make a federation's authority."""
+    """Make a federation's authority, which issues certificates."""
     from ecogen.transport.certs import create_authority
 
     create_authority(directory, federation)
@@ -163,11 +174,11 @@ def certs_init(
 
 @certs_app.command("issue")
 def certs_issue(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")],
-    node_id: Annotated[str, typer.Argument(metavar="NODE_ID")],
-    tier: Annotated[str, typer.Argument(help="cloud, edge, end or operator.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the node's files go.")],
-    valid_days: Annotated[int, typer.Option(help="How long it is valid.")] = 365,
+    directory: AuthorityFolder,
+    node_id: Annotated[str, typer.Argument(metavar="NODE_ID", help="Whose certificate it is, say edge-0.")],
+    tier: Annotated[str, typer.Argument(metavar="TIER", help="cloud, edge, end or operator.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the node's key and certificates go.")],
+    valid_days: Annotated[int, typer.Option(metavar="DAYS", min=1, help="How long it is valid.")] = 365,
 ) -> None:
     """Issue a certificate that names a node and its tier."""
     from ecogen.transport.certs import issue, load_authority
@@ -178,8 +189,8 @@ def certs_issue(
 
 @certs_app.command("revoke")
 def certs_revoke(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")],
-    node_id: Annotated[str, typer.Argument(metavar="NODE_ID")],
+    directory: AuthorityFolder,
+    node_id: Annotated[str, typer.Argument(metavar="NODE_ID", help="Who shall not come in any more.")],
 ) -> None:
     """Revoke every certificate of a node."""
     from ecogen.transport.certs import REVOKED, load_authority, revoke
@@ -189,7 +200,7 @@ def certs_revoke(
 
 
 @certs_app.command("show")
-def certs_show(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")]) -> None:
+def certs_show(directory: AuthorityFolder) -> None:
     """List the certificates that an authority has issued."""
     from ecogen.transport.certs import issued, load_authority
 
@@ -206,16 +217,38 @@ def main() -> None:
         app()
 
 
+def _run_here(recipe: recipes.Recipe, folder: Path, resume: bool) -> Summary:
+    """The run's figures; its nodes are started by this process, and end with it."""
+    if recipe.engine == "local":
+        from ecogen.engines.forking import fork_server
+
+        fork_server()  # before the imports that take long, since it does the same ones
+    from ecogen.engines import session
+    from ecogen.engines.run_folder import resume_command
+
+    try:
+        return asyncio.run(session.run(recipe, folder, resume=resume, screen=screen))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        screen.print(f"interrupted; go on with: {resume_command(folder)}", style="yellow", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
 @contextlib.contextmanager
 def _errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except EcoGenError as problem:
-        screen.print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        screen.print("interrupted; go on with --resume", style="yellow")
-        sys.exit(130)
+        _fail(problem)
+    except OSError as problem:
+        full = storage_error(problem)
+        if full is None:
+            raise
+        _fail(full)
+
+
+def _fail(problem: EcoGenError) -> NoReturn:
+    screen.print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def _plain(value: Any) -> Any:

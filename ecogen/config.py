@@ -74,6 +74,7 @@ class Data:
     name: Literal["digits"] = "digits"
     train: Count = 1200
     validation: Natural = 147
+    owners: Count = 1  # devices of each cluster that own data; they take turns as the start, an epoch each
     partition: Partition = field(default_factory=Partition)
 
 
@@ -388,6 +389,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if not (tunables.prompts or tunables.lora_rank or tunables.head):
         yield "tunables: nothing to tune; set prompts, lora_rank or head"
     topology = recipe.topology
+    if recipe.data.owners > topology.devices_per_cluster:
+        devices = topology.devices_per_cluster
+        yield f"data.owners: {recipe.data.owners} is more than topology.devices_per_cluster {devices}"
     node_ids = build_topology(topology).nodes
     site_ids = build_topology(topology).sites
     yield from _unknown("topology.devices", topology.devices, node_ids)

@@ -92,11 +92,40 @@ class Placement:
         """What one node holds, in the order of its visits."""
         return [visit.segment for visit in self.visits if visit.node_id == node_id]
 
-    def neighbours_of(self, node_id: str) -> list[str]:
-        """Whom a node exchanges messages with: those before and after it on the route, and the start device."""
-        route = [visit.node_id for visit in self.visits]
-        pairs = {frozenset(pair) for pair in (*pairwise(route), *((self.start_id, other) for other in route))}
-        return sorted(other for pair in pairs if node_id in pair for other in pair if other != node_id)
+
+def start_from(placement: Placement, owner_id: str) -> Placement:
+    """The route of the same cluster with another of its devices as the start.
+
+    The owner has what the start device has before the first cut (and, in the U-shape, the head) besides its own
+    blocks; the others keep theirs.
+    """
+    start, head = placement.visits[0], placement.visits[-1]
+    visits = [Visit(owner_id, start.segment), *placement.visits[1:]]
+    if head.node_id == start.node_id and len(visits) > 1:
+        visits[-1] = Visit(owner_id, head.segment)
+    return Placement(tuple(visits))
+
+
+def rotations(placement: Placement, num_owners: int) -> list[Placement]:
+    """One route for each of the first `num_owners` devices of a cluster, which own data and take turns as the start."""
+    return [start_from(placement, node_id) for node_id in placement.node_ids[:num_owners]]
+
+
+def segments_held(placement: Placement, num_owners: int, node_id: str) -> list[Segment]:
+    """What a node holds over all turns, each segment once."""
+    routes = rotations(placement, num_owners)
+    return list(dict.fromkeys(segment for route in routes for segment in route.segments_of(node_id)))
+
+
+def neighbours_of(placement: Placement, num_owners: int, node_id: str) -> list[str]:
+    """Whom a node exchanges messages with: those before and after it on a route, and each route's start device."""
+    pairs: set[frozenset[str]] = set()
+    starts = [route.start_id for route in rotations(placement, num_owners)]
+    for route in rotations(placement, num_owners):
+        nodes = [visit.node_id for visit in route]
+        pairs |= {frozenset(pair) for pair in pairwise(nodes)}
+        pairs |= {frozenset((start, other)) for start in starts for other in nodes}
+    return sorted(other for pair in pairs if node_id in pair for other in pair if other != node_id)
 
 
 def place(node_ids: Sequence[str], cuts: Sequence[int], num_blocks: int, labels: Labels = "start") -> Placement:

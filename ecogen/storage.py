@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -69,6 +70,27 @@ def make_folder(path: Path) -> Path:
     except OSError as problem:
         raise StorageError(f"cannot make the folder {path}: {problem.strerror}; choose another with --out") from problem
     return path
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder and all that is in it; files that are there already are overwritten.
+
+    Raises:
+        StorageError: if a file cannot be read or written.
+    """
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except OSError as problem:  # shutil.Error, which lists them, is one of these
+        reason = problem.strerror or "; ".join(sorted({why for *_, why in problem.args[0]}))
+        raise StorageError(f"cannot copy {source} to {target}: {reason}; free some space, then --resume") from problem
+
+
+def storage_error(problem: OSError) -> StorageError | None:
+    """What a full or unwritable disk means for a user; None for a problem of another kind."""
+    if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return None
+    what = problem.filename or "a file"
+    return StorageError(f"cannot write {what}: {problem.strerror}; free some space, then --resume")
 
 
 def cache_folder() -> Path:

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 from ecogen import config as recipes
-from ecogen.errors import RunError
+from ecogen.engines.run_folder import RUNNING, check_run
+from ecogen.errors import RunError, StorageError
 from ecogen.storage import make_folder, write_atomically
 
-RUNNING, LOG = "running.json", "run.log"
+LOG, ASKED = "run.log", "detached.json"
 
 _START_S = 180.0
 
@@ -24,26 +25,33 @@ def detach(recipe: recipes.Recipe, folder: Path, *, resume: bool) -> None:
         RunError: if it does not come up.
     """
     if recipe.engine == "inproc":
-        raise RunError("--detach needs nodes that outlive this process; add --engine local")
+        raise RunError("--detach needs nodes that others can reach; add --engine local")
+    check_run(folder, recipe, resume=resume)
     make_folder(folder)
-    path = folder / "detached.json"
-    write_atomically(path, json.dumps(recipes.to_table(recipe)))
-    command = [
-        sys.executable,
-        "-m",
-        "ecogen.engines.detached",
-        str(path),
-        str(folder),
-        *(["--resume"] if resume else []),
-    ]
+    write_atomically(folder / ASKED, json.dumps(recipes.to_table(recipe)))
     (folder / RUNNING).unlink(missing_ok=True)
-    with (folder / LOG).open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    command = [sys.executable, "-m", "ecogen.engines.detached", str(folder / ASKED), str(folder)]
+    try:
+        log = (folder / LOG).open("wb")
+    except OSError as problem:
+        raise StorageError(f"cannot write {folder / LOG}: {problem.strerror}; free some space") from problem
+    with log:
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if resume else [])],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     deadline_s = time.monotonic() + _START_S
     while not (folder / RUNNING).exists():
         if process.poll() is not None or time.monotonic() > deadline_s:
-            last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-3:]
-            raise RunError("the run did not start: " + " ".join(last or [f"see {folder / LOG}"]))
+            raise RunError(f"the run did not start: {_why(folder / LOG)}")
         time.sleep(0.1)
 
 
+def _why(log: Path) -> str:
+    """What the last error in a log says, or its last line."""
+    text = log.read_text(errors="replace").strip()
+    _, found, said = text.rpartition("error: ")
+    return said if found else f"{text.splitlines()[-1] if text else 'it says nothing'}; see {log}"

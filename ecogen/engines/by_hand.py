@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ecogen import config as recipes
+from ecogen.engines.check import check_recipe
 from ecogen.errors import ConfigError
 from ecogen.node.process import NodeSettings, run_node
 from ecogen.transport.certs import load_credentials
@@ -29,9 +31,13 @@ def node_settings(
     """Settings from what the command line says; the tier is what the certificate says.
 
     Raises:
-        ConfigError: if an address is malformed.
+        ConfigError: if an address is malformed, or the device's name.
         AuthenticationError: if the certificate is missing or another node's.
+        EcoGenError: if the cloud's recipe cannot be carried out.
     """
+    compute = recipes.section_from_table(recipes.NodeCompute, {"device": device, "dtype": dtype})
+    if recipe:
+        check_recipe(recipes.from_table(recipe))
     identity = load_credentials(certificates, node_id=node_id).identity
     host, port = _split("--listen", listen)
     parent_id, _, address = (join or "").partition("@")
@@ -49,8 +55,8 @@ def node_settings(
         host=host,
         advertised_host=advertise,
         port=port,
-        device=device,
-        dtype=dtype,
+        device=compute.device,
+        dtype=compute.dtype,
     )
 
 

@@ -18,7 +18,11 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     from ecogen import config as recipes
+    from ecogen.engines.forking import fork_server
+
+    fork_server()  # before the imports that take long, since it does the same ones
     from ecogen.engines import session
+    from ecogen.engines.run_folder import resume_command
     from ecogen.errors import EcoGenError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -29,6 +33,9 @@ def main(arguments: list[str]) -> int:
     except EcoGenError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    except asyncio.CancelledError:
+        print(f"interrupted; go on with: {resume_command(folder)}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from ecogen import config as recipes
 from ecogen.engines.saving import save_run
-from ecogen.errors import TransportError
+from ecogen.errors import NodeLostError
 from ecogen.node.cloud import Status, Watch
 from ecogen.node.context import END, OPERATOR, PROGRESS, RECORD, RESULT, STATUS, WATCH, ProgressReport
 from ecogen.node.device import ASK, Ask, Asked
@@ -26,6 +26,9 @@ from ecogen.transport.certs import load_credentials
 from ecogen.transport.wire import GrpcTransport
 
 OnProgress = Callable[[ProgressReport], None]
+T = TypeVar("T")
+
+_PAUSE_S = 0.2
 
 
 class Engine(Protocol):
@@ -53,17 +56,26 @@ class Federation:
         self._engine = engine
 
     async def watch(self, on_progress: OnProgress | None = None) -> AsyncIterator[Record]:
-        """Every record, from the first of the run to the last, as the nodes publish them."""
-        stream = await self._open_watch()
-        try:
-            while (message := await self._next(stream)) is not None and message.method != END:
-                if message.method == RECORD:
-                    self.records.append(from_line(message.body))
-                    yield self.records[-1]
-                elif message.method == PROGRESS and on_progress:
-                    on_progress(message.read(ProgressReport))
-        finally:
-            await stream.close()
+        """Every record, from the first of the run to the last, as the nodes publish them; waits for a lost cloud.
+
+        Raises:
+            NodeLostError: if the cloud stays away.
+            EcoGenError: what made a node fail for good.
+        """
+        patience = _Patience(self.recipe.tuning.rejoin_timeout_s)
+        while True:
+            try:
+                async for message in self._messages():
+                    patience.renew()
+                    if message.method == END:
+                        return
+                    if message.method == RECORD:
+                        self.records.append(from_line(message.body))
+                        yield self.records[-1]
+                    elif message.method == PROGRESS and on_progress:
+                        on_progress(message.read(ProgressReport))
+            except NodeLostError as problem:
+                await patience.spend(problem)
 
     async def tune(self, on_progress: OnProgress | None = None) -> AsyncIterator[RoundRecord]:
         """The records of rounds, of every edge and of the cloud, until the federation has finished."""
@@ -93,34 +105,70 @@ class Federation:
 
     async def tunables_of(self, node_id: str) -> dict[str, Tensor]:
         """The tunables that the cloud or an edge holds."""
-        self._engine.address(node_id)
-        reply = await self._engine.transport.call(node_id, Message.of(RESULT, counted=False))
+        reply = await self._call(node_id, Message.of(RESULT, counted=False))
         return dict(reply.tensors)
 
     async def ask(self, node_id: str, paths: Sequence[Path]) -> Asked:
         """Have a start device classify pictures that it can read, through the split chain."""
-        self._engine.address(node_id)
         ask = Ask(f"ask-{time.time_ns()}", [str(path.resolve()) for path in paths])
-        reply = await self._engine.transport.call(node_id, Message.of(ASK, ask, counted=False))
+        reply = await self._call(node_id, Message.of(ASK, ask, counted=False))
         return reply.read(Asked)
 
-    async def _open_watch(self) -> Stream:
+    async def _messages(self) -> AsyncIterator[Message]:
+        """What the cloud sends to one who watches, from the first record that is not here yet."""
+        self._engine.address(self.topology.cloud_id)
+        stream = await self._checked(self._open_watch())
         try:
-            stream = await self._engine.transport.open(self.topology.cloud_id)
-            await stream.send(Message.of(WATCH, Watch(len(self.records)), counted=False))
-        except TransportError:
-            self._engine.check()  # what made the cloud fail says more than that it is gone
-            raise
+            while (message := await self._checked(stream.receive())) is not None:
+                yield message
+        finally:
+            await stream.close()
+        raise NodeLostError(self.topology.cloud_id, "it stopped before the end")
+
+    async def _open_watch(self) -> Stream:
+        stream = await self._engine.transport.open(self.topology.cloud_id)
+        await stream.send(Message.of(WATCH, Watch(len(self.records)), counted=False))
         return stream
 
-    async def _next(self, stream: Stream) -> Message | None:
-        """The next message; looks now and then whether a node has failed for good."""
-        pending = asyncio.ensure_future(stream.receive())
+    async def _call(self, node_id: str, message: Message) -> Message:
+        """A node's answer; asks again while its engine starts it anew."""
+        patience = _Patience(self.recipe.tuning.rejoin_timeout_s)
         while True:
-            done, _ = await asyncio.wait([pending], timeout=0.5)
-            self._engine.check()
-            if done:
-                return pending.result()
+            try:
+                self._engine.address(node_id)
+                return await self._checked(self._engine.transport.call(node_id, message))
+            except NodeLostError as problem:
+                await patience.spend(problem)
+
+    async def _checked(self, work: Coroutine[Any, Any, T]) -> T:
+        """The outcome of waiting for a node, unless one fails for good: that says more than that another is gone."""
+        task = asyncio.ensure_future(work)
+        try:
+            while True:
+                await asyncio.wait([task], timeout=0.5)
+                self._engine.check()
+                if task.done():
+                    return task.result()
+        finally:
+            task.cancel()
+
+
+class _Patience:
+    """How long somebody who is lost is waited for."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self.renew()
+
+    def renew(self) -> None:
+        """There was a sign of life."""
+        self._deadline_s = time.monotonic() + self._limit_s
+
+    async def spend(self, problem: NodeLostError) -> None:
+        """Wait a little; raises the problem when there is no patience left."""
+        if time.monotonic() > self._deadline_s:
+            raise problem
+        await asyncio.sleep(_PAUSE_S)
 
 
 async def ask_status(folder: Path, cloud_address: str) -> Status:

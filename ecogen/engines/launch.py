@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ecogen import config as recipes
-from ecogen.accounting.intensity import intensity
+from ecogen.engines.check import check_recipe
 from ecogen.engines.federation import Federation
 from ecogen.engines.inproc import launch_inproc
 from ecogen.engines.local import launch_local
+from ecogen.engines.run_folder import load_recipe
+from ecogen.models.adapters import BACKBONE, TUNABLES
+from ecogen.models.checkpoint import load_metadata
 
 _ENGINES = {"inproc": launch_inproc, "local": launch_local}
 
@@ -28,10 +31,9 @@ async def launch(
         tuned: tunables to serve with, instead of tuning.
 
     Raises:
-        ConfigError, PlacementError: if the recipe cannot be carried out.
+        ConfigError, CheckpointError, PlacementError: if the recipe cannot be carried out.
     """
-    for site in recipes.build_topology(recipe.topology).sites.values():
-        intensity(site.zone)  # an unknown zone should not come up after an hour of tuning
+    check_recipe(recipe)
     with tempfile.TemporaryDirectory(prefix="ecogen-") as temporary:
         async with _ENGINES[recipe.engine](recipe, Path(folder or temporary), tuned=tuned) as federation:
             yield federation
@@ -44,10 +46,6 @@ async def serve(run: Path, engine: str = "inproc") -> AsyncIterator[Federation]:
     Raises:
         RunError, CheckpointError: if the folder holds no finished run.
     """
-    from ecogen.engines.saving import load_recipe
-    from ecogen.models.adapters import BACKBONE, TUNABLES
-    from ecogen.models.checkpoint import load_metadata
-
     recipe = load_recipe(run)
     load_metadata(run / TUNABLES)
     topology = replace(recipe.topology, edges=1, clusters_per_edge=1)

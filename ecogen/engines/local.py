@@ -1,15 +1,15 @@
-"""One process a node on this machine: gRPC with mutual TLS on loopback, forked from a server that has imported everything.
+"""One process a node on this machine: gRPC with mutual TLS on loopback, forked from a server that has imported all.
 
-A node whose process dies is started again at its old port, with its disk as it left it.
+A node whose process dies is started again at its old port, with its disk as it left it. One that dies again and again
+is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
-import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ecogen import config as recipes
-from ecogen import errors
 from ecogen.engines.federation import Federation
-from ecogen.errors import EcoGenError, NodeLostError
+from ecogen.engines.forking import fork_server
+from ecogen.errors import EcoGenError, NodeLostError, RunError, TransportError
 from ecogen.node.context import OPERATOR
-from ecogen.node.process import NodeSettings, main_of_child
+from ecogen.node.process import LOG, NodeSettings, main_of_child, problem_of_table
 from ecogen.storage import make_folder
+from ecogen.topology import Tier
 from ecogen.transport.base import Peer
 from ecogen.transport.certs import create_authority, issue, load_authority, load_credentials
 from ecogen.transport.wire import GrpcTransport
@@ -31,8 +32,11 @@ from ecogen.transport.wire import GrpcTransport
 logger = logging.getLogger(__name__)
 
 _START_S = 120.0
-_RESTART_PAUSE_S = 0.5
-_STOP_S = 10.0
+_STOP_S = 8.0
+_PAUSE_S = 0.5
+_STABLE_S = 30.0
+"""A node that lived for so long has recovered; deaths are counted anew."""
+_MAX_DEATHS = 5
 
 
 @dataclass
@@ -41,7 +45,7 @@ class _Child:
 
     process: ForkServerProcess
     pipe: Connection
-    settings: NodeSettings
+    began_s: float
     address: str = ""
 
 
@@ -57,42 +61,36 @@ class LocalEngine:
     ) -> None:
         self._recipe, self._folder, self._tuned, self._restart = recipe, folder, tuned, restart
         self._topology = recipes.build_topology(recipe.topology)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["__main__", "ecogen.node.process"])
+        self._context = fork_server()
         self._children: dict[str, _Child] = {}
-        self._watchers: set[asyncio.Task[None]] = set()
+        self._keepers: dict[str, asyncio.Task[None]] = {}
         self._failure: EcoGenError | None = None
         self._certificates = prepare_certificates(folder, recipe)
         credentials = load_credentials(self._certificates / OPERATOR, node_id=OPERATOR, tier=OPERATOR)
         self.transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials)
 
     async def start(self) -> None:
-        """Start the cloud, then the edges, then the devices, each tier at once."""
-        topology = self._topology
-        for tier in ([topology.cloud_id], topology.edge_ids, topology.end_ids):
-            await asyncio.gather(*(self.start_node(node_id) for node_id in tier))
-        self.address(topology.cloud_id)
-
-    async def start_node(self, node_id: str, port: int = 0) -> None:
-        """Start one node's process and wait until it serves.
+        """Start the cloud, then the edges, then the devices, each tier at once.
 
         Raises:
-            EcoGenError: what kept it from serving.
+            EcoGenError: what keeps a node from serving.
         """
-        settings = self._settings(node_id, port)
-        ours, theirs = self._context.Pipe()
-        level = logging.getLogger().getEffectiveLevel()
-        process = self._context.Process(target=main_of_child, args=(settings, theirs, level), name=node_id, daemon=True)
-        await asyncio.to_thread(process.start)
-        theirs.close()
-        child = self._children[node_id] = _Child(process, ours, settings)
-        report = await self._report(child, _START_S)
-        if report is None or "error" in report:
-            raise _problem(report or {}, node_id)
-        child.address = report["address"]
-        task = asyncio.create_task(self._watch(node_id, child))
-        self._watchers.add(task)
-        task.add_done_callback(self._watchers.discard)
+        topology = self._topology
+        for tier in ([topology.cloud_id], topology.edge_ids, topology.end_ids):
+            outcomes = await asyncio.gather(*map(self.start_node, tier), return_exceptions=True)
+            for problem in filter(None, outcomes):
+                raise problem
+        self.address(topology.cloud_id)
+
+    async def start_node(self, node_id: str) -> None:
+        """Start one node's process and wait until it serves; from then on it is started again whenever it dies.
+
+        Raises:
+            EcoGenError: what keeps it from serving.
+        """
+        child = await self._fork(node_id)
+        await self._serves(node_id, child)
+        self._keepers[node_id] = asyncio.create_task(self._keep(node_id, child), name=f"keep {node_id}")
 
     def pid(self, node_id: str) -> int:
         """The process id of a node."""
@@ -112,48 +110,93 @@ class LocalEngine:
         return address
 
     async def stop(self) -> None:
-        """End every process, in order where they listen, hard where they do not."""
-        for watcher in list(self._watchers):
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        """End every process, hard where they do not listen.
+
+        Parents end before their children: an edge should not take its devices' end for a loss.
+        """
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
         await self.transport.close()
-        for child in self._children.values():
-            child.process.terminate()
-        for child in self._children.values():
-            await asyncio.to_thread(child.process.join, _STOP_S)
-            if child.process.is_alive():
-                child.process.kill()
-            child.pipe.close()
+        deadline_s = time.monotonic() + _STOP_S
+        nodes = self._topology.nodes
+        for is_end in (False, True):
+            await _end([c for id_, c in self._children.items() if (nodes[id_].tier == Tier.END) is is_end], deadline_s)
 
-    async def _watch(self, node_id: str, child: _Child) -> None:
-        """When the process ends by an error, remember that; when it was killed, start it again."""
-        report = await self._report(child, None)
-        if report is not None and "error" in report:
-            self._failure = self._failure or _problem(report, node_id)
-            return
-        logger.warning("%s died; starting it again", node_id)
-        await asyncio.to_thread(child.process.join, _STOP_S)
-        child.pipe.close()
-        if self._restart:
-            await asyncio.sleep(_RESTART_PAUSE_S)
-            port = int(child.address.rpartition(":")[2])
-            try:
-                await self.start_node(node_id, port)
-            except EcoGenError as problem:
-                self._failure = self._failure or problem
-
-    async def _report(self, child: _Child, timeout_s: float | None) -> dict[str, Any] | None:
-        """The next thing that a child says; None when it died or says nothing in time."""
-        loop, said = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(child.pipe.fileno(), said.set)
+    async def _keep(self, node_id: str, child: _Child) -> None:
+        """Start a node again whenever it was killed, until it fails by itself or dies too often."""
+        deaths, serves = 0, True
         try:
-            await asyncio.wait_for(said.wait(), timeout_s)
-            report: dict[str, Any] = child.pipe.recv()
-            return report
-        except (EOFError, ConnectionError, TimeoutError):
-            return None
-        finally:
-            loop.remove_reader(child.pipe.fileno())
+            while True:
+                if serves:
+                    await self._end_of(child)
+                death = await _autopsy(child)
+                if not self._restart:
+                    return
+                deaths = 1 if time.monotonic() - child.began_s > _STABLE_S else deaths + 1
+                if deaths >= _MAX_DEATHS:
+                    raise self._given_up(node_id, death)
+                logger.warning("%s %s; starting it again", node_id, death)
+                await asyncio.sleep(_PAUSE_S * 2 ** (deaths - 1))
+                child = await self._fork(node_id, child.address)
+                serves = await self._serves_again(node_id, child)
+        except EcoGenError as problem:
+            self._failure = self._failure or problem
+        except Exception as problem:
+            logger.exception("%s cannot be kept alive", node_id)
+            self._failure = self._failure or EcoGenError(f"{node_id} cannot be started again: {problem!r}; --resume")
+
+    def _given_up(self, node_id: str, death: str) -> RunError:
+        log = self._folder / "nodes" / node_id / LOG
+        return RunError(
+            f"{node_id} {death}, for the {_MAX_DEATHS}th time and soon after its start; "
+            f"look into {log} and at the machine's memory, then --resume"
+        )
+
+    async def _fork(self, node_id: str, address: str = "") -> _Child:
+        """A node's process at a free port, or at the port that its last life had."""
+        settings = self._settings(node_id, int(address.rpartition(":")[2] or 0))
+        ours, theirs = self._context.Pipe()
+        level = logging.getLogger().getEffectiveLevel()
+        process = self._context.Process(target=main_of_child, args=(settings, theirs, level), name=node_id, daemon=True)
+        child = self._children[node_id] = _Child(process, ours, time.monotonic(), address)
+        await asyncio.to_thread(process.start)
+        theirs.close()
+        return child
+
+    async def _serves(self, node_id: str, child: _Child) -> None:
+        """Wait until a new process serves.
+
+        Raises:
+            EcoGenError: what keeps it from serving; NodeLostError if it died.
+        """
+        report = await _report(child, _START_S)
+        if report is None:
+            raise NodeLostError(node_id, "its process died or hung as it started")
+        if "address" not in report:
+            raise problem_of_table(report)
+        child.address = report["address"]
+
+    async def _serves_again(self, node_id: str, child: _Child) -> bool:
+        """Whether it does; its port may be taken for a while, and it may die once more."""
+        try:
+            await self._serves(node_id, child)
+        except TransportError as problem:
+            if type(problem) not in (NodeLostError, TransportError):
+                raise
+            logger.warning("%s does not serve yet: %s", node_id, problem)
+            return False
+        return True
+
+    async def _end_of(self, child: _Child) -> None:
+        """Wait until a process ends.
+
+        Raises:
+            EcoGenError: what it ended by, where it said so.
+        """
+        report = await _report(child, None)
+        if report is not None:
+            raise problem_of_table(report)
 
     def _settings(self, node_id: str, port: int) -> NodeSettings:
         node, parent_id = self._topology.nodes[node_id], self._topology.parent_of(node_id)
@@ -179,26 +222,48 @@ def prepare_certificates(folder: Path, recipe: recipes.Recipe) -> Path:
     authority = load_authority(directory) if directory.exists() else create_authority(directory, "ecogen")
     tiers = {node_id: node.tier.value for node_id, node in recipes.build_topology(recipe.topology).nodes.items()}
     for node_id, tier in (tiers | {OPERATOR: OPERATOR}).items():
-        if not (certificates / node_id / "node.pem").exists():
+        if not (certificates / node_id / "authority.pem").exists():  # written last
             issue(authority, node_id, tier, certificates / node_id)
     return certificates
 
 
-def _problem(report: dict[str, Any], node_id: str) -> EcoGenError:
-    """The error that a child reported, as its own class where that takes a message alone."""
-    if not report:
-        return NodeLostError(node_id, "its process died while it started")
-    kind = getattr(errors, report["error"], EcoGenError)
-    if kind in (errors.ConfigError, NodeLostError):
-        kind = EcoGenError
-    problem: EcoGenError = kind(report["message"])
-    return problem
+async def _report(child: _Child, timeout_s: float | None) -> dict[str, Any] | None:
+    """The next thing that a child says; None when it died or says nothing in time."""
+    loop, said = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(child.pipe.fileno(), said.set)
+    try:
+        await asyncio.wait_for(said.wait(), timeout_s)
+        report: dict[str, Any] = child.pipe.recv()
+        return report
+    except (EOFError, ConnectionError, TimeoutError):
+        return None
+    finally:
+        loop.remove_reader(child.pipe.fileno())
+
+
+async def _autopsy(child: _Child) -> str:
+    """How a process ended, in words; it is ended if it has not."""
+    await _end([child], time.monotonic() + 1)
+    code = child.process.exitcode
+    return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+
+
+async def _end(children: Iterable[_Child], deadline_s: float) -> None:
+    """End processes in order; hard those that have not ended by the deadline."""
+    started = [child for child in children if child.process.pid is not None]
+    for child in started:
+        child.process.terminate()
+    for child in started:
+        await asyncio.to_thread(child.process.join, max(0.1, deadline_s - time.monotonic()))
+        if child.process.is_alive():
+            child.process.kill()
+            await asyncio.to_thread(child.process.join, 1.0)
+        child.pipe.close()
 
 
 @asynccontextmanager
 async def launch_local(recipe: recipes.Recipe, folder: Path, *, tuned: Path | None = None) -> AsyncIterator[Federation]:
     """A federation of processes on this machine, ended on leaving."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     engine = LocalEngine(recipe, folder, tuned=tuned)
     try:
         await engine.start()

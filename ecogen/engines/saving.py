@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ecogen import config as recipes
 from ecogen.accounting.ledger import settle
-from ecogen.errors import ConfigError, RunError
+from ecogen.engines.run_folder import RECIPE, begin_run, load_recipe
+from ecogen.errors import RunError
 from ecogen.metering.hardware import describe_host
 from ecogen.models.adapters import classification_config, save_tuned
 from ecogen.models.checkpoint import Foundation
@@ -32,45 +33,11 @@ from ecogen.planning.cost import num_adapter_parameters, num_parameters, num_tun
 from ecogen.records import Record, read_records, to_line
 from ecogen.reports.html import write_report
 from ecogen.reports.summary import RunFacts, Summary, summarise
-from ecogen.reports.toml import to_toml
-from ecogen.storage import make_folder, write_atomically
+from ecogen.storage import write_atomically
 from ecogen.tuning.foundation import obtain_foundation
 from ecogen.tuning.inversion import attack_first_cut
 
-RECIPE, RECORDS, FACTS, SUMMARY, REPORT = "recipe.json", "records.jsonl", "facts.json", "summary.json", "report.html"
-
-
-def begin_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
-    """Make the run folder, or check that it can be resumed.
-
-    Raises:
-        RunError: if there is a run already and it is not to be resumed, or it is of another recipe.
-    """
-    path = folder / RECIPE
-    if path.exists() and not resume:
-        raise RunError(
-            f"{folder} holds a run already; add --resume to go on with it, or choose another folder with --out"
-        )
-    if resume and path.exists():
-        _check_same(recipe, load_recipe(folder), folder)
-    if resume and not path.exists():
-        raise RunError(f"{folder} holds no run to resume; leave --resume out to begin one there")
-    make_folder(folder)
-    table = recipes.to_table(recipe)
-    write_atomically(path, json.dumps(table, indent=2))
-    write_atomically(folder / "recipe.toml", to_toml(table))
-
-
-def load_recipe(folder: Path) -> recipes.Recipe:
-    """The resolved recipe of a run folder.
-
-    Raises:
-        RunError: if there is none.
-    """
-    try:
-        return recipes.from_table(json.loads((folder / RECIPE).read_text()), str(folder / RECIPE))
-    except (OSError, ValueError, ConfigError) as problem:
-        raise RunError(f"{folder} is no run folder: {RECIPE} cannot be read ({problem})") from problem
+RECORDS, FACTS, SUMMARY, REPORT = "records.jsonl", "facts.json", "summary.json", "report.html"
 
 
 def save_run(
@@ -83,7 +50,7 @@ def save_run(
     save_tuned(folder, foundation, tunables, recipe.tunables, num_labels)
     write_atomically(folder / RECORDS, b"".join(map(to_line, records)))
     facts = gather_facts(recipe, foundation, num_labels, tunables, wall_s)
-    write_atomically(folder / FACTS, msgspec.json.format(msgspec.json.encode(facts)))
+    write_atomically(folder / FACTS, msgspec.json.encode(facts))
     return rebuild_report(folder)
 
 
@@ -146,14 +113,3 @@ def describe_host_line() -> str:
     """The host in one line."""
     host = describe_host()
     return f"{host.cpu}, {host.num_cores} cores, {host.memory_bytes / 2**30:.0f} GiB, {host.system}"
-
-
-def _check_same(recipe: recipes.Recipe, earlier: recipes.Recipe, folder: Path) -> None:
-    """A run is resumed with its own recipe; only the engine may change, which does not change the result."""
-    new, old = recipes.to_table(recipe), recipes.to_table(earlier)
-    different = [key for key in new if key not in ("engine", "name") and new[key] != old[key]]
-    if different:
-        raise RunError(
-            f"{folder} holds a run of another recipe: {', '.join(different)} differ; "
-            f"resume with `ecogen run {folder / 'recipe.toml'} --out {folder} --resume`"
-        )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,30 +15,40 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ecogen import config as recipes
-from ecogen.engines.background import RUNNING
+from ecogen.engines.check import check_recipe
 from ecogen.engines.federation import ask_status
 from ecogen.engines.launch import launch, serve
-from ecogen.engines.saving import RECORDS, begin_run, load_recipe, load_records
-from ecogen.errors import DataError, RunError, TransportError
+from ecogen.engines.run_folder import (
+    RECIPE,
+    RUNNING,
+    begin_run,
+    check_run,
+    is_running,
+    load_recipe,
+    locked,
+    resume_command,
+)
+from ecogen.engines.saving import RECORDS, REPORT, SUMMARY, load_records
+from ecogen.errors import DataError, TransportError
 from ecogen.node.cloud import Status
 from ecogen.node.context import ProgressReport
 from ecogen.node.device import Asked
 from ecogen.records import EventRecord, Record, RoundRecord
 from ecogen.reports.console import NodeStatus, round_line, show_status
 from ecogen.reports.summary import Summary
-from ecogen.storage import make_folder, write_atomically
+from ecogen.storage import write_atomically
 from ecogen.topology import Topology
 
-LOCK = ".lock"
 
 async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Console) -> Summary:
     """A whole run, with progress on `screen`; returns the figures.
 
     Raises:
-        EcoGenError: what a user can act on; the run can be resumed.
+        EcoGenError: what a user can act on; the run can be resumed if it had begun.
     """
-    make_folder(folder)
-    with _locked(folder):
+    check_run(folder, recipe, resume=resume)
+    check_recipe(recipe)
+    with locked(folder), _ended_in_order():
         begin_run(folder, recipe, resume=resume)
         async with launch(recipe, folder=folder) as federation:
             _remember(folder, federation.cloud_address)
@@ -50,20 +60,28 @@ async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Con
 
 
 async def status(folder: Path) -> list[RenderableType]:
-    """How a run is, in lines to print.
+    """How a run is, in lines to print; of a folder that holds several, each.
 
     Raises:
         RunError: if the folder holds no run.
     """
+    if several := _runs_in(folder):
+        return [line for run_folder in several for line in await status(run_folder)]
     recipe = load_recipe(folder)
-    live = await _live_status(folder)
+    live = await _live_status(folder) if is_running(folder) else None
     if live is None:
         return [_resting_line(folder)]
     topology = recipes.build_topology(recipe.topology)
     progress = live.progress
-    where = f"{progress.phase} {progress.done}/{progress.total} {progress.detail}"
-    line = f"{live.run}: running; {where}; {live.num_records} records"
+    state = "finished, and saving" if live.finished else "running"
+    where = f"{progress.phase} {progress.done}/{progress.total} {progress.detail}".rstrip()
+    line = f"{folder}: {state}; {where}; {live.num_records} records"
     return [line, show_status([_node_status(node_id, topology, live) for node_id in live.expected])]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The run folders in a folder that is none itself."""
+    return [] if (folder / RECIPE).exists() else sorted(path.parent for path in folder.glob(f"*/{RECIPE}"))
 
 
 async def predict(folder: Path, images: Sequence[Path], engine: str) -> tuple[Asked, Topology]:
@@ -142,17 +160,18 @@ class RunProgress:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process a run folder."""
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{folder} belongs to a run that is going on; see `ecogen status {folder}`") from None
-        try:
-            yield
-        finally:
-            (folder / RUNNING).unlink(missing_ok=True)
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end this task as Ctrl-C does, so that nodes are ended in order."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    names = [name for name in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) is signal.SIG_DFL]
+    for name in names:
+        loop.add_signal_handler(name, task.cancel)
+    try:
+        yield
+    finally:
+        for name in names:
+            loop.remove_signal_handler(name)
 
 
 def _remember(folder: Path, cloud_address: str) -> None:
@@ -160,10 +179,9 @@ def _remember(folder: Path, cloud_address: str) -> None:
 
 
 async def _live_status(folder: Path) -> Status | None:
-    """What the cloud of a run says; None if the run does not go on, or lives within another process."""
+    """What the cloud of a run says; None if it does not answer, or lives within another process."""
     try:
         running = json.loads((folder / RUNNING).read_text())
-        os.kill(running["pid"], 0)
         return await asyncio.wait_for(ask_status(folder, running["cloud"]), 10)
     except (OSError, ValueError, KeyError, TransportError, TimeoutError):
         return None
@@ -172,14 +190,13 @@ async def _live_status(folder: Path) -> Status | None:
 def _resting_line(folder: Path) -> str:
     """What the folder alone tells."""
     log = folder / "nodes" / "cloud" / RECORDS
-    if (folder / RECORDS).exists():
-        rounds = {r.round_index for r in load_records(folder) if isinstance(r, RoundRecord)}
-        return f"{folder}: finished after {len(rounds)} rounds; see {folder / 'report.html'}"
-    state = (
-        "not finished, and nobody is running it" if not (folder / RUNNING).exists() else "running within one process"
-    )
     records = f"records so far are in {log}" if log.exists() else "no records yet"
-    return f"{folder}: {state}; {records}; go on with --resume"
+    if is_running(folder):
+        return f"{folder}: running, and its cloud does not answer from outside its process; {records}"
+    if (folder / SUMMARY).exists():
+        rounds = {r.round_index for r in load_records(folder) if isinstance(r, RoundRecord)}
+        return f"{folder}: finished after {len(rounds)} rounds; see {folder / REPORT}"
+    return f"{folder}: not finished, and nobody is running it; {records}; go on with `{resume_command(folder)}`"
 
 
 def _node_status(node_id: str, topology: Topology, live: Status) -> NodeStatus:

@@ -7,7 +7,6 @@ A saved folder holds `backbone/` (the foundation model), `tunables.safetensors` 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import Foundation, load_metadata, load_tensors, open_foundation, save_tensors
 from ecogen.models.tunables import attach_tunables, initialise_tunables, lora_config, set_tunables
 from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
-from ecogen.storage import write_atomically
+from ecogen.storage import copy_folder, write_atomically
 
 BACKBONE, TUNABLES, ADAPTER, RECIPE = "backbone", "tunables.safetensors", "adapter", "recipe.json"
 
@@ -64,7 +63,7 @@ def save_tuned(
     """Write `backbone/`, `tunables.safetensors` and, where there is LoRA, the PEFT directory `adapter/`."""
     backbone = folder / BACKBONE
     if foundation.folder != backbone:
-        shutil.copytree(foundation.folder, backbone, dirs_exist_ok=True)
+        copy_folder(foundation.folder, backbone)
     save_tensors(
         folder / TUNABLES, tunables, {"spec": json.dumps(recipes.section_table(spec)), "labels": str(num_labels)}
     )

@@ -18,7 +18,7 @@ from ecogen.models.profile import model_shape
 from ecogen.models.tunables import attach_tunables
 from ecogen.models.vit import load_vit, parameter_names
 from ecogen.node.context import BOOKS, INSTALL, OPERATOR, NodeContext, Ready, Welcome, methods
-from ecogen.placement import Placement, Segment
+from ecogen.placement import Placement, Segment, rotations, segments_held
 from ecogen.records import RequestRecord
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.runtime.membership import attend
@@ -107,7 +107,7 @@ class DeviceRole:
         context, recipe = self._context, self._recipe
         config = ViTConfig.from_dict(welcome.model)
         placement = placement_from_table(welcome.placement)
-        segments = placement.segments_of(context.node_id)
+        segments = segments_held(placement, recipe.data.owners, context.node_id)
         tensors = await self._backbone(config, segments, welcome.digest)
         stage = await context.worker.compute(self._load, config, segments, tensors)
         topology = recipes.build_topology(recipe.topology)
@@ -115,7 +115,8 @@ class DeviceRole:
         shape = model_shape(config, recipe.tunables)
         data = await context.worker.compute(self._own_data, topology, placement)
         link = topology.links["d2d"]
-        tuning = DeviceTuning(Route(placement, shape), recipe.tuning, stage, context.worker, self.neighbours, data)
+        routes = [Route(route, shape) for route in rotations(placement, recipe.data.owners)]
+        tuning = DeviceTuning(routes, recipe.tuning, stage, context.worker, self.neighbours, data)
         serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
         return _Resident(stage, tuning, serving)
 
@@ -139,17 +140,20 @@ class DeviceRole:
         return Stage(model, device=self._context.device, dtype=self._context.dtype)
 
     def _own_data(self, topology: Topology, placement: Placement) -> LocalData | None:
-        """This device's partition, where it is a start device."""
-        if placement.start_id != self._context.node_id:
-            return None
+        """This device's partition, where it owns data: an equal part of its cluster's."""
         recipe = self._recipe
+        owners = placement.node_ids[: recipe.data.owners]
+        if self._context.node_id not in owners:
+            return None
+        owner_index = owners.index(self._context.node_id)
         splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
         counts = [len(topology.clusters_of(edge_id)) for edge_id in topology.edge_ids]
         parts = partition_examples(splits.train.labels, recipe.data.partition, counts, recipe.seed)
         cluster = topology.cluster_of(self._context.node_id)
         place = topology.clusters_of(cluster.edge_id).index(cluster)
-        own = parts[topology.edge_ids.index(cluster.edge_id)][place]
-        return LocalData(splits.train[own], recipe.seed, list(topology.clusters).index(cluster.cluster_id))
+        own = parts[topology.edge_ids.index(cluster.edge_id)][place][owner_index :: len(owners)]
+        cluster_index = list(topology.clusters).index(cluster.cluster_id)
+        return LocalData(splits.train[own], recipe.seed, cluster_index, owner_index)
 
     # What others ask for.
 

@@ -32,7 +32,7 @@ from ecogen.node.context import (
 )
 from ecogen.node.device import ASK, Ask, Asked, Install
 from ecogen.node.parent import Parent
-from ecogen.placement import Placement
+from ecogen.placement import Placement, neighbours_of, segments_held
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventKind, EventRecord, PhaseRecord
 from ecogen.runtime.delivery import fetch_tensors
@@ -108,6 +108,7 @@ class EdgeRole:
             self._evaluate,
             self._outbox.put,
             attempt=self._incarnation * 1_000_000,
+            num_owners=recipe.data.owners,
         )
 
     async def _fetch_foundation(self) -> Foundation:
@@ -159,8 +160,9 @@ class EdgeRole:
         await asyncio.gather(*orders)
 
     async def _install_on(self, node_id: str, placement: Placement) -> None:
-        tunables = tunables_of(self._rounds.state.tunables, placement.segments_of(node_id))
-        order = Install(self._members.locate(placement.neighbours_of(node_id)))
+        owners = self._recipe.data.owners
+        tunables = tunables_of(self._rounds.state.tunables, segments_held(placement, owners, node_id))
+        order = Install(self._members.locate(neighbours_of(placement, owners, node_id)))
         await self._ask_device(node_id, Message.of(INSTALL, order, kind="tunables", tensors=tunables))
 
     async def _serve_requests(self) -> None:

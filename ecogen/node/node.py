@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ecogen.errors import AuthenticationError, ProtocolError
+from collections.abc import Iterator
+
+from ecogen.errors import AuthenticationError, EcoGenError, ProtocolError
 from ecogen.node.context import NodeContext, Role
 from ecogen.transport.base import Message, Peer, Stream
 
@@ -22,6 +24,8 @@ class Node:
         """The role's loops; closes the node at the end."""
         try:
             await self.role.run(address)
+        except ExceptionGroup as problems:
+            raise first_cause(problems) from problems
         finally:
             await self.context.transport.close()
             self.context.worker.close()
@@ -46,3 +50,17 @@ class Node:
     async def accept(self, peer: Peer, stream: Stream) -> None:
         """Serve a stream."""
         await self.role.accept(peer, stream)
+
+
+def first_cause(problems: ExceptionGroup[Exception]) -> Exception:
+    """Of the errors of a node's loops the first that a user can act on, or else the first."""
+    causes = list(_leaves(problems))
+    return next((cause for cause in causes if isinstance(cause, EcoGenError)), causes[0])
+
+
+def _leaves(problems: ExceptionGroup[Exception]) -> Iterator[Exception]:
+    for problem in problems.exceptions:
+        if isinstance(problem, ExceptionGroup):
+            yield from _leaves(problem)
+        else:
+            yield problem

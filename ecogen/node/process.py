@@ -6,10 +6,13 @@ Nothing here touches torch or gRPC before the process has its own life, so a for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,12 +29,19 @@ from ecogen.node.build import build_role
 from ecogen.node.context import NodeContext
 from ecogen.node.node import Node
 from ecogen.runtime.worker import Worker
-from ecogen.storage import make_folder
+from ecogen.storage import make_folder, storage_error
+from ecogen.topology import Tier
 from ecogen.transport.base import Peer
 from ecogen.transport.certs import load_credentials
+from ecogen.transport.failures import failure_of, rebuild
 from ecogen.transport.wire import GrpcTransport
 
 logger = logging.getLogger(__name__)
+
+LOG = "log.txt"
+
+_LINGER_S = 1.0
+_ORPHAN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,6 @@ class NodeSettings:
     port: int = 0
     device: str = "cpu"
     dtype: str = "float32"
-    insecure: bool = False
 
 
 async def run_node(settings: NodeSettings, on_serving: Callable[[str], None]) -> None:
@@ -88,20 +97,37 @@ async def run_node(settings: NodeSettings, on_serving: Callable[[str], None]) ->
 
 def main_of_child(settings: NodeSettings, pipe: Connection, log_level: int) -> None:
     """The main function of a forked node: reports its address, or its error, and ends with whoever forked it."""
-    logging.basicConfig(level=log_level, format=f"%(asctime)s {settings.node_id} %(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's: it ends its nodes in order
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)  # the terminal's are for the launcher, which ends its nodes in order
+    _log_to(settings.folder / LOG)
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(message)s")
     try:
         asyncio.run(_run_until_orphaned(settings, pipe))
-    except EcoGenError as problem:
-        pipe.send(problem_table(problem))
     except Exception as problem:
         logger.exception("%s failed", settings.node_id)
-        pipe.send(problem_table(EcoGenError(f"{settings.node_id} failed: {problem!r}; see its log")))
+        pipe.send({"failure": failure_of(_actionable(problem, settings))})
 
 
-def problem_table(problem: EcoGenError) -> dict[str, str]:
-    """An error as plain values for the pipe."""
-    return {"error": type(problem).__name__, "message": str(problem)}
+def problem_of_table(report: Mapping[str, Any]) -> EcoGenError:
+    """The error that a child reported."""
+    return rebuild(report["failure"])
+
+
+def _actionable(problem: Exception, settings: NodeSettings) -> EcoGenError:
+    if isinstance(problem, EcoGenError):
+        return problem
+    full = storage_error(problem) if isinstance(problem, OSError) else None
+    return full or EcoGenError(f"{settings.node_id} failed: {problem!r}; see {settings.folder / LOG}")
+
+
+def _log_to(path: Path) -> None:
+    """Let everything that this process or a library in it prints go to a file, not to the launcher's terminal."""
+    logging.raiseExceptions = False  # a full disk should not stop a node for its log
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
 
 
 async def _run_until_orphaned(settings: NodeSettings, pipe: Connection) -> None:
@@ -110,17 +136,32 @@ async def _run_until_orphaned(settings: NodeSettings, pipe: Connection) -> None:
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        loop.add_reader(parent.sentinel, task.cancel)
+        loop.add_reader(parent.sentinel, _orphan, parent.sentinel, settings.tier, task)
     try:
         await task
     except asyncio.CancelledError:
         logger.info("%s stops", settings.node_id)
 
 
+def _orphan(sentinel: int, tier: str, task: asyncio.Task[None]) -> None:
+    """The launcher is gone: end, in order where that is quick.
+
+    Devices stay a moment longer, or an edge would take their end for a loss and close the round without them.
+    """
+    loop = asyncio.get_running_loop()
+    loop.remove_reader(sentinel)
+    loop.call_later(_LINGER_S if tier == Tier.END else 0, task.cancel)
+    deadline = threading.Timer(_ORPHAN_S, os._exit, (1,))
+    deadline.daemon = True
+    deadline.start()
+
+
 def _transport(settings: NodeSettings) -> GrpcTransport:
-    peer = Peer(settings.node_id, settings.tier)
-    place = {"host": settings.host, "port": settings.port, "advertised_host": settings.advertised_host}
-    if settings.insecure:
-        return GrpcTransport(peer, insecure=True, **place)
-    credentials = load_credentials(settings.certificates, node_id=settings.node_id, tier=settings.tier)
-    return GrpcTransport(peer, credentials=credentials, revoked=settings.revoked, **place)
+    return GrpcTransport(
+        Peer(settings.node_id, settings.tier),
+        credentials=load_credentials(settings.certificates, node_id=settings.node_id, tier=settings.tier),
+        revoked=settings.revoked,
+        host=settings.host,
+        port=settings.port,
+        advertised_host=settings.advertised_host,
+    )

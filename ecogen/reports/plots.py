@@ -5,7 +5,7 @@ Values stand in a column of their own beside the bars, so they never overlap and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -403,6 +403,6 @@ def _image_row(axes_row: Sequence[Axes], images: Sequence[Any], name: str) -> No
         picture.set_gid(f"{name}-{column}")
 
 
-def _row_titles(cells: Sequence[Sequence[Axes]], names: Sequence[str]) -> None:
+def _row_titles(cells: Iterable[Sequence[Axes]], names: Sequence[str]) -> None:
     for row, name in zip(cells, names, strict=True):
         row[0].text(-0.2, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=11.5)

@@ -124,10 +124,32 @@ class Stage:
             return
         scale = clip_scale(squared_norm, self._settings.clip_norm)
         if scale < 1:
-            grads = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
-            torch._foreach_mul_(grads, scale)
+            grads: list[Tensor] = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
+            if grads:
+                torch._foreach_mul_(grads, scale)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def hand_over(self, segment: Segment) -> Tunables:
+        """One segment's tunables with their optimizer states, for the device that goes on with them."""
+        state: Tunables = {}
+        for name in tunables_of(self._named, [segment]):
+            parameter = self._named[name]
+            moments = self._optimizer.state.get(parameter, {}) if self._optimizer else {}
+            state |= {f"{name}@{key}": moment.detach().clone().cpu() for key, moment in moments.items()}
+            state[name] = parameter.detach().clone().cpu()
+        return state
+
+    @torch.no_grad()
+    def take_over(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the tunables and optimizer states that `hand_over` gave."""
+        for name, tensor in state.items():
+            name, _, key = name.partition("@")
+            parameter = self._named[name]
+            if not key:
+                parameter.copy_(tensor)
+            elif self._optimizer is not None:
+                self._optimizer.state[parameter][key] = tensor.clone() if key == "step" else tensor.to(parameter)
 
     def _run(self, segment: Segment, inputs: Tensor) -> Tensor:
         mixed = self.dtype is not torch.float32

@@ -47,20 +47,25 @@ def internal_error(what: str) -> TransportError:
 
 def failure_message(error: EcoGenError, *, counted: bool = True) -> Message:
     """The error as a message."""
+    return Message.of(FAILURE_METHOD, failure_of(error), counted=counted)
+
+
+def failure_of(error: EcoGenError) -> Failure:
+    """The error as a value."""
     classes = tuple(cls.__name__ for cls in type(error).__mro__ if issubclass(cls, EcoGenError))
     problems = getattr(error, "problems", None)
-    body = Failure(classes, str(error), getattr(error, "node_id", None), None if problems is None else tuple(problems))
-    return Message.of(FAILURE_METHOD, body, counted=counted)
+    return Failure(classes, str(error), getattr(error, "node_id", None), None if problems is None else tuple(problems))
 
 
 def raise_failure(message: Message) -> Message:
     """The message itself, unless it is a failure: then the error is raised."""
     if message.method == FAILURE_METHOD:
-        raise _rebuild(message.read(Failure))
+        raise rebuild(message.read(Failure))
     return message
 
 
-def _rebuild(failure: Failure) -> EcoGenError:
+def rebuild(failure: Failure) -> EcoGenError:
+    """The error that was made a value."""
     known = {cls.__name__: cls for cls in _tree(EcoGenError)}
     cls = next((known[name] for name in failure.classes if name in known), TransportError)
     # Not by the constructor, since it takes the parts of the message and the message is all we have.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from ecogen.config import Tuning
 from ecogen.errors import NodeLostError, ProtocolError
+from ecogen.models.tunables import Tunables, tunables_of
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.stage import OptimizerSettings, Stage
 from ecogen.runtime.worker import Worker
@@ -32,39 +34,41 @@ class LocalData:
     examples: Examples
     seed: int
     cluster_index: int
+    owner_index: int = 0
 
-    def batches(self, tuning: Tuning, round_index: int) -> Iterator[Examples]:
-        """The batches of all local epochs of a round: a pure function of the seed, the round and the cluster."""
-        for epoch in range(tuning.local_epochs):
-            key = [self.seed, round_index, self.cluster_index, epoch]
-            order = np.random.default_rng([*key, _ORDER_KEY]).permutation(len(self.examples))
-            generator = torch.Generator().manual_seed(int(np.random.default_rng([*key, _AUGMENT_KEY]).integers(2**62)))
-            for begin in range(0, len(order), tuning.batch_size):
-                batch = self.examples[order[begin : begin + tuning.batch_size]]
-                yield Examples(augment(batch.images, tuning.augmentation, generator), batch.labels)
+    def batches(self, tuning: Tuning, round_index: int, epoch: int) -> Iterator[Examples]:
+        """The batches of one local epoch: a pure function of the seed, the round, the device and the epoch."""
+        key = [self.seed, round_index, self.cluster_index, self.owner_index, epoch]
+        order = np.random.default_rng([*key, _ORDER_KEY]).permutation(len(self.examples))
+        generator = torch.Generator().manual_seed(int(np.random.default_rng([*key, _AUGMENT_KEY]).integers(2**62)))
+        for begin in range(0, len(order), tuning.batch_size):
+            batch = self.examples[order[begin : begin + tuning.batch_size]]
+            yield Examples(augment(batch.images, tuning.augmentation, generator), batch.labels)
 
 
 class DeviceTuning:
     """One device's tuning role.
 
     Args:
+        routes: one for each device of the cluster that owns data.
         data: what the device owns; None where it owns nothing.
     """
 
     def __init__(
         self,
-        route: Route,
+        routes: Sequence[Route],
         tuning: Tuning,
         stage: Stage,
         worker: Worker,
         neighbours: Neighbours,
         data: LocalData | None,
     ) -> None:
-        self._route, self._tuning, self._stage, self._worker = route, tuning, stage, worker
+        self._routes, self._tuning, self._stage, self._worker = list(routes), tuning, stage, worker
         self._neighbours, self._data = neighbours, data
         self._latest = AttemptKey(-1, -1)
         self._current: LocalSteps | None = None
         self._early: list[tuple[Message, Flow]] = []
+        self._lost: NodeLostError | None = None  # since the latest order
 
     async def tune(self, message: Message) -> Message:
         """Do this device's part of one attempt, and answer with its tunables.
@@ -79,17 +83,17 @@ class DeviceTuning:
         await self._worker.compute(self._stage.begin, message.tensors, self._settings(order.key.round_index))
         steps = self._begin(order.key)
         result = await steps.run()
-        tunables = await self._worker.compute(lambda: self._stage.tunables)
+        tunables = await self._worker.compute(self._own_tunables)
         owned = len(self._data.examples) if self._data else 0
         body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._stage.memory_bytes))
         return Message.of(TUNE, body, kind="tunables", tensors=tunables)
 
     def deliver(self, message: Message) -> None:
-        """Take a neighbour's message; one that belongs to an attempt not yet ordered here waits for it."""
+        """Take a neighbour's message; one that belongs to an attempt not yet begun here waits for it."""
         flow = message.read(Flow)
         if self._current is not None and flow.key == self._current.key:
             self._current.deliver(message, flow)
-        elif flow.key > self._latest:
+        elif flow.key >= self._latest:  # equal while this device still takes the order's tunables
             self._early.append((message, flow))
         else:
             logger.debug("dropped %s of the fenced attempt %s", message.method, flow.key)
@@ -98,29 +102,39 @@ class DeviceTuning:
         """A neighbour is lost: the attempt that needs it fails."""
         if self._current is not None:
             self._current.fail(error)
+        self._lost = error
 
     def _begin(self, key: AttemptKey) -> LocalSteps:
-        batches = self._data.batches(self._tuning, key.round_index) if self._data else None
+        data = self._data
+        batches = None if data is None else partial(data.batches, self._tuning, key.round_index)
         self._current = LocalSteps(
             key,
-            self._route,
+            self._routes,
             self._stage,
             self._worker,
             self._neighbours,
+            num_epochs=self._tuning.local_epochs,
             batches=batches,
             num_microbatches=self._tuning.microbatches,
         )
+        if self._lost is not None:
+            self._current.fail(self._lost)
         early, self._early = self._early, []
         for message, flow in early:
             if flow.key == key:
                 self._current.deliver(message, flow)
         return self._current
 
+    def _own_tunables(self) -> Tunables:
+        """The tunables that end with this device: those of the first segment with the last owner only."""
+        last = self._routes[-1 if self._tuning.local_epochs else 0]
+        return tunables_of(self._stage.tunables, last.placement.segments_of(self._neighbours.node_id))
+
     def _fence(self, key: AttemptKey) -> None:
         if key <= self._latest:
             raise ProtocolError(f"attempt {key} is fenced off: {self._latest} came before it")
         self._latest = key
-        self._current = None
+        self._current = self._lost = None
 
     def _settings(self, round_index: int) -> OptimizerSettings:
         rate = self._tuning.learning_rate * self._tuning.learning_rate_decay**round_index

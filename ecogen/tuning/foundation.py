@@ -63,7 +63,7 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
             name: int(value) if float(value).is_integer() else value
             for name, value in recipe.pretraining.options.items()
         }
-        model = pretrain(_vit_config(recipe.model), seed=recipe.pretraining.seed, on_step=on_step, **options)
+        model = pretrain(vit_config(recipe.model), seed=recipe.pretraining.seed, on_step=on_step, **options)
     finally:
         torch.set_num_threads(threads)
     made = {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s, "time_s": time.time()}
@@ -90,7 +90,8 @@ def _how(folder: Path, verb: str) -> str:
     return f"{verb} {made['wall_s']:.0f} s ({made['cpu_s']:.0f} CPU s)"
 
 
-def _vit_config(model: recipes.Model) -> ViTConfig:
+def vit_config(model: recipes.Model) -> ViTConfig:
+    """The configuration of the model that a recipe has pre-trained."""
     return ViTConfig(
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_blocks,

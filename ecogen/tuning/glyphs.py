@@ -42,16 +42,16 @@ class Augmentation:
     thick), `resolution` the coarsest grid that a view is reduced to and enlarged from, `noise` a standard deviation.
     """
 
-    rotation: float = 0.35
-    shear: float = 0.3
+    rotation: float = 0.3
+    shear: float = 0.2
     scale: tuple[float, float] = (0.65, 1.0)
     stretch: float = 0.25
-    shift: float = 0.12
-    elastic: float = 0.1
+    shift: float = 0.1
+    elastic: float = 0.07
     threshold: tuple[float, float] = (0.15, 0.6)
-    resolution: int = 7
-    contrast: float = 0.3
-    noise: float = 0.1
+    resolution: int = 6
+    contrast: float = 0.2
+    noise: float = 0.05
 
 
 def render_glyphs(fonts: tuple[str, ...] = FONTS, characters: str = CHARACTERS) -> Tensor:

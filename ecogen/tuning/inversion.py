@@ -4,7 +4,7 @@ The threat: an honest-but-curious device behind the cut, or whoever reads the li
 at what it is sent. We grant it everything the federation shares, which is the strong and so the honest setting: the
 frozen backbone, the current tunables, and images of its own from the very distribution it attacks (the validation
 digits, on which nobody tunes and which are not attacked; rendered glyphs only where the recipe keeps too few). It
-sees the tuned model's activations of test images. Three attackers, the last two beginning with the least-squares answer:
+sees the tuned model's activations of test images. Three attackers, the last two beginning with the first one's answer:
 
     least squares    ridge regression of each patch's pixels on its own token, fitted on the attacker's images
     trained decoder  a small MLP-mixer over all tokens, trained to correct the least-squares answer
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -47,7 +48,6 @@ NUM_OPTIMISED = 32  # of them, since each costs a hundred passes through the blo
 NUM_SHOWN = 4
 FEWEST_OWN = 40  # with fewer validation images the attacker takes glyphs
 
-_NUM_BLENDS = 1200
 _NUM_GLYPHS = 400
 _ATTACK_KEY = 7
 _RIDGES = (0.0, *(10.0**power for power in range(-10, 3)))
@@ -77,8 +77,24 @@ class Known:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard the attackers try. As it stands, 10 CPU seconds for all of them on a 28 x 28 model of width 128."""
+
+    blends: int = 1200
+    decoder_steps: int = 300
+    optimiser_steps: int = 60
+
+
+_FULL = Effort()
+
+
 def attack_first_cut(
-    foundation: Foundation, recipe: recipes.Recipe, tunables: Mapping[str, Tensor]
+    foundation: Foundation,
+    recipe: recipes.Recipe,
+    tunables: Mapping[str, Tensor],
+    *,
+    effort: Effort = _FULL,
 ) -> tuple[InversionAttack, ...]:
     """Attack test images through the tuned model, cut after 0, 1 and 2 blocks; the same seed gives the same figures."""
     splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
@@ -91,8 +107,8 @@ def attack_first_cut(
     score = Score(attacked, splits.train, own.mean(0))
     results: dict[str, list[Inversion]] = {"least squares": [], "trained decoder": [], "optimisation": []}
     for depth in range(min(DEEPEST, foundation.config.num_hidden_layers) + 1):
-        segment = Segment(0, depth, has_embedding=True)
-        answers = _attack(lambda images, s=segment: model(images, s), own, attacked.images, foundation, generator)
+        encode = partial(model, segment=Segment(0, depth, has_embedding=True))
+        answers = _attack(encode, own, attacked.images, foundation.config.patch_size, effort, generator)
         for attacker, answer in answers.items():
             results[attacker].append(score(answer, depth))
     return tuple(_told(attacker, tuple(found), whose, score) for attacker, found in results.items())
@@ -110,10 +126,12 @@ def own_images(splits: Splits, generator: torch.Generator) -> tuple[Tensor, str]
 
 
 @torch.no_grad()
-def learn_from(encode: Encode, own: Tensor, patch_size: int, generator: torch.Generator) -> Known:
+def learn_from(
+    encode: Encode, own: Tensor, patch_size: int, generator: torch.Generator, *, blends: int = _FULL.blends
+) -> Known:
     """Pairs of the attacker's images and of blends of two of them; every fifth image is held out, and in no blend."""
     held = torch.arange(len(own)) % 5 == 4
-    fitted = torch.cat([own[~held], blend(own[~held], _NUM_BLENDS, generator)])
+    fitted = torch.cat([own[~held], blend(own[~held], blends, generator)])
     return Known(Pairs(fitted, encode(fitted)), Pairs(own[held], encode(own[held])), patch_size)
 
 
@@ -132,7 +150,9 @@ def fit_least_squares(known: Known) -> Decode:
     return lambda activations: regression.decode(activations, ridge)
 
 
-def train_decoder(known: Known, begin: Decode, generator: torch.Generator, *, steps: int = 300) -> Decode:
+def train_decoder(
+    known: Known, begin: Decode, generator: torch.Generator, *, steps: int = _FULL.decoder_steps
+) -> Decode:
     """A mixer that corrects another decoder's answers, trained with AdamW on all pairs."""
     pairs = known.all
     scale, shift = pairs.activations.std() + 1e-12, pairs.activations.mean((0, 1))
@@ -146,7 +166,7 @@ def train_decoder(known: Known, begin: Decode, generator: torch.Generator, *, st
         chosen = torch.randint(len(inputs), (48,), generator=generator)
         loss = (mixer(inputs[chosen]) - targets[chosen]).square().mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
 
@@ -158,7 +178,7 @@ def train_decoder(known: Known, begin: Decode, generator: torch.Generator, *, st
     return decode
 
 
-def optimise(encode: Encode, seen: Tensor, begin: Tensor, *, steps: int = 60) -> Tensor:
+def optimise(encode: Encode, seen: Tensor, begin: Tensor, *, steps: int = _FULL.optimiser_steps) -> Tensor:
     """Images [B, C, H, W] near `begin` whose activations are those seen, by L-BFGS."""
     images = begin.detach().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -176,7 +196,7 @@ def optimise(encode: Encode, seen: Tensor, begin: Tensor, *, steps: int = 60) ->
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(miss)
+    optimizer.step(miss)  # type: ignore[no-untyped-call]
     return images.detach()
 
 
@@ -284,26 +304,26 @@ def ssim(answers: Tensor, originals: Tensor) -> float:
 
 
 def as_pictures(images: Tensor) -> tuple[Image, ...]:
-    """Grey values in [0, 1], to three digits."""
+    """Grey values in [0, 1], to two digits."""
     grey = ((images.mean(1) + 1) / 2).clamp(0, 1)
-    return tuple(tuple(tuple(round(value, 3) for value in row) for row in image) for image in grey.tolist())
+    return tuple(tuple(tuple(round(value, 2) for value in row) for row in image) for image in grey.tolist())
 
 
 def _attack(
-    encode: Encode, own: Tensor, attacked: Tensor, foundation: Foundation, generator: torch.Generator
+    encode: Encode, own: Tensor, attacked: Tensor, patch_size: int, effort: Effort, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Attacker -> its reconstructions of the first attacked images, [B, C, H, W]."""
-    known = learn_from(encode, own, foundation.config.patch_size, generator)
+    known = learn_from(encode, own, patch_size, generator, blends=effort.blends)
     with torch.no_grad():
         seen = encode(attacked)
     least_squares = fit_least_squares(known)
-    decoder = train_decoder(known, least_squares, generator)
+    decoder = train_decoder(known, least_squares, generator, steps=effort.decoder_steps)
     begin = least_squares(seen)
     few = slice(min(NUM_OPTIMISED, len(seen)))
     return {
         "least squares": begin,
         "trained decoder": decoder(seen),
-        "optimisation": optimise(encode, seen[few], begin[few]),
+        "optimisation": optimise(encode, seen[few], begin[few], steps=effort.optimiser_steps),
     }
 
 

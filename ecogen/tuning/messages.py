@@ -11,7 +11,8 @@ from ecogen.records import Usage
 
 TUNE, SYNC = "tune", "sync"
 FORWARD, BACKWARD, RETURNED, LABELS, FINISH = "forward", "backward", "returned", "labels", "finish"
-FLOW_METHODS = frozenset({FORWARD, BACKWARD, RETURNED, LABELS, FINISH})
+HAND_OVER = "hand_over"
+FLOW_METHODS = frozenset({FORWARD, BACKWARD, RETURNED, LABELS, FINISH, HAND_OVER})
 
 
 class AttemptKey(msgspec.Struct, frozen=True, order=True):
@@ -68,16 +69,19 @@ class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
     """One microbatch between two visits, forward or backward.
 
     Attributes:
-        visit: the index of the visit that should run.
+        turn: of the owner whose microbatch it is; owners take turns.
+        visit: the index of the visit that should run, on the route of that owner.
         batch_size: examples of the whole batch.
         num_microbatches: microbatches of the batch.
         squared_norm: forward: of the previous step's gradients over the whole chain; backward: of this step's so far,
             with the batch's last microbatch.
-        loss: backward: the microbatch's share of the batch's mean loss; with `finish`, the mean over all steps.
+        loss: backward: the microbatch's share of the batch's mean loss; with `hand_over`, the sum over the steps so
+            far, and with `finish`, their mean.
     """
 
     key: AttemptKey
     step: int
+    turn: int = 0
     microbatch: int = 0
     visit: int = 0
     batch_size: int = 0

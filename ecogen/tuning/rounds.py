@@ -23,7 +23,7 @@ from ecogen.config import Tuning
 from ecogen.errors import NodeLostError, RunError, TransportError
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables, tunables_of
-from ecogen.placement import Placement
+from ecogen.placement import Placement, neighbours_of, segments_held
 from ecogen.records import EventRecord, Record, RoundRecord, Usage, from_line, to_line
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
@@ -100,11 +100,13 @@ class EdgeRounds:
         publish: Callable[[Record], None],
         *,
         attempt: int,
+        num_owners: int = 1,
     ) -> None:
         self.state = state
         self._path, self._tuning, self._placements, self._members = path, tuning, placements, members
         self._transport, self._worker, self._cloud_id = transport, worker, cloud_id
         self._evaluate, self._publish, self._attempt = evaluate, publish, attempt
+        self._num_owners = num_owners
         self._failed: set[str] = set()
 
     async def run(self) -> None:
@@ -166,8 +168,9 @@ class EdgeRounds:
         return _outcome(cluster_id, [order.result() for order in orders])
 
     async def _order(self, node_id: str, placement: Placement, key: AttemptKey) -> Message:
-        tunables = tunables_of(self.state.tunables, placement.segments_of(node_id))
-        order = TuneOrder(key, self._members.locate(placement.neighbours_of(node_id)))
+        held = segments_held(placement, self._num_owners, node_id)
+        tunables = tunables_of(self.state.tunables, held)
+        order = TuneOrder(key, self._members.locate(neighbours_of(placement, self._num_owners, node_id)))
         message = Message.of(TUNE, order, kind="tunables", tensors=tunables)
         return await self._transport.call(node_id, message)
 

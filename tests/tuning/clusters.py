@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import torch
 from hypothesis import assume
@@ -18,9 +19,9 @@ from ecogen.config import Tunables as Spec
 from ecogen.errors import NodeLostError
 from ecogen.metering.meter import null_meter
 from ecogen.models.profile import model_shape
-from ecogen.models.tunables import attach_tunables, named_tunables
+from ecogen.models.tunables import attach_tunables, named_tunables, tunables_of
 from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
-from ecogen.placement import Placement, Segment, place
+from ecogen.placement import Placement, Segment, neighbours_of, place, rotations, segments_held
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.stage import OptimizerSettings, Stage
 from ecogen.runtime.worker import Worker
@@ -42,6 +43,7 @@ class Case:
     cuts: tuple[int, ...] = ()
     labels: str = "start"
     spec: Spec = field(default_factory=lambda: Spec(prompts=2, lora_rank=2))
+    owners: int = 1
 
     @property
     def config(self) -> ViTConfig:
@@ -53,8 +55,15 @@ class Case:
         return place(nodes, self.cuts, self.num_blocks, self.labels)
 
     @property
-    def route(self) -> Route:
-        return Route(self.placement, model_shape(self.config, self.spec))
+    def routes(self) -> list[Route]:
+        shape = model_shape(self.config, self.spec)
+        return [Route(placement, shape) for placement in rotations(self.placement, self.owners)]
+
+    def held_by(self, node_id: str) -> list[Segment]:
+        return segments_held(self.placement, self.owners, node_id)
+
+    def neighbours_of(self, node_id: str) -> list[str]:
+        return neighbours_of(self.placement, self.owners, node_id)
 
 
 @st.composite
@@ -70,7 +79,8 @@ def cases(draw: st.DrawFn, max_blocks: int = 6) -> Case:
     )
     has_adapters = (spec.prompts or spec.lora_rank) and spec.first_block < num_blocks
     assume(spec.head or has_adapters)
-    return Case(num_blocks, tuple(sorted(cuts)), draw(st.sampled_from(["start", "end"])), spec)
+    owners = draw(st.integers(1, len(cuts) + 1))
+    return Case(num_blocks, tuple(sorted(cuts)), draw(st.sampled_from(["start", "end"])), spec, owners)
 
 
 def cut_model(whole: ViTForImageClassification, segments: Sequence[Segment], spec: Spec) -> SegmentedViT:
@@ -106,7 +116,7 @@ def stages_of(case: Case, *, double: bool = False, dtype: str = "float32", devic
     """One stage a node; in double precision, rounding cannot hide or fake a difference."""
     whole, stages = tiny_vit(case.config), {}
     for node_id in case.placement.node_ids:
-        model = cut_model(whole, case.placement.segments_of(node_id), case.spec)
+        model = cut_model(whole, case.held_by(node_id), case.spec)
         stages[node_id] = Stage(model, device=device, dtype=dtype)
         if double:
             stages[node_id].model.double()
@@ -153,31 +163,48 @@ async def tune_cluster(
     *,
     network: MemoryNetwork | None = None,
     num_microbatches: int = 1,
+    num_epochs: int = 1,
     stages: Mapping[str, Stage] | None = None,
     timeout_s: float = 30.0,
     keeps_errors: bool = False,
 ) -> Tuned:
-    """Run the local steps of a cluster to their end; raises what a device raised, unless that is kept as its result."""
+    """Run the local steps of a cluster to their end; raises what a device raised, unless that is kept as its result.
+
+    Args:
+        batches: in the order of the local steps; owners take turns over them, `num_epochs` turns each.
+    """
     network, stages = network or MemoryNetwork(), stages or stages_of(case)
-    route = case.route
+    turns = deal(batches, num_epochs * case.owners)
     with ThreadPoolExecutor(1) as executor:
         devices = {node_id: _Device(network, node_id, executor) for node_id in stages}
         for node_id, device in devices.items():
             await device.transport.serve(device)
             stages[node_id].begin(tunables, settings)
-            is_start = node_id == route.placement.start_id
-            own: Iterator[Examples] | None = iter(batches) if is_start else None
-            make = partial(LocalSteps, KEY, route, stages[node_id], device.worker, device.neighbours)
-            device.steps = make(batches=own, num_microbatches=num_microbatches)
+            index = case.placement.node_ids.index(node_id)
+            own = partial(_turn_of, turns, case.owners, index) if index < case.owners else None
+            make = partial(LocalSteps, KEY, case.routes, stages[node_id], device.worker, device.neighbours)
+            device.steps = make(num_epochs=num_epochs, batches=own, num_microbatches=num_microbatches)
         try:
             async with asyncio.timeout(timeout_s):
                 for node_id, device in devices.items():
-                    await device.neighbours.connect({other: other for other in route.placement.neighbours_of(node_id)})
+                    await device.neighbours.connect({other: other for other in case.neighbours_of(node_id)})
                 runs = [device.steps.run() for device in devices.values() if device.steps is not None]
                 results = await asyncio.gather(*runs, return_exceptions=keeps_errors)
         finally:
             for device in devices.values():
                 await device.neighbours.close()
                 await device.transport.close()
-    tuned = {name: tensor for stage in stages.values() for name, tensor in stage.tunables.items()}
+    last = case.routes[-1].placement
+    parts = [tunables_of(stage.tunables, last.segments_of(node_id)) for node_id, stage in stages.items()]
+    tuned = {name: tensor for part in parts for name, tensor in part.items()}
     return Tuned(tuned, dict(zip(devices, results, strict=True)))
+
+
+def deal(batches: Sequence[Examples], num_turns: int) -> list[list[Examples]]:
+    """The batches of each turn: consecutive, in nearly equal numbers."""
+    bounds = [len(batches) * turn // num_turns for turn in range(num_turns + 1)]
+    return [list(batches[start:stop]) for start, stop in pairwise(bounds)]
+
+
+def _turn_of(turns: list[list[Examples]], owners: int, index: int, epoch: int) -> Iterator[Examples]:
+    return iter(turns[epoch * owners + index])

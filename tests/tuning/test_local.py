@@ -195,10 +195,10 @@ def test_a_lost_device_ends_the_attempt_at_all_others() -> None:
 
     async def lose_one() -> Tuned:
         network = MemoryNetwork(delay=lambda *_: 0.005)
-        batches = random_batches(50, 4)
+        batches = random_batches(400, 4)
         tuning = tune_cluster(case, random_tunables(case), batches, SETTINGS, network=network, keeps_errors=True)
         work = asyncio.create_task(tuning)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)
         network.kill("device-1")
         return await work
 

@@ -1,0 +1,49 @@
+"""What would keep a recipe from being carried out, found before anything is written or started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import ViTConfig
+
+from ecogen import config as recipes
+from ecogen.accounting.intensity import intensity
+from ecogen.errors import CheckpointError
+from ecogen.models.checkpoint import open_foundation
+from ecogen.models.profile import model_shape
+from ecogen.planning.clusters import place_clusters
+from ecogen.tuning.foundation import vit_config
+
+_NUM_LABELS = 10  # of the data sets that there are; a head's size decides no placement
+
+
+def check_recipe(recipe: recipes.Recipe) -> None:
+    """Check zones, the model's folder and the placement of every cluster.
+
+    Raises:
+        ConfigError: if a zone is unknown.
+        CheckpointError: if the model's folder is missing, corrupt or for other images.
+        PlacementError: if a cluster cannot hold the model.
+    """
+    for site in recipes.build_topology(recipe.topology).sites.values():
+        intensity(site.zone)
+    config = _announced_config(recipe.model)
+    if config is not None:
+        config.num_labels = _NUM_LABELS
+        place_clusters(recipe, model_shape(config, recipe.tunables))
+
+
+def _announced_config(model: recipes.Model) -> ViTConfig | None:
+    """The model's sizes as far as they are known without a network; the cloud checks those of the hub."""
+    if model.source == "pretrain":
+        return vit_config(model)
+    if model.source.startswith("hf:"):
+        return None
+    config = open_foundation(Path(model.source)).config
+    for name in ("image_size", "num_channels"):
+        if getattr(config, name) != getattr(model, name):
+            raise CheckpointError(
+                f"{model.source} is a model for {name} {getattr(config, name)}, but the recipe says "
+                f"{getattr(model, name)}; set model.{name}={getattr(config, name)}"
+            )
+    return config

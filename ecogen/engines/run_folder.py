@@ -1,0 +1,121 @@
+"""Whose a run folder is: it begins or resumes one run, and one process at a time writes into it. Imports no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ecogen import config as recipes
+from ecogen.errors import ConfigError, RunError, StorageError
+from ecogen.reports.toml import to_toml
+from ecogen.storage import make_folder, write_atomically
+
+RECIPE, RECIPE_TOML, LOCK, RUNNING = "recipe.json", "recipe.toml", ".lock", "running.json"
+
+
+def check_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
+    """Check that a run may begin in the folder, or go on there; writes nothing.
+
+    Raises:
+        RunError: if there is a run already and it is not to be resumed, or it is of another recipe.
+    """
+    exists = (folder / RECIPE).exists()
+    if is_running(folder):
+        raise _busy(folder)
+    if exists and not resume:
+        raise RunError(
+            f"{folder} holds a run already; add --resume to go on with it, or choose another folder with --out"
+        )
+    if resume and not exists:
+        raise RunError(f"{folder} holds no run to resume; leave --resume out to begin one there")
+    if resume:
+        _check_same(recipe, load_recipe(folder), folder)
+
+
+def begin_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
+    """Make the run folder what it is by writing the recipe; the process holds its lock.
+
+    Raises:
+        RunError: as `check_run`.
+        StorageError: if the disk is full.
+    """
+    if resume:
+        _check_same(recipe, load_recipe(folder), folder)
+    table = recipes.to_table(recipe)
+    write_atomically(folder / RECIPE_TOML, to_toml(table))
+    write_atomically(folder / RECIPE, json.dumps(table, indent=2))
+
+
+def load_recipe(folder: Path) -> recipes.Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        RunError: if there is none, or it is damaged.
+    """
+    path = folder / RECIPE
+    try:
+        return recipes.from_table(json.loads(path.read_text()), str(path))
+    except FileNotFoundError as problem:
+        raise RunError(f"{folder} is no run folder: it has no {RECIPE}; give one that `ecogen run` wrote") from problem
+    except (OSError, ValueError, ConfigError) as problem:
+        raise RunError(
+            f"{path} cannot be read ({problem}); restore it: {RECIPE_TOML} beside it says the same in TOML"
+        ) from problem
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process a run folder; the system unlocks it when that process ends, however it ends.
+
+    Raises:
+        RunError: if another process has it.
+        StorageError: if it cannot be locked.
+    """
+    try:
+        lock = (make_folder(folder) / LOCK).open("w")
+    except OSError as problem:
+        raise StorageError(f"cannot write into {folder}: {problem.strerror}; free some space") from problem
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(folder) from None
+        try:
+            yield
+        finally:
+            (folder / RUNNING).unlink(missing_ok=True)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process has the folder."""
+    try:
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def resume_command(folder: Path) -> str:
+    """How to go on with a run."""
+    return f"ecogen run {folder / RECIPE_TOML} --out {folder} --resume"
+
+
+def _busy(folder: Path) -> RunError:
+    return RunError(f"{folder} belongs to a run that is going on; see `ecogen status {folder}`")
+
+
+def _check_same(recipe: recipes.Recipe, earlier: recipes.Recipe, folder: Path) -> None:
+    """A run is resumed with its own recipe; only the engine may change, which does not change the result."""
+    new, old = recipes.to_table(recipe), recipes.to_table(earlier)
+    different = [key for key in new if key not in ("engine", "name") and new[key] != old[key]]
+    if different:
+        raise RunError(
+            f"{folder} holds a run of another recipe: {', '.join(different)} differ; "
+            f"resume with `{resume_command(folder)}`"
+        )
