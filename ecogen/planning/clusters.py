@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ecogen.config import Recipe, build_topology
-from ecogen.placement import Placement
-from ecogen.planning.cost import ModelShape
+from ecogen.errors import PlacementError
+from ecogen.placement import Placement, segments_held
+from ecogen.planning.cost import ModelShape, memory_bytes
 from ecogen.planning.search import plan
+from ecogen.topology import Cluster, Topology
+from ecogen.units import format_bytes
 
 
 def place_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, Placement]:
@@ -15,17 +18,31 @@ def place_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, Placement]:
         PlacementError: if a cluster cannot hold it; says which segment, by how much, and what would fit.
     """
     topology = build_topology(recipe.topology)
-    cuts = None if recipe.placement.cuts == "auto" else recipe.placement.cuts
-    tuning = recipe.tuning
-    return {
-        cluster_id: plan(
-            shape,
-            [topology.nodes[node_id] for node_id in cluster.node_ids],
-            topology.links["d2d"],
-            recipe.placement.labels,
-            cuts=cuts,
-            microbatch_size=-(-tuning.batch_size // tuning.microbatches),
-            microbatches=len(cluster.node_ids),
-        ).placement
-        for cluster_id, cluster in topology.clusters.items()
-    }
+    return {cluster.cluster_id: _place(recipe, shape, topology, cluster) for cluster in topology.clusters.values()}
+
+
+def _place(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Cluster) -> Placement:
+    size = -(-recipe.tuning.batch_size // recipe.tuning.microbatches)
+    placement = plan(
+        shape,
+        [topology.nodes[node_id] for node_id in cluster.node_ids],
+        topology.links["d2d"],
+        recipe.placement.labels,
+        cuts=None if recipe.placement.cuts == "auto" else recipe.placement.cuts,
+        microbatch_size=size,
+        microbatches=len(cluster.node_ids),
+    ).placement
+    for node_id in placement.node_ids[: recipe.data.owners]:
+        held = segments_held(placement, recipe.data.owners, node_id)
+        needed = memory_bytes(shape, held, size * len(cluster.node_ids))
+        _check_owner(node_id, needed, topology.nodes[node_id].device.memory_bytes)
+    return placement
+
+
+def _check_owner(node_id: str, needed: int, memory: int) -> None:
+    """An owner also holds what the start needs, which the search of cuts does not count."""
+    if needed > memory:
+        raise PlacementError(
+            f"owner {node_id!r} needs {format_bytes(needed)} for its blocks and the start's, but has "
+            f"{format_bytes(memory)} ({format_bytes(needed - memory)} over); lower data.owners or give it more memory"
+        )

@@ -51,13 +51,15 @@ def plain_round(
 def batches(
     recipe: Recipe, examples: Examples, cluster_index: int, round_index: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The order is a pure function of seed, round, cluster and epoch; 3 is the key of orders."""
-    size = recipe.tuning.batch_size
+    """The order is a pure function of seed, round, cluster, owner and epoch; 3 is the key of orders."""
+    owners = recipe.data.owners
     for epoch in range(recipe.tuning.local_epochs):
-        key = [recipe.seed, round_index, cluster_index, epoch, 3]
-        order = torch.from_numpy(np.random.default_rng(key).permutation(len(examples)))
-        for part in order.split(size):
-            yield examples.images[part], examples.labels[part]
+        for owner in range(owners):
+            own = torch.arange(len(examples))[owner::owners]
+            key = [recipe.seed, round_index, cluster_index, owner, epoch, 3]
+            order = own[torch.from_numpy(np.random.default_rng(key).permutation(len(own)))]
+            for part in order.split(recipe.tuning.batch_size):
+                yield examples.images[part], examples.labels[part]
 
 
 def weighted_mean(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
@@ -73,13 +75,15 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
 
 
 @pytest.mark.parametrize(
-    ("labels", "devices", "microbatches"), [("start", 3, 1), ("start", 2, 3), ("end", 3, 2), ("start", 1, 1)]
+    ("labels", "devices", "microbatches", "owners"),
+    [("start", 3, 1, 1), ("start", 2, 3, 2), ("end", 3, 2, 1), ("end", 3, 1, 3), ("start", 1, 1, 1), ("start", 3, 2, 3)],
 )
 async def test_one_cluster_is_plain_fine_tuning_of_the_whole_model(
-    recipe_of: RecipeOf, tmp_path: Path, labels: str, devices: int, microbatches: int
+    recipe_of: RecipeOf, tmp_path: Path, labels: str, devices: int, microbatches: int, owners: int
 ) -> None:
     recipe = recipe_of(
         topology={"clusters_per_edge": 1, "devices_per_cluster": devices},
+        data={"owners": owners},
         placement={"labels": labels},
         tuning={"rounds": 2, "local_epochs": 2, "microbatches": microbatches, "learning_rate_decay": 0.5},
         evaluation={"split": "none", "requests": 0},

@@ -58,21 +58,23 @@ def tune(case: Case, *, steps: int = 3, batch_size: int = 4, microbatches: int =
     microbatches=st.integers(1, 4),
     clip_norm=st.sampled_from([0.0, 0.05, 1e6]),
     weight_decay=st.sampled_from([0.0, 0.1]),
+    num_epochs=st.integers(1, 2),
 )
 @settings(max_examples=30)
 def test_local_steps_equal_plain_fine_tuning_of_the_whole_model(
-    case: Case, batch_size: int, microbatches: int, clip_norm: float, weight_decay: float
+    case: Case, batch_size: int, microbatches: int, clip_norm: float, weight_decay: float, num_epochs: int
 ) -> None:
     chosen = OptimizerSettings(1e-2, weight_decay, clip_norm)
-    tuned = tune(case, batch_size=batch_size, microbatches=microbatches, settings=chosen)
+    sizes = {"batch_size": batch_size, "microbatches": microbatches, "num_epochs": num_epochs}
+    tuned = tune(case, steps=4, settings=chosen, **sizes)
     plain = plain_model(case)
-    batches = random_batches(3, batch_size, dtype=torch.float64)
+    batches = random_batches(4, batch_size, dtype=torch.float64)
     losses = fine_tune(
         plain, [(b.images, b.labels) for b in batches], learning_rate=1e-2, weight_decay=weight_decay, clip_norm=clip_norm
     )
     assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-6
-    assert tuned.results["device-0"].num_steps == 3
-    assert tuned.results["device-0"].loss == pytest.approx(sum(losses) / 3, abs=1e-6)
+    assert {result.num_steps for result in tuned.results.values()} == {4}
+    assert tuned.results["device-0"].loss == pytest.approx(sum(losses) / 4, abs=1e-6)
 
 
 def test_tuning_changes_every_tunable() -> None:
@@ -111,6 +113,7 @@ def jittery(seed: int, longest_s: float) -> Callable[[str, str, int], float]:
 
 @given(
     num_devices=st.integers(1, 4),
+    owners=st.integers(1, 4),
     labels=st.sampled_from(["start", "end"]),
     window=st.integers(1, 4),
     microbatches=st.integers(1, 5),
@@ -122,9 +125,9 @@ def jittery(seed: int, longest_s: float) -> Callable[[str, str, int], float]:
 )
 @settings(max_examples=15)
 def test_the_cycle_never_blocks_itself_whatever_the_delays_and_windows(
-    num_devices: int, labels: str, window: int, microbatches: int, batch_size: int, delays: Callable[..., float]
+    num_devices: int, owners: int, labels: str, window: int, microbatches: int, batch_size: int, delays: Callable[..., float]
 ) -> None:
-    case = Case(4, tuple(range(1, num_devices)), labels)
+    case = Case(4, tuple(range(1, num_devices)), labels, owners=min(owners, num_devices))
     sizes = {"batch_size": batch_size, "microbatches": microbatches}
     slow = tune(case, network=MemoryNetwork(window=window, delay=delays), timeout_s=20, **sizes)
     fast = tune(case, **sizes)
