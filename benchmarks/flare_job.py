@@ -1,6 +1,7 @@
-"""What NVIDIA FLARE runs in `round_overhead`: FedAvg over clients that give back what they get. Imports nothing of EcoGen.
+"""What NVIDIA FLARE runs in `round_overhead`: FedAvg over clients that give back what they get.
 
-FLARE's simulator loads this file in the server's process and in each client's, within an environment of its own.
+Imports nothing of EcoGen: FLARE's simulator loads this file in the server's process and in each client's, within an
+environment of its own.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Echo(Executor):
     """A client without work.
 
     Args:
-        poll_s: where given, the longest that the simulator's worker sleeps between two questions for a task. Without it that is
-            0.5 s once the server has nothing yet: a constant in FLARE's code.
+        poll_s: where given, the longest that the simulator's worker sleeps between two questions for a task. Without
+            it that is 0.5 s once the server has nothing yet: a constant in FLARE's code.
     """
 
     def __init__(self, poll_s: float | None = None) -> None:

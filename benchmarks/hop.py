@@ -144,6 +144,11 @@ def main(rounds: int) -> dict[str, Any]:
     return result
 
 
+def lines(result: dict[str, Any]) -> list[str]:
+    """The figures for people."""
+    return [f"{name:45s} {figures['median']:8.3f} ms" for name, figures in result["figures_ms"].items()]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
@@ -153,5 +158,4 @@ if __name__ == "__main__":
     if options.serve:
         asyncio.run(serve(options.certificates, options.serve))
     else:
-        for name, figures in main(options.rounds)["figures_ms"].items():
-            print(f"{name:45s} {figures['median']:8.3f} ms")
+        print("\n".join(lines(main(options.rounds))))

@@ -1,8 +1,8 @@
 """What a round costs beside its work, here and in NVIDIA FLARE: `python -m benchmarks.round_overhead`.
 
-Four clients get 1 MiB of tunables, do nothing, and send 1 MiB back; the aggregator averages, commits and goes on. Ours are
-real node processes with mutual TLS on loopback: a cloud, an edge, four clusters of one device each. FLARE runs in its
-simulator (a process a client too, no TLS), installed by pip into an environment of its own. All take turns.
+Four clients get 1 MiB of tunables, do nothing, and send 1 MiB back; the aggregator averages, commits and goes on. Ours
+are real node processes with mutual TLS on loopback: a cloud, an edge, four clusters of one device each. FLARE runs in
+its simulator (a process a client too, no TLS), installed by pip into an environment of its own. All take turns.
 """
 
 from __future__ import annotations
@@ -81,7 +81,14 @@ async def _run_federation(recipe: recipes.Recipe, folder: Path) -> Run:
     return Run(_periods([record.time_s for record in ours]), _walls(ours[1:]), sum(t.nbytes for t in tunables.values()))
 
 
-def run_flare(python: Path, rounds: int, *, interval_s: float | None, check_s: float | None, poll_s: float | None) -> Run:
+def run_flare(
+    python: Path,
+    rounds: int,
+    *,
+    interval_s: float | None = None,
+    check_s: float | None = None,
+    poll_s: float | None = None,
+) -> Run:
     """Rounds of FLARE's simulator; None leaves a setting at FLARE's default.
 
     Args:
@@ -138,11 +145,9 @@ def contenders(rounds: int, flare_rounds: int) -> dict[str, Callable[[], Run]]:
     return {
         "ecogen, mTLS, edge alone": lambda: run_ours(0, rounds),
         "ecogen, mTLS, cloud every round": lambda: run_ours(1, rounds),
-        "flare simulator, default settings": lambda: run_flare(
-            python, max(5, flare_rounds // 3), interval_s=None, check_s=None, poll_s=None
-        ),
-        "flare simulator, fastest settings": lambda: run_flare(python, flare_rounds, **fast, poll_s=None),
-        "flare simulator, fastest, its constants patched": lambda: run_flare(python, flare_rounds, **fast, poll_s=0.005),
+        "flare simulator, default settings": lambda: run_flare(python, max(5, flare_rounds // 3)),
+        "flare simulator, fastest settings": lambda: run_flare(python, flare_rounds, **fast),
+        "flare simulator, fastest, constants patched": lambda: run_flare(python, flare_rounds, **fast, poll_s=0.005),
     }
 
 
@@ -179,8 +184,10 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def _ratio(theirs: list[Run], ours: list[Run]) -> float:
     """The median over repeats of the ratio of medians."""
-    pairs = zip(theirs, ours, strict=True)
-    return round(statistics.median(statistics.median(t.periods_s) / statistics.median(o.periods_s) for t, o in pairs), 2)
+    medians = [
+        (statistics.median(t.periods_s), statistics.median(o.periods_s)) for t, o in zip(theirs, ours, strict=True)
+    ]
+    return round(statistics.median(their / our for their, our in medians), 2)
 
 
 def main(repeats: int = 3, rounds: int = 100, flare_rounds: int = 30, *, patience_s: float = 60) -> dict[str, Any]:

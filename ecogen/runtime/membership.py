@@ -116,11 +116,11 @@ class Members:
 
     async def wait_for(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait until the condition holds, looked at whenever a child comes or goes; False after the timeout."""
-        async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
-            except TimeoutError:
-                return False
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(condition)
+        except TimeoutError:
+            return False
         return True
 
     async def watch_for_silence(self) -> None:

@@ -86,7 +86,8 @@ class Neighbours:
         if self._opens(node_id) and not future.done():
             return await self._open(node_id, future)
         try:
-            return await asyncio.wait_for(asyncio.shield(future), self._patience_s)
+            async with asyncio.timeout(self._patience_s):  # wait_for would swallow a cancellation where the future is done
+                return await asyncio.shield(future)
         except TimeoutError:
             raise NodeLostError(node_id, f"it opened no stream within {self._patience_s:g} s") from None
 

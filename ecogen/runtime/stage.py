@@ -56,6 +56,8 @@ class Stage:
         self._graphs.clear()
         set_tunables(self.model, tunables)
         parameters = list(self._named.values())
+        for parameter in parameters:
+            parameter.grad = None  # an attempt that was broken off leaves some behind
         self._settings = settings or self._settings
         self._optimizer = _adamw(parameters, settings) if settings and parameters else None
 

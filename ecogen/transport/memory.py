@@ -267,7 +267,8 @@ class _Pipe:
             wait_s = self._parcels[0][0] - loop.time() if self._parcels else None
             if wait_s is None or wait_s > 0:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._arrived.wait(), wait_s)
+                    async with asyncio.timeout(wait_s):
+                        await self._arrived.wait()
                 continue
             if self._parcels[0][1] is None:
                 return None

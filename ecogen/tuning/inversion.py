@@ -79,10 +79,10 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard the attackers try. As it stands, 10 CPU seconds for all of them on a 28 x 28 model of width 128."""
+    """How hard the attackers try; by default about 10 CPU seconds for all on a 28 x 28 model of width 128."""
 
     blends: int = 1200
-    decoder_steps: int = 300
+    decoder_steps: int = 200
     optimiser_steps: int = 60
 
 

@@ -281,9 +281,9 @@ class LocalSteps:
 
     def _give_up(self, flow: Flow) -> dict[str, Tensor]:
         self._step_up_to(flow)
-        route = self._route(flow, before=1)
-        mine = [route.segment(0)] + [route.segment(route.last)] * (route.node_id(route.last) == self._own_id)
-        return {name: tensor for segment in mine for name, tensor in self._stage.hand_over(segment).items()}
+        visits = zip(self._route(flow, before=1).placement, self._route(flow).placement, strict=True)
+        moved = [before.segment for before, after in visits if before.node_id != after.node_id]
+        return {name: tensor for segment in moved for name, tensor in self._stage.hand_over(segment).items()}
 
     def _forward(self, flow: Flow, inputs: Tensor) -> tuple[str, int, Flow, Tensor | None]:
         route = self._route(flow)

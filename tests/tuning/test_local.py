@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,6 +52,8 @@ def tune(case: Case, *, steps: int = 3, batch_size: int = 4, microbatches: int =
     )
 
 
+@example(Case(3, (1, 2), "end", owners=3), 4, 2, 0.5, 0.1, 2)
+@example(Case(3, (1, 2), "start", owners=3), 4, 2, 0.5, 0.1, 2)
 @given(
     case=cases(),
     batch_size=st.integers(1, 5),

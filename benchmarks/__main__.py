@@ -1,0 +1,39 @@
+"""All benchmarks, one after the other, and their figures in one table: `python -m benchmarks [NAME...]`."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from json import loads
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import RESULTS
+
+NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy"]
+
+
+def main(names: list[str]) -> int:
+    """Run each as a process of its own, so that none inherits another's threads; returns how many failed."""
+    failed = []
+    for name in names:
+        Console().rule(name)
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode:
+            failed.append(name)
+    table = Table("benchmark", "date", "figure")
+    for name in names:
+        if name in failed:
+            table.add_row(name, "", "FAILED, see above")
+            continue
+        result = loads((RESULTS / f"{name}.json").read_text())
+        for line in importlib.import_module(f"benchmarks.{name}").lines(result):
+            table.add_row(name, result["date"][:10], line)
+        table.add_section()
+    Console().print(table)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or NAMES))
