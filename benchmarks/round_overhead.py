@@ -115,7 +115,7 @@ def _write_job(
     settings: dict[str, Any] = {"times": str(times), "num_clients": NUM_CLIENTS, "num_rounds": rounds, "poll_s": poll_s}
     settings |= {} if check_s is None else {"task_check_period": check_s}
     server: dict[str, Any] = {"format_version": 2, "components": []}
-    server |= {} if interval_s is None else {"task_request_interval": interval_s}
+    server |= {} if interval_s is None else {"server": {"task_request_interval": interval_s}}
     server["workflows"] = [{"id": "rounds", "path": "flare_job.TimedFedAvg", "args": settings}]
     echo = {"path": "flare_job.Echo", "args": {"poll_s": poll_s}}
     client = {"format_version": 2, "executors": [{"tasks": ["train"], "executor": echo}], "components": []}

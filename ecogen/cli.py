@@ -214,7 +214,7 @@ def main() -> None:
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=screen, show_path=False)])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _errors_as_exit_codes():
-        app()
+        app(prog_name="ecogen")
 
 
 def _run_here(recipe: recipes.Recipe, folder: Path, resume: bool) -> Summary:

@@ -44,7 +44,7 @@ class Model:
     hidden_size: Count = 128
     num_blocks: Count = 4
     num_heads: Count = 4
-    intermediate_size: Count = 512
+    intermediate_size: Count = 256
     image_size: Count = 28
     patch_size: Count = 7
     num_channels: Count = 1
@@ -155,9 +155,9 @@ class Compute:
 class Tunables:
     """What trains and travels; the backbone is frozen."""
 
-    prompts: Natural = 8  # deep visual prompts a block (VPT-deep, Jia et al. 2022)
-    lora_rank: Natural = 8
-    lora_alpha: Positive = 16.0
+    prompts: Natural = 4  # deep visual prompts a block (VPT-deep, Jia et al. 2022)
+    lora_rank: Natural = 4
+    lora_alpha: Positive = 8.0
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     head: bool = True
     first_block: Natural = 0  # prompts and LoRA from this block upwards; no gradient flows below the lowest tunable
@@ -168,14 +168,14 @@ class Tuning:
     """Hybrid federated split learning."""
 
     rounds: Count = 8
-    local_epochs: Natural = 4
-    batch_size: Count = 20
+    local_epochs: Natural = 2
+    batch_size: Count = 25
     microbatches: Count = 2
-    learning_rate: Positive = 3e-3
-    learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # factor a round
+    learning_rate: Positive = 8e-3
+    learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 0.75  # factor a round
     weight_decay: NonNegative = 0.01
     clip_norm: NonNegative = 1.0  # 0 turns clipping off
-    augmentation: Share = 0.0  # strength of random shifts, rotations and scales on the device
+    augmentation: Share = 0.5  # strength of random shifts, rotations and scales on the device
     cloud_every: Natural = 1  # edge rounds between two averagings in the cloud (T_e); 0: edges stay alone
     round_timeout_s: Positive = 600.0
     rejoin_timeout_s: Positive = 120.0

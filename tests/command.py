@@ -39,22 +39,19 @@ class Ran:
         return figures
 
 
-@pytest.fixture
-def ecogen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ran]]:
-    """Calls `ecogen` in this process."""
+def call(arguments: tuple[object, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """Call `ecogen` in this process."""
     handlers = list(logging.getLogger().handlers)
     monkeypatch.setenv("COLUMNS", "500")
-
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["ecogen", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["ecogen", *map(str, arguments)])
+    try:
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        shown = capsys.readouterr()
-        assert "Traceback" not in shown.err
-        return Ran(int(ended.value.code or 0), shown.out, shown.err)
-
-    yield call
-    logging.getLogger().handlers = handlers
+    finally:
+        logging.getLogger().handlers = handlers
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    return Ran(int(ended.value.code or 0), shown.out, shown.err)
 
 
 @contextmanager

@@ -47,3 +47,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ecogen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Calls the command line in this process: `ecogen("status", folder).out`."""
+    from tests.command import call
+
+    return lambda *arguments: call(arguments, capsys, monkeypatch)

@@ -76,7 +76,14 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
 
 @pytest.mark.parametrize(
     ("labels", "devices", "microbatches", "owners"),
-    [("start", 3, 1, 1), ("start", 2, 3, 2), ("end", 3, 2, 1), ("end", 3, 1, 3), ("start", 1, 1, 1), ("start", 3, 2, 3)],
+    [
+        ("start", 3, 1, 1),
+        ("start", 2, 3, 2),
+        ("end", 3, 2, 1),
+        ("end", 3, 1, 3),
+        ("start", 1, 1, 1),
+        ("start", 3, 2, 3),
+    ],
 )
 async def test_one_cluster_is_plain_fine_tuning_of_the_whole_model(
     recipe_of: RecipeOf, tmp_path: Path, labels: str, devices: int, microbatches: int, owners: int

@@ -1,0 +1,175 @@
+"""A federation that somebody starts by hand, node by node, with certificates that the command line issued."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ecogen.config import Recipe
+from ecogen.node.cloud import Watch
+from ecogen.node.context import END, OPERATOR, RESULT, STATUS, WATCH
+from ecogen.transport.base import Message, Peer
+from ecogen.transport.certs import load_credentials
+from ecogen.transport.wire import GrpcTransport
+from tests import runs
+from tests.command import Ran, save_recipe, started
+
+RecipeOf = Callable[..., Recipe]
+EcoGen = Callable[..., Ran]
+
+DEVICES = [f"edge-0.cluster-0.device-{index}" for index in range(2)]
+TIERS = {"cloud": "cloud", "edge-0": "edge", **dict.fromkeys(DEVICES, "end"), "operator": "operator"}
+
+
+@pytest.fixture
+def certificates(ecogen: EcoGen, tmp_path: Path) -> Path:
+    """An authority and a folder for each node, as an operator would make them."""
+    folder = tmp_path / "certs"
+    assert ecogen("certs", "init", folder / "authority", "--federation", "farm").code == 0
+    for node_id, tier in TIERS.items():
+        issued = ecogen("certs", "issue", folder / "authority", node_id, tier, "--out", folder / node_id)
+        assert f"issued ecogen://farm/{tier}/{node_id}" in issued.out
+    return folder
+
+
+@pytest.fixture
+def nodes(certificates: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts nodes, each in a process of its own; all are ended with the test."""
+    with ExitStack() as stack:
+
+        def start(node_id: str, *more: object) -> subprocess.Popen[str]:
+            arguments = (node_id, "--certs", certificates / node_id, "--folder", tmp_path / "disks" / node_id, *more)
+            return stack.enter_context(started("node", *arguments))
+
+        yield start
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    said = process.stdout.readline()
+    assert " serves at " in said, process.communicate()
+    return said.split()[-1]
+
+
+async def watch(certificates: Path, address: str) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """What an operator sees from another machine: status, records to the end, and the tunables."""
+    credentials = load_credentials(certificates / OPERATOR)
+    transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials)
+    transport.learn("cloud", address)
+    status = json.loads((await transport.call("cloud", Message.of(STATUS, counted=False))).body)
+    stream = await transport.open("cloud")
+    await stream.send(Message.of(WATCH, Watch(), counted=False))
+    records = []
+    while (message := await stream.receive()) is not None and message.method != END:
+        records.append(json.loads(message.body))
+    tunables = (await transport.call("cloud", Message.of(RESULT, counted=False))).tensors
+    await transport.close()
+    return status, records, dict(tunables)
+
+
+def test_four_nodes_started_by_hand_tune_to_the_end(
+    recipe_of: RecipeOf, certificates: Path, nodes: Callable[..., subprocess.Popen[str]], ecogen: EcoGen, tmp_path: Path
+) -> None:
+    recipe = recipe_of(topology={"clusters_per_edge": 1})
+    revoked = ("--revoked", certificates / "authority" / "revoked.pem")
+    cloud = nodes("cloud", "--recipe", save_recipe(recipe, tmp_path / "r.toml"), *revoked)
+    cloud_address = address_of(cloud)
+    joining = ("--join", f"cloud@{cloud_address}")
+
+    refuse_wrong_certificates(ecogen, certificates, tmp_path, joining)
+
+    edge = nodes("edge-0", *joining, *revoked)
+    devices = [nodes(node_id, "--join", f"edge-0@{address_of(edge)}") for node_id in DEVICES]
+    status, records, tunables = asyncio.run(asyncio.wait_for(watch(certificates, cloud_address), 120))
+    assert status["expected"] == ["edge-0"]
+    assert [record["num_examples"] for record in records if record.get("node_id") == "cloud" and "members" in record]
+    assert records[-1]["event"] == "finished"
+
+    here = asyncio.run(runs.run(recipe, tmp_path / "here"))
+    assert all(tunables[name].equal(tensor) for name, tensor in here.tunables.items())
+    for process in (*devices, edge, cloud):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def refuse_wrong_certificates(ecogen: EcoGen, certificates: Path, tmp_path: Path, joining: tuple[str, str]) -> None:
+    """A node that is not who it should be ends with code 2 and says what is wrong."""
+
+    def join(node_id: str, folder: Path, *more: object) -> Ran:
+        return ecogen("node", node_id, "--certs", folder, "--folder", tmp_path / "wrong", *joining, *more)
+
+    other = join("edge-0", certificates / "cloud")
+    assert other.code == 2
+    assert "node.pem is of node 'cloud', not 'edge-0'" in other.err
+
+    ecogen("certs", "issue", certificates / "authority", "edge-0", "end", "--out", tmp_path / "tier")
+    tier = join("edge-0", tmp_path / "tier")
+    assert tier.code == 2
+    assert "'edge-0' (end) may not call 'join' of 'cloud'; only edge may" in tier.err
+
+    ecogen("certs", "init", tmp_path / "strangers", "--federation", "farm")
+    ecogen("certs", "issue", tmp_path / "strangers", "edge-0", "edge", "--out", tmp_path / "stranger")
+    stranger = join("edge-0", tmp_path / "stranger")
+    assert stranger.code == 2
+    assert "do not trust each other" in stranger.err
+
+    ecogen("certs", "issue", certificates / "authority", "edge-9", "edge", "--out", tmp_path / "edge-9")
+    unexpected = join("edge-9", tmp_path / "edge-9")
+    assert unexpected.code == 2
+    assert "'edge-9' is not expected here; expected: edge-0" in unexpected.err
+
+    assert "revoked 1 of 'edge-9'" in ecogen("certs", "revoke", certificates / "authority", "edge-9").out
+    revoked = join("edge-9", tmp_path / "edge-9")
+    assert revoked.code == 2
+    assert "of node 'edge-9' is revoked" in revoked.err
+    shown = [json.loads(line) for line in ecogen("certs", "show", certificates / "authority").out.splitlines()]
+    assert [entry["node_id"] for entry in shown] == [*TIERS, "edge-0", "edge-9"]
+
+
+def test_a_port_in_use(ecogen: EcoGen, certificates: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        ran = ecogen(
+            *("node", "edge-0", "--certs", certificates / "edge-0", "--folder", tmp_path / "disk"),
+            *("--join", "cloud@127.0.0.1:9", "--listen", listen),
+        )
+    assert ran.code == 2
+    assert f"cannot listen on {listen}: the port is taken" in ran.err
+    assert "choose another port" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--join", "cloud"], "--join: '' is not HOST:PORT"),
+        (["--join", "cloud@host:x"], "--join: 'host:x' is not HOST:PORT"),
+        (["--listen", "7000", "--join", "cloud@h:1"], "--listen: '7000' is not HOST:PORT"),
+        ([], "a node of tier 'edge' needs a parent to join"),
+        (["--device", "tpu", "--join", "cloud@h:1"], "device"),
+    ],
+)
+def test_malformed_options(ecogen: EcoGen, certificates: Path, tmp_path: Path, more: list[str], said: str) -> None:
+    ran = ecogen("node", "edge-0", "--certs", certificates / "edge-0", "--folder", tmp_path / "disk", *more)
+    assert ran.code == 2
+    assert said in ran.err
+
+
+def test_a_cloud_whose_recipe_cannot_be_carried_out(
+    ecogen: EcoGen, recipe_of: RecipeOf, certificates: Path, tmp_path: Path
+) -> None:
+    recipe = save_recipe(recipe_of(topology={"devices_per_cluster": 5}), tmp_path / "r.toml")
+    cloud = ("node", "cloud", "--certs", certificates / "cloud", "--folder", tmp_path / "disk")
+    assert "5 devices cannot share 3 blocks" in ecogen(*cloud, "--recipe", recipe).err
+    assert "needs a recipe" in ecogen(*cloud).err
+    assert not (tmp_path / "disk" / "records.jsonl").exists()

@@ -1,0 +1,147 @@
+"""Recipes: TOML in, frozen values out, every problem in one error with its place and the nearest valid key."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ecogen import config
+from ecogen.config import Recipe, build_topology, builtin_names, compute_of, from_table, load, to_table
+from ecogen.errors import ConfigError
+from ecogen.topology import Tier
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        from_table(tomllib.loads(text))
+    return caught.value.problems
+
+
+def test_the_defaults_are_a_valid_recipe() -> None:
+    assert from_table({}) == Recipe()
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_built_in_recipes_load_and_round_trip(name: str) -> None:
+    recipe = load(name)
+    assert from_table(to_table(recipe)) == recipe
+
+
+def test_all_problems_are_told_at_once() -> None:
+    problems = problems_of(
+        """
+        name = "a b"
+        [tuning]
+        roudns = 3
+        batch_size = 0
+        [topology.d2d]
+        rtt_ms = -1
+        mbit_per_s = 1
+        [data.partition]
+        across_edges = "fair"
+        """
+    )
+    places = sorted(problem.partition(":")[0] for problem in problems)
+    assert places == ["data.partition.across_edges", "name", "topology.d2d.rtt_ms", "tuning.batch_size", "tuning.roudns"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[tuning]\nroudns = 3", "tuning.roudns: unknown key; did you mean 'rounds'?"),
+        ("[tunning]\nrounds = 3", "tunning: unknown key; did you mean 'tuning'?"),
+        ("[topology.sites.cloud]\nzoen = 'DE'", "topology.sites.cloud.zoen: unknown key; did you mean 'zone'?"),
+        ("[placement]\nxyzzy = 1", "placement.xyzzy: unknown key; valid keys: labels, cuts"),
+        ("[tuning]\nmicrobatches = 30", "tuning.microbatches: 30 is more than tuning.batch_size 20"),
+        ("[model]\npatch_size = 5", "model.patch_size: 5 does not divide model.image_size 28"),
+        ("[model]\nnum_heads = 3", "model.num_heads: 3 does not divide model.hidden_size 128"),
+        ("[tunables]\nprompts = 0\nlora_rank = 0\nhead = false", "tunables: nothing to tune; set prompts"),
+        ("[compute.nodes.edge-9]\ndevice = 'cpu'", "compute.nodes.edge-9: no such name in this topology; did you mean"),
+        ("[compute]\ndevice = 'gpu'", "compute.device: string should match pattern"),
+        ("[data]\nowners = 9", "data.owners: 9 is more than topology.devices_per_cluster 3"),
+        ("[tuning]\nlearning_rate = inf", "tuning.learning_rate: input should be a finite number, not inf"),
+    ],
+)
+def test_a_problem_names_its_place_its_value_and_the_next_step(text: str, problem: str) -> None:
+    (found,) = problems_of(text)
+    assert found.startswith(problem)
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().tuning.rounds = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "value"),
+    [
+        ("tuning.rounds=4", ("tuning", "rounds"), 4),
+        ("placement.labels=end", ("placement", "labels"), "end"),
+        ('name="quoted"', ("name",), "quoted"),
+        ("tunables.head=false", ("tunables", "head"), False),
+        ("placement.cuts=[1, 2]", ("placement", "cuts"), (1, 2)),
+        ("topology.sites.cloud.zone=FR", ("topology", "sites", "cloud", "zone"), "FR"),
+        ("tuning.learning_rate = 1e-3", ("tuning", "learning_rate"), 1e-3),
+    ],
+)
+def test_a_value_can_be_set_from_outside(override: str, place: tuple[str, ...], value: object) -> None:
+    found: object = load("digits", [override])
+    for part in place:
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize("override", ["tuning.rounds", "=3", "name.part=1"])
+def test_an_override_that_is_none_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="--set: 1 problem"):
+        load("digits", ["name=x", override])
+
+
+def test_a_later_override_wins() -> None:
+    assert load("digits", ["tuning.rounds=2", "tuning.rounds=5"]).tuning.rounds == 5
+
+
+def test_a_file_that_is_missing_or_no_toml_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read it: No such file.*built-in recipes: .*digits"):
+        load(tmp_path / "missing.toml")
+    (tmp_path / "bad.toml").write_text("rounds = = 3")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load(tmp_path / "bad.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read it"):
+        load(tmp_path / "binary.toml")
+    with pytest.raises(ConfigError, match="cannot read it"):
+        load("digitz")
+
+
+def test_the_topology_is_as_large_as_the_recipe_says() -> None:
+    recipe = from_table({"topology": {"edges": 2, "clusters_per_edge": 3, "devices_per_cluster": 4}})
+    topology = build_topology(recipe.topology)
+    assert len(topology.nodes) == 1 + 2 + 2 * 3 * 4
+    assert len(topology.clusters) == 6
+    assert topology.nodes["edge-1.cluster-2.device-3"].tier is Tier.END
+
+
+def test_one_node_may_be_another_machine() -> None:
+    recipe = from_table(
+        {
+            "topology": {"devices": {"edge-0": {"memory_gib": 2}}, "end": {"gflops": 7}},
+            "compute": {"dtype": "bfloat16", "nodes": {"cloud": {"device": "cpu"}}},
+        }
+    )
+    topology = build_topology(recipe.topology)
+    assert topology.nodes["edge-0"].device.memory_bytes == 2 * 2**30
+    assert topology.nodes["edge-1"].device.memory_bytes == 16 * 2**30
+    assert topology.nodes["edge-0.cluster-0.device-0"].device.flops_per_s == 7e9
+    assert compute_of(recipe, "cloud").dtype == "float32"
+    assert compute_of(recipe, "edge-0").dtype == "bfloat16"
+
+
+def test_sections_travel_alone() -> None:
+    spec = config.Tunables(prompts=3, lora_targets=("q_proj",))
+    assert config.section_from_table(config.Tunables, config.section_table(spec)) == spec
+    with pytest.raises(ConfigError, match="promts"):
+        config.section_from_table(config.Tunables, {"promts": 3})
