@@ -179,7 +179,8 @@ def figures(runs: dict[str, list[Run]]) -> dict[str, Any]:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    return Spread.of(values).to_dict(2) | {"p95": round(statistics.quantiles(values, n=20)[-1], 2)}
+    ventiles = statistics.quantiles(values, n=20)
+    return Spread.of(values).to_dict(2) | {"p5": round(ventiles[0], 2), "p95": round(ventiles[-1], 2)}
 
 
 def _ratio(theirs: list[Run], ours: list[Run]) -> float:

@@ -213,6 +213,7 @@ def main() -> None:
     level = os.environ.get("ECOGEN_LOG", "WARNING").upper()
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=screen, show_path=False)])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     with _errors_as_exit_codes():
         app(prog_name="ecogen")
 

@@ -63,7 +63,7 @@ async def run(recipe: Recipe, folder: Path, network: MemoryNetwork | None = None
 async def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
     """Wait for something that another task brings about."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110, it may be about anything
             await asyncio.sleep(0.002)
 
 

@@ -102,9 +102,7 @@ def test_no_module_imports_itself_over_others() -> None:
 
 def test_the_core_does_not_import_torch() -> None:
     names = [
-        module
-        for module in modules()
-        if row_of(module) in WITHOUT_TORCH or row_of(module) in FOLDERS_WITHOUT_TORCH
+        module for module in modules() if row_of(module) in WITHOUT_TORCH or row_of(module) in FOLDERS_WITHOUT_TORCH
     ]
     assert "ecogen.config" in names
     heavy = ("torch", "transformers", "peft", "grpc", "sklearn")

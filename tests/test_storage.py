@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from ecogen.errors import StorageError
-from ecogen.storage import append_line, cache_folder, copy_folder, make_folder, read_lines, storage_error, write_atomically
+from ecogen.storage import (
+    append_line,
+    cache_folder,
+    copy_folder,
+    make_folder,
+    read_lines,
+    storage_error,
+    write_atomically,
+)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -45,7 +53,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    made = subprocess.run(mount, capture_output=True, check=False)
     if made.returncode:
         pytest.skip("mounting a small disk needs root")
     yield folder
@@ -63,9 +72,13 @@ def test_on_a_full_disk_the_old_file_stays_and_the_error_says_so(tiny_disk: Path
 
 def test_on_a_full_disk_a_log_keeps_whole_lines(tiny_disk: Path) -> None:
     path, line = tiny_disk / "log", b"x" * 4999 + b"\n"
-    with pytest.raises(StorageError, match="--resume"):
+
+    def fill() -> None:
         for _ in range(20):
             append_line(path, line)
+
+    with pytest.raises(StorageError, match="--resume"):
+        fill()
     assert set(read_lines(path)) == {line}
 
 

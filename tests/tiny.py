@@ -1,4 +1,4 @@
-"""Tiny things to test with: a foundation model of a few thousand weights, a recipe that fits it, a network that records."""
+"""Tiny things to test with: a foundation model of a few thousand weights, a recipe for it, a network that records."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     try:
         names = json.loads(index.read_text())["weight_map"].values()
-    except (ValueError, KeyError, OSError) as problem:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as problem:
         raise CheckpointError(f"{index} is corrupt ({problem}); restore it") from problem
     return [folder / name for name in sorted(set(names))]
 

@@ -55,17 +55,27 @@ def lora_config(spec: TunablesSpec, blocks: Sequence[int], **settings: object) -
 
 def get_tunables(model: nn.Module) -> Tunables:
     """A copy of what trains in the held segments, on the CPU in float32 or the model's own type."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in named_tunables(model)}
+    return copy_of(dict(named_tunables(model)))
 
 
-@torch.no_grad()
 def set_tunables(model: nn.Module, tunables: Mapping[str, Tensor]) -> None:
     """Overwrite what trains.
 
     Raises:
         CheckpointError: if a name is missing or a shape differs; names of other segments are ignored.
     """
-    for name, parameter in named_tunables(model):
+    overwrite(dict(named_tunables(model)), tunables)
+
+
+def copy_of(named: Mapping[str, Tensor]) -> Tunables:
+    """A copy on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
+
+
+@torch.no_grad()
+def overwrite(named: Mapping[str, nn.Parameter], tunables: Mapping[str, Tensor]) -> None:
+    """As `set_tunables`, of parameters that were looked up before."""
+    for name, parameter in named.items():
         if name not in tunables or tunables[name].shape != parameter.shape:
             found = tuple(tunables[name].shape) if name in tunables else "nothing"
             raise CheckpointError(f"tunable {name!r} should be {tuple(parameter.shape)} but is {found}")

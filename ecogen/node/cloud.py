@@ -198,12 +198,13 @@ class CloudRole:
             self._report(ProgressReport("tuning", record.round_index + 1, self._recipe.tuning.rounds, record.node_id))
         if is_new and isinstance(record, EventRecord) and record.event in ("finished", "resumed"):
             self._finished_edges = _finished(self._log.records)
-            self._close_books()
+            if self._prepared.is_set():  # or else the end of preparing looks at it
+                self._close_books()
         return Message.of(PUBLISH, counted=message.counted)
 
     def _close_books(self) -> None:
         """Close the cloud's own books once every edge has closed its own."""
-        if self._finished_edges.issuperset(self._topology.edge_ids):
+        if self._prepared.is_set() and self._finished_edges.issuperset(self._topology.edge_ids):
             usage = self._context.worker.usage("serving", self._stage.memory_bytes)
             now_s = time.time()
             self._log.put(PhaseRecord(self._context.node_id, "serving", usage.wall_s, (usage,), time_s=now_s))

@@ -86,7 +86,8 @@ class Neighbours:
         if self._opens(node_id) and not future.done():
             return await self._open(node_id, future)
         try:
-            async with asyncio.timeout(self._patience_s):  # wait_for would swallow a cancellation where the future is done
+            # Not wait_for, which swallows a cancellation where the future is done.
+            async with asyncio.timeout(self._patience_s):
                 return await asyncio.shield(future)
         except TimeoutError:
             raise NodeLostError(node_id, f"it opened no stream within {self._patience_s:g} s") from None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ecogen.errors import ConfigError
-from ecogen.models.tunables import Tunables, get_tunables, named_tunables, set_tunables, tunables_of
+from ecogen.models.tunables import Tunables, copy_of, named_tunables, overwrite, tunables_of
 from ecogen.models.vit import SegmentedViT
 from ecogen.placement import Segment
 
@@ -45,6 +45,7 @@ class Stage:
         self.model = model.to(self.device)
         self._lower_frozen()
         self._named = dict(named_tunables(model))  # looked up once: walking the modules costs as much as a small block
+        self._parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._tunable_bytes = sum(parameter.nbytes for parameter in self._named.values())
         self._peak_bytes = 0
         self._graphs: dict[MicrobatchKey, tuple[Tensor, Tensor]] = {}
@@ -54,7 +55,7 @@ class Stage:
     def begin(self, tunables: Mapping[str, Tensor], settings: OptimizerSettings | None = None) -> None:
         """Take new tunables and, for tuning, a fresh optimizer; forget everything in flight."""
         self._graphs.clear()
-        set_tunables(self.model, tunables)
+        overwrite(self._named, tunables)
         parameters = list(self._named.values())
         for parameter in parameters:
             parameter.grad = None  # an attempt that was broken off leaves some behind
@@ -64,13 +65,12 @@ class Stage:
     @property
     def tunables(self) -> Tunables:
         """A copy of the tunables as they are now."""
-        return get_tunables(self.model)
+        return copy_of(self._named)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of parameters, gradients, AdamW's moments and tensors at cuts in flight, at the fullest so far."""
-        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return parameters + self._peak_bytes
+        return self._parameter_bytes + self._peak_bytes
 
     @torch.no_grad()
     def infer(self, segment: Segment, inputs: Tensor) -> Tensor:
@@ -160,9 +160,12 @@ class Stage:
         return outputs
 
     def _lower_frozen(self) -> None:
-        """Hold the frozen backbone in the node's type; tunables stay in float32."""
+        """Hold the frozen backbone's matrices in the node's type; tunables stay in float32.
+
+        So do vectors: a CPU's layer norm takes activations of either type only with weights in float32.
+        """
         for parameter in self.model.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.ndim > 1:
                 parameter.data = parameter.data.to(self.dtype)
 
 

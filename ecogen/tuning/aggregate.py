@@ -25,8 +25,7 @@ def aggregate(updates: Sequence[Update]) -> Tunables:
     """Average updates, each weighted by the examples it saw.
 
     FedAvg, McMahan et al. 2017, Algorithm 1: https://arxiv.org/abs/1602.05629. The average is taken in double
-    precision, in
-    the order of the senders' names, so that it does not depend on who came first.
+    precision, in the order of the senders' names, so that it does not depend on who came first.
 
     Raises:
         AggregationError: if names or shapes differ, a value is not finite, or nobody saw an example.

@@ -57,7 +57,7 @@ def foundation_folder(recipe: recipes.Recipe) -> Path:
 def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     """Pre-train, and put the finished folder in place in one step: another process may do the same."""
     wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing else computes yet
+    torch.set_num_threads(1)  # its small products gain nothing from more, and one gives the same model everywhere
     try:
         options: dict[str, Any] = {
             name: int(value) if float(value).is_integer() else value

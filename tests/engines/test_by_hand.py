@@ -10,13 +10,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ecogen.config import Recipe
-from ecogen.node.cloud import Watch
-from ecogen.node.context import END, OPERATOR, RESULT, STATUS, WATCH
+from ecogen.node.cloud import Status, Watch
+from ecogen.node.context import END, OPERATOR, RECORD, RESULT, STATUS, WATCH
+from ecogen.records import from_line
 from ecogen.transport.base import Message, Peer
 from ecogen.transport.certs import load_credentials
 from ecogen.transport.wire import GrpcTransport
@@ -60,20 +60,21 @@ def address_of(process: subprocess.Popen[str]) -> str:
     return said.split()[-1]
 
 
-async def watch(certificates: Path, address: str) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+async def watch(certificates: Path, address: str) -> tuple[Status, runs.Finished]:
     """What an operator sees from another machine: status, records to the end, and the tunables."""
     credentials = load_credentials(certificates / OPERATOR)
     transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials)
     transport.learn("cloud", address)
-    status = json.loads((await transport.call("cloud", Message.of(STATUS, counted=False))).body)
+    status = (await transport.call("cloud", Message.of(STATUS, counted=False))).read(Status)
     stream = await transport.open("cloud")
     await stream.send(Message.of(WATCH, Watch(), counted=False))
     records = []
     while (message := await stream.receive()) is not None and message.method != END:
-        records.append(json.loads(message.body))
+        if message.method == RECORD:
+            records.append(from_line(message.body))
     tunables = (await transport.call("cloud", Message.of(RESULT, counted=False))).tensors
     await transport.close()
-    return status, records, dict(tunables)
+    return status, runs.Finished(records, dict(tunables))
 
 
 def test_four_nodes_started_by_hand_tune_to_the_end(
@@ -88,14 +89,14 @@ def test_four_nodes_started_by_hand_tune_to_the_end(
     refuse_wrong_certificates(ecogen, certificates, tmp_path, joining)
 
     edge = nodes("edge-0", *joining, *revoked)
-    devices = [nodes(node_id, "--join", f"edge-0@{address_of(edge)}") for node_id in DEVICES]
-    status, records, tunables = asyncio.run(asyncio.wait_for(watch(certificates, cloud_address), 120))
-    assert status["expected"] == ["edge-0"]
-    assert [record["num_examples"] for record in records if record.get("node_id") == "cloud" and "members" in record]
-    assert records[-1]["event"] == "finished"
-
-    here = asyncio.run(runs.run(recipe, tmp_path / "here"))
-    assert all(tunables[name].equal(tensor) for name, tensor in here.tunables.items())
+    edge_address = address_of(edge)
+    devices = [nodes(node_id, "--join", f"edge-0@{edge_address}") for node_id in DEVICES]
+    status, apart = asyncio.run(asyncio.wait_for(watch(certificates, cloud_address), 120))
+    assert status.expected == ["edge-0"]
+    assert [event.node_id for event in apart.events("finished")] == ["edge-0", "cloud"]
+    together = asyncio.run(runs.run(recipe, tmp_path / "together"))
+    assert all(apart.tunables[name].equal(tensor) for name, tensor in together.tunables.items())
+    assert [r.accuracy for r in apart.rounds("cloud")] == [r.accuracy for r in together.rounds("cloud")]
     for process in (*devices, edge, cloud):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0

@@ -1,4 +1,4 @@
-"""Nodes are lost and come back: rounds go on, nothing is counted twice, and the outcome is that of an undisturbed run."""
+"""Nodes are lost and come back: rounds go on, nothing counts twice, and the outcome is that of an undisturbed run."""
 
 from __future__ import annotations
 

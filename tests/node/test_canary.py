@@ -1,4 +1,4 @@
-"""The canary: in a U-shape neither inputs nor labels are in anything that crosses a link, in any of the forms we know to look for.
+"""The canary: in a U-shape neither inputs nor labels cross a link, in any of the forms that we know to look for.
 
 It shows what is not sent as such. It does not show that nothing can be inferred from what is sent: activations leak.
 """

@@ -1,4 +1,4 @@
-"""The books of a whole run: every byte that crossed a link is in the ledger, once, and every joule has a node, a site and a tier."""
+"""The books of a whole run: every byte that crossed a link is in the ledger, once, and every joule has its place."""
 
 from __future__ import annotations
 
@@ -125,5 +125,3 @@ def test_wall_time_of_a_node_is_billed_once(books: Books) -> None:
     longest = max(sum(e.wall_s for e in ledger.entries if e.node_id == node) for node in ledger.by_node())
     cloud = sum(entry.wall_s for entry in ledger.entries if entry.node_id == "cloud")
     assert longest <= cloud * 1.5 + 0.5
-
-

@@ -1,4 +1,4 @@
-"""The local steps of a cluster: they equal plain fine-tuning of the whole model, however it is cut and however slow its links."""
+"""The local steps of a cluster equal plain fine-tuning of the whole model, however it is cut and slow its links."""
 
 from __future__ import annotations
 
@@ -72,7 +72,11 @@ def test_local_steps_equal_plain_fine_tuning_of_the_whole_model(
     plain = plain_model(case)
     batches = random_batches(4, batch_size, dtype=torch.float64)
     losses = fine_tune(
-        plain, [(b.images, b.labels) for b in batches], learning_rate=1e-2, weight_decay=weight_decay, clip_norm=clip_norm
+        plain,
+        [(b.images, b.labels) for b in batches],
+        learning_rate=1e-2,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
     )
     assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-6
     assert {result.num_steps for result in tuned.results.values()} == {4}
@@ -98,9 +102,7 @@ def test_in_float32_one_microbatch_is_plain_fine_tuning_to_rounding(one_thread: 
     batches = random_batches(3, 4)
     tuned = asyncio.run(tune_cluster(case, random_tunables(case), batches, SETTINGS))
     plain = plain_model(case, double=False)
-    fine_tune(
-        plain, [(b.images, b.labels) for b in batches], learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5
-    )
+    fine_tune(plain, [(b.images, b.labels) for b in batches], learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
     assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-5
 
 
@@ -127,7 +129,13 @@ def jittery(seed: int, longest_s: float) -> Callable[[str, str, int], float]:
 )
 @settings(max_examples=15)
 def test_the_cycle_never_blocks_itself_whatever_the_delays_and_windows(
-    num_devices: int, owners: int, labels: str, window: int, microbatches: int, batch_size: int, delays: Callable[..., float]
+    num_devices: int,
+    owners: int,
+    labels: str,
+    window: int,
+    microbatches: int,
+    batch_size: int,
+    delays: Callable[..., float],
 ) -> None:
     case = Case(4, tuple(range(1, num_devices)), labels, owners=min(owners, num_devices))
     sizes = {"batch_size": batch_size, "microbatches": microbatches}

@@ -1,0 +1,107 @@
+"""A stage: what it computes on, in which type, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from ecogen.errors import ConfigError
+from ecogen.runtime.stage import OptimizerSettings, Stage, clip_scale, resolve_device
+from tests.plain import PlainModel
+from tests.tiny import tiny_vit
+from tests.tuning.clusters import Case, random_batches, random_tunables, stages_of, tune_cluster
+
+CASE = Case(3, (1, 2))
+SETTINGS = OptimizerSettings(1e-2, 0.1, 0.5)
+
+
+def outputs(stages: dict[str, Stage], images: torch.Tensor) -> torch.Tensor:
+    for stage in stages.values():
+        stage.begin(random_tunables(CASE))
+    for visit in CASE.placement:
+        images = stages[visit.node_id].infer(visit.segment, images)
+    return images.float().cpu()
+
+
+def truth(images: torch.Tensor) -> torch.Tensor:
+    scale = CASE.spec.lora_alpha / CASE.spec.lora_rank
+    return PlainModel(tiny_vit(CASE.config), random_tunables(CASE), lora_scale=scale).logits(images).detach()
+
+
+def test_a_chain_in_bfloat16_is_close_to_the_whole_model_in_float32() -> None:
+    (batch,) = random_batches(1, 16)
+    difference = outputs(stages_of(CASE, dtype="bfloat16"), batch.images) - truth(batch.images)
+    assert 0 < difference.norm() / truth(batch.images).norm() < 0.05
+
+
+def test_in_bfloat16_frozen_matrices_are_half_as_large_and_the_rest_stays_exact() -> None:
+    stage = stages_of(CASE, dtype="bfloat16")["device-1"]
+    for parameter in stage.model.parameters():
+        is_lowered = not parameter.requires_grad and parameter.ndim > 1
+        assert parameter.dtype == (torch.bfloat16 if is_lowered else torch.float32)
+
+
+def test_a_chain_in_bfloat16_learns_nearly_the_same() -> None:
+    batches = random_batches(3, 8)
+    tuned = [
+        asyncio.run(tune_cluster(CASE, random_tunables(CASE), batches, SETTINGS, stages=stages_of(CASE, dtype=dtype)))
+        for dtype in ("float32", "bfloat16")
+    ]
+    exact, rough = (torch.cat([tensor.flatten() for tensor in t.tunables.values()]) for t in tuned)
+    start = torch.cat([tensor.flatten() for tensor in random_tunables(CASE).values()])
+    assert torch.nn.functional.cosine_similarity(exact - start, rough - start, dim=0) > 0.8
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_clear_error(name: str) -> None:
+    if torch.cuda.device_count() > 7:
+        pytest.skip("this machine has so many")
+    with pytest.raises(ConfigError, match=rf"device: '{name}' is not on this machine, which has \d+ CUDA devices"):
+        resolve_device(name)
+
+
+def test_auto_is_always_there() -> None:
+    assert resolve_device("auto") in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_a_chain_computes_and_learns_the_same() -> None:
+    (batch,) = random_batches(1, 8)
+    torch.testing.assert_close(
+        outputs(stages_of(CASE, device="cuda:0"), batch.images), truth(batch.images), rtol=1e-3, atol=1e-3
+    )
+    batches = random_batches(3, 8)
+    on_cpu, on_gpu = (
+        asyncio.run(tune_cluster(CASE, random_tunables(CASE), batches, SETTINGS, stages=stages_of(CASE, device=device)))
+        for device in ("cpu", "cuda:0")
+    )
+    for name, tensor in on_cpu.tunables.items():
+        torch.testing.assert_close(on_gpu.tunables[name], tensor, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("squared_norm", "clip_norm", "scale"), [(4.0, 0.0, 1.0), (4.0, 5.0, 1.0), (4.0, 1.0, 0.5)])
+def test_the_scale_of_clipping(squared_norm: float, clip_norm: float, scale: float) -> None:
+    assert clip_scale(squared_norm, clip_norm) == pytest.approx(scale, rel=1e-6)
+
+
+def test_a_stage_begun_anew_remembers_nothing() -> None:
+    """Neither gradients nor moments nor graphs of an attempt that was broken off."""
+    stages, (batch,) = stages_of(Case(2)), random_batches(1, 4)
+    stage, case = stages["device-0"], Case(2)
+    (segment,) = case.placement.segments_of("device-0")
+
+    def one_step() -> dict[str, torch.Tensor]:
+        stage.begin(random_tunables(case), SETTINGS)
+        stage.loss((0, 0, 0), segment, batch.images, batch.labels, 4, input_grads=False)
+        stage.backward((0, 0, 0), None)
+        stage.step(stage.squared_norm(segment))
+        return stage.tunables
+
+    first = one_step()
+    stage.loss((1, 0, 0), segment, batch.images, batch.labels, 4, input_grads=False)
+    stage.backward((1, 0, 0), None)
+    again = one_step()
+    assert all(torch.equal(first[name], again[name]) for name in first)
