@@ -187,6 +187,7 @@ def main(repeats: int = 3, *, overrides: tuple[str, ...] = (), patience_s: float
         "start_of_one_node_s": _spreads(starts, "start_of_one_node_s"),
         "idle_memory_bytes": starts[-1]["idle_memory_bytes"],
         "demo": demos,
+        "demo_overrides": list(overrides),
         "targets": {"demo_peak_gib": {"at_most": TARGET_GIB, "reached": peak <= TARGET_GIB * GIB}},
     }
     write_result("node_startup", result)

@@ -107,6 +107,7 @@ def test_a_detached_run_outlives_its_terminal(recipe_of: RecipeOf, tmp_path: Pat
     assert f"{folder}: finished" in ecogen("status", tmp_path).out
 
 
+@pytest.mark.slow
 def test_a_detached_run_that_cannot_start_says_why(recipe_of: RecipeOf, tmp_path: Path, ecogen: EcoGen) -> None:
     recipe = recipe_of(topology={"devices_per_cluster": 9})
     ran = ecogen(

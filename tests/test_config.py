@@ -62,7 +62,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("[tunning]\nrounds = 3", "tunning: unknown key; did you mean 'tuning'?"),
         ("[topology.sites.cloud]\nzoen = 'DE'", "topology.sites.cloud.zoen: unknown key; did you mean 'zone'?"),
         ("[placement]\nxyzzy = 1", "placement.xyzzy: unknown key; valid keys: labels, cuts"),
-        ("[tuning]\nmicrobatches = 30", "tuning.microbatches: 30 is more than tuning.batch_size 20"),
+        ("[tuning]\nmicrobatches = 30\nbatch_size = 20", "tuning.microbatches: 30 is more than tuning.batch_size 20"),
         ("[model]\npatch_size = 5", "model.patch_size: 5 does not divide model.image_size 28"),
         ("[model]\nnum_heads = 3", "model.num_heads: 3 does not divide model.hidden_size 128"),
         ("[tunables]\nprompts = 0\nlora_rank = 0\nhead = false", "tunables: nothing to tune; set prompts"),

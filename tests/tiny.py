@@ -67,8 +67,16 @@ def tiny_recipe(foundation: Path, **sections: Mapping[str, Any] | int) -> recipe
         },
         "data": {"train": 48, "validation": 20},
         "topology": {"edges": 1, "clusters_per_edge": 2, "devices_per_cluster": 2},
-        "tunables": {"prompts": 2, "lora_rank": 2},
-        "tuning": {"rounds": 2, "local_epochs": 1, "batch_size": 8, "microbatches": 2, "learning_rate": 1e-2},
+        "tunables": {"prompts": 2, "lora_rank": 2, "lora_alpha": 16.0},
+        "tuning": {
+            "rounds": 2,
+            "local_epochs": 1,
+            "batch_size": 8,
+            "microbatches": 2,
+            "learning_rate": 1e-2,
+            "learning_rate_decay": 1.0,
+            "augmentation": 0.0,
+        },
         "evaluation": {"split": "validation", "requests": 2},
     }
     for name, section in sections.items():

@@ -264,6 +264,7 @@ class CloudRole:
 
     def _on_step(self, phase: str, step: int, total: int, loss: float) -> None:
         """Called from the compute thread."""
+        self._context.worker.check_given_up()
         self._report(ProgressReport("pretraining", step, total, f"{phase}, loss {loss:.3f}"))
 
     def _report(self, progress: ProgressReport) -> None:

@@ -15,6 +15,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class ComputationGivenUpError(Exception):
+    """Nobody waits for this computation any more."""
+
+
 class Worker:
     """Runs one computation at a time, and meters it.
 
@@ -31,6 +35,7 @@ class Worker:
         self._owned = None if executor else ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._executor = executor or self._owned
         self._turn = asyncio.Lock()
+        self._given_up = False
 
     async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The function's result, computed on the compute thread when its turn comes."""
@@ -40,8 +45,20 @@ class Worker:
             try:
                 return await asyncio.shield(work)
             except asyncio.CancelledError:
+                self._given_up = True
                 await asyncio.wait([work])  # the thread cannot be stopped: keep the turn until it is done
+                work.exception()  # seen, so that asyncio does not warn
+                self._given_up = False
                 raise
+
+    def check_given_up(self) -> None:
+        """For a long computation to call now and then, on its thread: ends it if nobody waits for it any more.
+
+        Raises:
+            ComputationGivenUpError: then.
+        """
+        if self._given_up:
+            raise ComputationGivenUpError
 
     def usage(self, phase: Phase, held_bytes: int = 0) -> Usage:
         """This node's usage since the last call.

@@ -1,0 +1,54 @@
+"""A worker computes one thing at a time, and a long computation ends when nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from ecogen.metering.meter import null_meter
+from ecogen.runtime.worker import Worker
+from ecogen.transport.base import TrafficCounter
+
+
+@pytest.fixture
+async def worker():
+    worker = Worker(null_meter("node"), TrafficCounter())
+    yield worker
+    worker.close()
+
+
+async def test_computations_take_turns(worker: Worker) -> None:
+    order: list[str] = []
+
+    def work(name: str) -> None:
+        order.append(f"{name} begins")
+        time.sleep(0.01)
+        order.append(f"{name} ends")
+
+    await asyncio.gather(worker.compute(work, "a"), worker.compute(work, "b"))
+    assert order == ["a begins", "a ends", "b begins", "b ends"]
+
+
+async def test_a_long_computation_ends_soon_after_it_is_given_up(worker: Worker) -> None:
+    def endless() -> None:
+        while True:
+            time.sleep(0.001)
+            worker.check_given_up()
+
+    task = asyncio.create_task(worker.compute(endless))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    async with asyncio.timeout(2):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert await worker.compute(lambda: "the next one is not given up") == "the next one is not given up"
+
+
+async def test_what_a_computation_raises_reaches_its_caller(worker: Worker) -> None:
+    def fail() -> None:
+        raise ValueError("reason")
+
+    with pytest.raises(ValueError, match="reason"):
+        await worker.compute(fail)
