@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[Mapping[str, Tensor]], float | None]
 
+_MAX_TRIES = 10  # of one round without any cluster's outcome; a lost device needs one or two
+
 
 @dataclass(frozen=True)
 class EdgeState:
@@ -108,6 +110,7 @@ class EdgeRounds:
         self._evaluate, self._publish, self._attempt = evaluate, publish, attempt
         self._num_owners = num_owners
         self._failed: set[str] = set()
+        self._last_problem = ""
 
     async def run(self) -> None:
         """All rounds that are left."""
@@ -136,9 +139,9 @@ class EdgeRounds:
         """The outcomes of the clusters that finished; tries again while there is none.
 
         Raises:
-            RunError: if no cluster comes back in time.
+            RunError: if no cluster comes back in time, or every try fails.
         """
-        while True:
+        for _ in range(_MAX_TRIES):
             formed = self._formed()
             self._announce_formed(formed, round_index)
             self._attempt += 1
@@ -148,10 +151,14 @@ class EdgeRounds:
             if outcomes:
                 return outcomes
             if not await self._members.wait_for(lambda: bool(self._formed()), self._tuning.rejoin_timeout_s):
-                raise RunError(
-                    f"{self._node_id}: no cluster is left in round {round_index + 1}, and none came back within "
-                    f"{self._tuning.rejoin_timeout_s:g} s; bring devices back, then --resume"
-                )
+                raise self._give_up(round_index, f"none came back within {self._tuning.rejoin_timeout_s:g} s")
+        raise self._give_up(round_index, f"{_MAX_TRIES} tries failed, the last one since {self._last_problem}")
+
+    def _give_up(self, round_index: int, reason: str) -> RunError:
+        return RunError(
+            f"{self._node_id}: no cluster finished round {round_index + 1}: {reason}; "
+            "see the devices' logs, bring them back, then --resume"
+        )
 
     async def _attempt_cluster(self, cluster_id: str, key: AttemptKey) -> Outcome | None:
         """One attempt, or None if a device was lost meanwhile: that is a normal event."""
@@ -181,6 +188,7 @@ class EdgeRounds:
             if isinstance(problem, NodeLostError):
                 await self._members.lose(problem.node_id, str(problem))
         self._failed.add(cluster_id)
+        self._last_problem = detail
         self._publish(EventRecord("cluster_failed", cluster_id, key.round_index, detail, time.time()))
 
     def _announce_formed(self, formed: Sequence[str], round_index: int) -> None:
