@@ -141,10 +141,13 @@ def run_demo(engine: str, overrides: list[str]) -> dict[str, Any]:
         began_s = time.perf_counter()
         process = subprocess.Popen([*command, *settings], env=environment, stdout=subprocess.DEVNULL)
         peak, most = 0, 0
-        while process.poll() is None:
-            pss, count = _family(process.pid)
-            peak, most = max(peak, pss), max(most, count)
-            time.sleep(_SAMPLE_S)
+        try:
+            while process.poll() is None:
+                pss, count = _family(process.pid)
+                peak, most = max(peak, pss), max(most, count)
+                time.sleep(_SAMPLE_S)
+        finally:
+            process.kill()
         if process.returncode:
             raise RuntimeError(f"the demo failed with exit code {process.returncode}; see above")
     return {
