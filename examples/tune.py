@@ -1,6 +1,6 @@
 """Tune a foundation model with a federation in this process, and use the result as an ordinary model.
 
-    python examples/tune.py [KEY=VALUE ...]
+python examples/tune.py [KEY=VALUE ...]
 """
 
 import asyncio

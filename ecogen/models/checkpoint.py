@@ -115,7 +115,7 @@ def load_metadata(path: Path) -> dict[str, str]:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as problem:
-        raise CheckpointError(f"{path} is missing or corrupt ({problem}); restore it, or delete it and run again") from problem
+        raise CheckpointError(f"{path} is missing or corrupt ({problem}); restore it, or run again") from problem
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -134,7 +134,7 @@ def _names_in(path: Path) -> list[str]:
         with safetensors.safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (OSError, safetensors.SafetensorError) as problem:
-        raise CheckpointError(f"{path} is missing or corrupt ({problem}); restore it, or delete it and run again") from problem
+        raise CheckpointError(f"{path} is missing or corrupt ({problem}); restore it, or run again") from problem
 
 
 def _whole_name(name: str) -> str:

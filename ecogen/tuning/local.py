@@ -292,9 +292,7 @@ class LocalSteps:
         key = MicrobatchKey(flow.step, flow.microbatch, visit)
         if visit == route.last:
             labels = self._labels.pop((flow.step, flow.microbatch))
-            loss = self._stage.loss(
-                key, segment, inputs, labels, flow.batch_size, input_grads=visit > route.lowest
-            )
+            loss = self._stage.loss(key, segment, inputs, labels, flow.batch_size, input_grads=visit > route.lowest)
             return self._backward(_at(flow, visit, loss=loss, squared_norm=0.0), None, len(inputs))
         if visit < route.lowest:
             outputs = self._stage.infer(segment, inputs)
@@ -355,4 +353,3 @@ def _microbatches(batch: Examples, count: int) -> list[Examples]:
         strict=True,
     )
     return [Examples(images, labels) for images, labels in parts]
-
