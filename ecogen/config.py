@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,6 +231,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError([f"not TOML: {problem}"], name) from problem
     for override in overrides:
         _override(table, override)
+    if any(override.strip().startswith(_COUNTS) for override in overrides):
+        _drop_beyond(table)
     return from_table(table, name)
 
 
@@ -348,6 +351,25 @@ def _override(table: dict[str, Any], override: str) -> None:
         table[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         table[last] = text
+
+
+_COUNTS = ("topology.edges", "topology.clusters_per_edge", "topology.devices_per_cluster")
+_NUMBERED = re.compile(r"edge-(\d+)(?:\.field|\.cluster-(\d+)\.device-(\d+))?")
+
+
+def _drop_beyond(table: dict[str, Any]) -> None:
+    """Leave out what a recipe says of edges, clusters and devices that an override has just taken away."""
+    topology, default = table.get("topology", {}), TopologyRecipe()
+    counts = [topology.get(name.partition(".")[2], getattr(default, name.partition(".")[2])) for name in _COUNTS]
+    sections = (topology.get("sites"), topology.get("devices"), table.get("compute", {}).get("nodes"))
+    for section in filter(None, sections):
+        for name in [name for name in section if (match := _NUMBERED.fullmatch(name)) and _is_beyond(match, counts)]:
+            del section[name]
+
+
+def _is_beyond(match: re.Match[str], counts: Sequence[Any]) -> bool:
+    numbers = zip(match.groups(), counts, strict=True)
+    return any(index is not None and isinstance(count, int) and int(index) >= count for index, count in numbers)
 
 
 def _explain(problem: Any) -> str:

@@ -152,3 +152,9 @@ def test_sections_travel_alone() -> None:
     assert config.section_from_table(config.Tunables, config.section_table(spec)) == spec
     with pytest.raises(ConfigError, match="promts"):
         config.section_from_table(config.Tunables, {"promts": 3})
+
+
+def test_fewer_edges_by_override_leave_out_what_the_recipe_says_of_the_others() -> None:
+    recipe = load("digits", ["topology.edges=1", "topology.clusters_per_edge=1"])
+    assert set(recipe.topology.sites) == {"cloud", "edge-0", "edge-0.field"}
+    assert len(build_topology(recipe.topology).nodes) == 5

@@ -36,6 +36,7 @@ from ecogen.reports.summary import RunFacts, Summary, summarise
 from ecogen.storage import write_atomically
 from ecogen.tuning.foundation import obtain_foundation
 from ecogen.tuning.inversion import attack_first_cut
+from ecogen.tuning.probe import probe_foundation
 
 RECORDS, FACTS, SUMMARY, REPORT = "records.jsonl", "facts.json", "summary.json", "report.html"
 
@@ -103,7 +104,7 @@ def gather_facts(
         engine=recipe.engine,
         host=describe_host_line(),
         versions=describe_host().versions,
-        probe=None,
+        probe=probe_foundation(foundation, recipe) if recipe.model.source == "pretrain" else None,
         inversion=attacks,
         placements=place_clusters(recipe, shape),
     )

@@ -26,6 +26,7 @@ from ecogen.node.context import (
     RESULT,
     STATUS,
     WATCH,
+    Caller,
     NodeContext,
     ProgressReport,
     Welcome,
@@ -116,8 +117,8 @@ class CloudRole:
         parent = Parent(Tier.EDGE, context, self._members, self._welcome, self._read, self._log.put)
         self.methods = {
             **parent.methods(),
-            **methods(Tier.EDGE, **{SYNC: self._on_sync, PUBLISH: self._publish}),
-            **methods(OPERATOR, **{STATUS: self._status, RESULT: self._result}),
+            **methods(Caller(Tier.EDGE), **{SYNC: self._on_sync, PUBLISH: self._publish}),
+            **methods(Caller(OPERATOR), **{STATUS: self._status, RESULT: self._result}),
         }
 
     async def run(self, address: str) -> None:
@@ -137,6 +138,7 @@ class CloudRole:
     async def _prepare(self) -> None:
         context, recipe = self._context, self._recipe
         self._foundation, how = await context.worker.compute(self._foundry, recipe, self._on_step)
+        self._digest = await context.worker.compute(lambda: self._foundation.digest)
         await context.worker.compute(self._load)
         usage = context.worker.usage("pretraining", self._stage.memory_bytes)
         self._log.put(PhaseRecord(context.node_id, "pretraining", usage.wall_s, (usage,), how, time.time()))
@@ -148,6 +150,7 @@ class CloudRole:
             context.node_id, state, path, self._members, context.worker, evaluate, self._log.put, patience_s=patience_s
         )
         self._report(ProgressReport("delivery", 0, len(self._topology.end_ids)))
+        await self._sync.set_finished(self._finished_edges)
         self._prepared.set()
         if not self._has_finished:  # the edges may have, while this node was away
             self._close_books()
@@ -180,7 +183,7 @@ class CloudRole:
         await self._prepared.wait()
         state = self._sync.state
         table, model = recipes.to_table(self._recipe), self._config.to_dict()
-        welcome = Welcome(table, model, self._foundation.digest, next_round=state.round_index + 1)
+        welcome = Welcome(table, model, self._digest, next_round=state.round_index + 1)
         return Message.of("join", welcome, kind="tunables", tensors=state.tunables)
 
     async def _on_sync(self, peer: Peer, message: Message) -> Message:
@@ -199,6 +202,7 @@ class CloudRole:
         if is_new and isinstance(record, EventRecord) and record.event in ("finished", "resumed"):
             self._finished_edges = _finished(self._log.records)
             if self._prepared.is_set():  # or else the end of preparing looks at it
+                await self._sync.set_finished(self._finished_edges)
                 self._close_books()
         return Message.of(PUBLISH, counted=message.counted)
 

@@ -50,15 +50,25 @@ Handler = Callable[[Peer, Message], Awaitable[Message]]
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """What answers a method, and who may call it.
+class Caller:
+    """Who may call: the nodes of a tier, or one of them only."""
 
-    Attributes:
-        callers: node ids, or tiers, that are allowed.
-    """
+    tier: str
+    node_id: str | None = None
+
+    def admits(self, peer: Peer) -> bool:
+        return peer.tier == self.tier and self.node_id in (None, peer.node_id)
+
+    def __str__(self) -> str:
+        return f"nodes of tier {self.tier}" if self.node_id is None else f"{self.node_id} ({self.tier})"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What answers a method, and who may call it."""
 
     handler: Handler
-    callers: frozenset[str]
+    callers: tuple[Caller, ...]
 
 
 class Role(Protocol):
@@ -108,7 +118,6 @@ class ProgressReport(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
-def methods(callers: str | list[str], **handlers: Handler) -> dict[str, Method]:
+def methods(*callers: Caller, **handlers: Handler) -> dict[str, Method]:
     """Methods that the same callers may use."""
-    allowed = frozenset([callers] if isinstance(callers, str) else callers)
-    return {name: Method(handler, allowed) for name, handler in handlers.items()}
+    return {name: Method(handler, callers) for name, handler in handlers.items()}

@@ -12,20 +12,20 @@ from torch import Tensor
 from transformers import ViTConfig
 
 from ecogen import config as recipes
-from ecogen.errors import CheckpointError, DataError, NodeLostError, ProtocolError
+from ecogen.errors import AuthenticationError, CheckpointError, DataError, NodeLostError, ProtocolError
 from ecogen.models.checkpoint import load_tensors, save_tensors
 from ecogen.models.profile import model_shape
 from ecogen.models.tunables import attach_tunables
 from ecogen.models.vit import load_vit, parameter_names
-from ecogen.node.context import BOOKS, INSTALL, OPERATOR, NodeContext, Ready, Welcome, methods
-from ecogen.placement import Placement, Segment, rotations, segments_held
+from ecogen.node.context import BOOKS, INSTALL, OPERATOR, Caller, NodeContext, Ready, Welcome, methods
+from ecogen.placement import Placement, Segment, neighbours_of, rotations, segments_held
 from ecogen.records import RequestRecord
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.runtime.membership import attend
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.stage import Stage
 from ecogen.serving.request import REQUEST_METHODS, DeviceServing
-from ecogen.topology import Topology
+from ecogen.topology import Tier, Topology
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_pictures, load_splits, partition_examples
 from ecogen.tuning.device import DeviceTuning, LocalData
@@ -65,6 +65,7 @@ class _Resident:
     stage: Stage
     tuning: DeviceTuning
     serving: DeviceServing
+    neighbour_ids: frozenset[str]
 
 
 class DeviceRole:
@@ -79,9 +80,10 @@ class DeviceRole:
         self._resident: _Resident | None = None
         self._recipe = recipes.Recipe()
         self.neighbours = Neighbours(context.transport, self._deliver, self._lose)
+        edge = Caller(Tier.EDGE, edge_id)
         self.methods = {
-            **methods(edge_id, **{TUNE: self._tune, INSTALL: self._install, BOOKS: self._books}),
-            **methods([edge_id, OPERATOR], **{ASK: self._ask}),
+            **methods(edge, **{TUNE: self._tune, INSTALL: self._install, BOOKS: self._books}),
+            **methods(edge, Caller(OPERATOR), **{ASK: self._ask}),
         }
 
     async def run(self, address: str) -> None:
@@ -92,7 +94,13 @@ class DeviceRole:
             await self.neighbours.close()
 
     async def accept(self, peer: Peer, stream: Stream) -> None:
-        """Serve a stream that a neighbour opened."""
+        """Serve a stream that a neighbour opened.
+
+        Raises:
+            AuthenticationError: if it is not a neighbour on a route of this device's cluster.
+        """
+        if not (peer.tier == Tier.END and self._resident and peer.node_id in self._resident.neighbour_ids):
+            raise AuthenticationError(f"{peer.node_id!r} ({peer.tier}) is no neighbour of {self._context.node_id!r}")
         await self.neighbours.adopt(peer, stream)
 
     async def prepare(self, message: Message) -> Message:
@@ -118,7 +126,8 @@ class DeviceRole:
         routes = [Route(route, shape) for route in rotations(placement, recipe.data.owners)]
         tuning = DeviceTuning(routes, recipe.tuning, stage, context.worker, self.neighbours, data)
         serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
-        return _Resident(stage, tuning, serving)
+        neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
+        return _Resident(stage, tuning, serving, neighbour_ids)
 
     async def _backbone(self, config: ViTConfig, segments: list[Segment], digest: str) -> dict[str, Tensor]:
         """The own segments' frozen tensors, from this device's disk or else from the edge; never any other."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import time
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import ViTConfig
 
 from ecogen import config as recipes
-from ecogen.errors import NodeLostError
+from ecogen.errors import NodeLostError, ProtocolError, TransportError
 from ecogen.models.adapters import load_whole
 from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
 from ecogen.models.profile import model_shape
@@ -25,6 +24,7 @@ from ecogen.node.context import (
     OPERATOR,
     PUBLISH,
     RESULT,
+    Caller,
     NodeContext,
     Ready,
     Welcome,
@@ -60,7 +60,7 @@ class EdgeRole:
         self._incarnation = _next_incarnation(context.folder / "incarnation")
         self._work: asyncio.Task[None] | None = None
         parent = Parent(Tier.END, context, self._members, self._welcome, self._read, self._outbox.put)
-        self.methods = {**parent.methods(), **methods(OPERATOR, **{RESULT: self._result})}
+        self.methods = {**parent.methods(), **methods(Caller(OPERATOR), **{RESULT: self._result})}
 
     async def run(self, address: str) -> None:
         """Stay a member of the cloud and do what it is there for; the rounds go on while the cloud is away."""
@@ -136,7 +136,9 @@ class EdgeRole:
 
     async def _welcome(self, device_id: str) -> Message:
         await self._prepared.wait()
-        cluster = next(p for p in self._placements.values() if device_id in p.node_ids)
+        cluster = next((p for p in self._placements.values() if device_id in p.node_ids), None)
+        if cluster is None:
+            raise ProtocolError(f"{device_id!r} is not a device of {self._context.node_id!r}; let it join its own edge")
         table = recipes.to_table(self._recipe)
         return Message.of("join", Welcome(table, self._config.to_dict(), self._digest, placement_table(cluster)))
 
@@ -155,7 +157,7 @@ class EdgeRole:
         """Give every device that is here the tuned tunables of its segments, to serve with."""
         orders = []
         for placement in self._placements.values():
-            if set(placement.node_ids) <= set(self._members.ready_ids):
+            if self._members.are_ready(placement.node_ids):
                 orders += [self._install_on(node_id, placement) for node_id in placement.node_ids]
         await asyncio.gather(*orders)
 
@@ -167,11 +169,11 @@ class EdgeRole:
 
     async def _serve_requests(self) -> None:
         """Have each cluster in turn answer test examples, one a request."""
-        starts = [placement.start_id for placement in self._placements.values()]
-        here = itertools.cycle([start for start in starts if self._members.is_ready(start)] or [None])
-        for number, start in zip(range(self._recipe.evaluation.requests), here, strict=False):
-            if start is None:
+        for number in range(self._recipe.evaluation.requests):
+            formed = self._rounds.formed()
+            if not formed:
                 return
+            start = self._placements[formed[number % len(formed)]].start_id
             ask = Ask(f"{self._context.node_id}-{number}", test_indices=[number])
             reply = await self._ask_device(start, Message.of(ASK, ask))
             if reply is not None:
@@ -190,8 +192,9 @@ class EdgeRole:
     async def _ask_device(self, node_id: str, message: Message) -> Message | None:
         try:
             return await self._context.transport.call(node_id, message)
-        except NodeLostError as problem:
-            await self._members.lose(node_id, str(problem))
+        except TransportError as problem:
+            lost = problem.node_id if isinstance(problem, NodeLostError) else node_id
+            await self._members.lose(lost, str(problem))
             return None
 
     async def _result(self, _: Peer, __: Message) -> Message:

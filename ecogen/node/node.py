@@ -40,10 +40,10 @@ class Node:
         method = self.role.methods.get(message.method)
         if method is None:
             raise ProtocolError(f"{self.context.node_id} has no method {message.method!r}")
-        if not {peer.node_id, peer.tier} & method.callers:
+        if not any(caller.admits(peer) for caller in method.callers):
             raise AuthenticationError(
                 f"{peer.node_id!r} ({peer.tier}) may not call {message.method!r} of {self.context.node_id!r}; "
-                f"only {', '.join(sorted(method.callers))} may"
+                f"only {', '.join(map(str, method.callers))} may"
             )
         return await method.handler(peer, message)
 

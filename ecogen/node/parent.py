@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from ecogen.node.context import Method, NodeContext, Ready, methods
+from ecogen.node.context import Caller, Method, NodeContext, Ready, methods
 from ecogen.records import PhaseRecord, Record
 from ecogen.runtime.delivery import FETCH, serve_pieces
 from ecogen.runtime.membership import HEARTBEAT, JOIN, READY, Alive, Join, Members
@@ -40,7 +40,7 @@ class Parent:
     def methods(self) -> dict[str, Method]:
         """The methods that only the children's tier may use."""
         handlers = {JOIN: self._join, READY: self._ready, HEARTBEAT: self._heartbeat, FETCH: self._fetch}
-        return methods(self._tier, **handlers)
+        return methods(Caller(self._tier), **handlers)
 
     async def _join(self, peer: Peer, message: Message) -> Message:
         welcome = await self._welcome(peer.node_id)

@@ -64,6 +64,9 @@ class Members:
         member = self._here.get(node_id)
         return member is not None and member.ready
 
+    def are_ready(self, node_ids: Iterable[str]) -> bool:
+        return all(self.is_ready(node_id) for node_id in node_ids)
+
     @property
     def ready_ids(self) -> list[str]:
         return [node_id for node_id in self.expected if self.is_ready(node_id)]
@@ -153,15 +156,16 @@ async def attend(
     Raises:
         TransportError: if the parent refuses or fails; trying again would not help.
     """
-    pause_s = 0.1
+    pause_s, level = 0.1, logging.WARNING
     while True:
         try:
             welcome = await transport.call(parent_id, Message.of(JOIN, Join(address)))
             await transport.call(parent_id, await prepare(welcome))
-            pause_s = 0.1
+            pause_s, level = 0.1, logging.WARNING
             await _keep_alive(transport, parent_id)
         except NodeLostError as problem:
-            logger.info("%s: parent %s: %s; trying again", transport.peer.node_id, parent_id, problem)
+            logger.log(level, "%s: parent %s: %s; trying again", transport.peer.node_id, parent_id, problem)
+            level = logging.INFO  # once is enough for people
         await asyncio.sleep(pause_s)
         pause_s = min(2.0, pause_s * 1.5)
 

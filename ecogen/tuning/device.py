@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _ORDER_KEY, _AUGMENT_KEY = 3, 4
 
+_MAX_EARLY = 256  # a cluster has at most two messages a credit under way
+
 
 @dataclass(frozen=True)
 class LocalData:
@@ -94,9 +96,18 @@ class DeviceTuning:
         if self._current is not None and flow.key == self._current.key:
             self._current.deliver(message, flow)
         elif flow.key >= self._latest:  # equal while this device still takes the order's tunables
-            self._early.append((message, flow))
+            self._keep_early(message, flow)
         else:
             logger.debug("dropped %s of the fenced attempt %s", message.method, flow.key)
+
+    def _keep_early(self, message: Message, flow: Flow) -> None:
+        """Hold a message for an attempt not yet ordered here; credits let only so many come in time."""
+        if len(self._early) >= _MAX_EARLY:
+            logger.warning(
+                "dropped %s of attempt %s: %d messages came before their order", message.method, flow.key, _MAX_EARLY
+            )
+            return
+        self._early.append((message, flow))
 
     def lose(self, error: NodeLostError) -> None:
         """A neighbour is lost: the attempt that needs it fails."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from transformers import ViTConfig
 
 from ecogen import config as recipes
-from ecogen.errors import CheckpointError, StorageError
+from ecogen.errors import CheckpointError, ConfigError, StorageError
 from ecogen.models.checkpoint import Foundation, open_foundation
 from ecogen.storage import cache_folder, make_folder, write_atomically
 from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain
@@ -59,6 +60,7 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)  # its small products gain nothing from more, and one gives the same model everywhere
     try:
+        _check_options(recipe.pretraining.options)
         options: dict[str, Any] = {
             name: int(value) if float(value).is_integer() else value
             for name, value in recipe.pretraining.options.items()
@@ -75,6 +77,16 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
             raise StorageError(f"cannot write to the cache {folder.parent}: {problem}; set XDG_CACHE_HOME") from problem
         write_atomically(Path(temporary) / "made.json", json.dumps(made))
         _put_in_place(Path(temporary), folder)
+
+
+def _check_options(options: Mapping[str, float]) -> None:
+    """Options are keyword arguments of `pretrain`; a wrong name should not come up as a traceback."""
+    valid = [name for name in inspect.signature(pretrain).parameters if name not in ("config", "seed", "on_step")]
+    problems = [
+        f"pretraining.options.{name}: unknown; valid: {', '.join(valid)}" for name in options if name not in valid
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -42,7 +42,7 @@ class TuneResult(msgspec.Struct, frozen=True):
         usage: of this device since its last report.
     """
 
-    num_examples: int
+    num_examples: Annotated[int, msgspec.Meta(ge=0)]
     loss: float | None
     usage: Usage
 
@@ -50,8 +50,8 @@ class TuneResult(msgspec.Struct, frozen=True):
 class SyncOrder(msgspec.Struct, frozen=True):
     """Edge to cloud: my aggregate after this round, to be averaged with the other edges'. Tensors: the tunables."""
 
-    round_index: int
-    num_examples: int
+    round_index: Annotated[int, msgspec.Meta(ge=0)]
+    num_examples: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class SyncResult(msgspec.Struct, frozen=True):

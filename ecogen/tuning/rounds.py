@@ -142,7 +142,7 @@ class EdgeRounds:
             RunError: if no cluster comes back in time, or every try fails.
         """
         for _ in range(_MAX_TRIES):
-            formed = self._formed()
+            formed = self.formed()
             self._announce_formed(formed, round_index)
             self._attempt += 1
             key = AttemptKey(round_index, self._attempt)
@@ -150,7 +150,7 @@ class EdgeRounds:
             outcomes = [outcome for outcome in attempts if outcome is not None]
             if outcomes:
                 return outcomes
-            if not await self._members.wait_for(lambda: bool(self._formed()), self._tuning.rejoin_timeout_s):
+            if not await self._members.wait_for(lambda: bool(self.formed()), self._tuning.rejoin_timeout_s):
                 raise self._give_up(round_index, f"none came back within {self._tuning.rejoin_timeout_s:g} s")
         raise self._give_up(round_index, f"{_MAX_TRIES} tries failed, the last one since {self._last_problem}")
 
@@ -197,16 +197,14 @@ class EdgeRounds:
             self._publish(EventRecord("cluster_formed", cluster_id, round_index, "formed again", time.time()))
         self._failed.difference_update(formed)
 
-    def _formed(self) -> list[str]:
+    def formed(self) -> list[str]:
         """The clusters whose devices are all here and ready."""
         ready = set(self._members.ready_ids)
         return [cluster for cluster, placement in self._placements.items() if ready.issuperset(placement.node_ids)]
 
     async def _form_all(self) -> None:
         """Wait for all clusters; begin with fewer if some do not come in time."""
-        await self._members.wait_for(
-            lambda: len(self._formed()) == len(self._placements), self._tuning.rejoin_timeout_s
-        )
+        await self._members.wait_for(lambda: len(self.formed()) == len(self._placements), self._tuning.rejoin_timeout_s)
 
     # The cloud.
 

@@ -71,6 +71,7 @@ class CloudSync:
         self._evaluate, self._publish, self._patience_s = evaluate, publish, patience_s
         self._pending: dict[int, dict[str, Update]] = {}
         self._closing: dict[int, asyncio.Task[None]] = {}
+        self._finished: set[str] = set()
 
     async def sync(self, peer: Peer, message: Message) -> Message:
         """Answer an edge with the average of its round, once that is closed."""
@@ -106,22 +107,28 @@ class CloudSync:
 
     async def _wait_for_all(self, round_index: int) -> None:
         """Until every edge has sent its update, or the missing ones are lost and do not come back in time."""
-        pending = self._pending[round_index]
 
         def are_gone() -> bool:
-            return not self._missing(pending) & set(self._members.ready_ids)
+            return not self._missing(round_index) & set(self._members.ready_ids)
 
-        while self._missing(pending):
+        while self._missing(round_index):
             gone = are_gone()
             news = await self._members.wait_for(
-                lambda gone=gone: not self._missing(pending) or are_gone() != gone,  # type: ignore[misc]
+                lambda gone=gone: not self._missing(round_index) or are_gone() != gone,  # type: ignore[misc]
                 self._patience_s if gone else None,
             )
             if not news:
                 return
 
-    def _missing(self, pending: dict[str, Update]) -> set[str]:
-        return set(self._members.expected) - pending.keys()
+    def _missing(self, round_index: int) -> set[str]:
+        """The edges whose update of a round may still come; not those that went on alone to a later round."""
+        sent = {edge_id for index, updates in self._pending.items() if index >= round_index for edge_id in updates}
+        return set(self._members.expected) - sent - self._finished
+
+    async def set_finished(self, edge_ids: set[str]) -> None:
+        """These edges have done their last round; nobody waits for them any more."""
+        self._finished = set(edge_ids)
+        await self._members.wake()
 
     def _record(self, updates: list[Update], members: list[str], accuracy: float | None, wall_s: float) -> RoundRecord:
         missing = tuple(sorted(set(self._members.expected) - set(members)))
