@@ -60,7 +60,7 @@ class Caller:
         return peer.tier == self.tier and self.node_id in (None, peer.node_id)
 
     def __str__(self) -> str:
-        return f"nodes of tier {self.tier}" if self.node_id is None else f"{self.node_id} ({self.tier})"
+        return self.tier if self.node_id is None else f"{self.node_id} ({self.tier})"
 
 
 @dataclass(frozen=True, slots=True)
