@@ -187,6 +187,7 @@ class CloudRole:
         return Message.of("join", welcome, kind="tunables", tensors=state.tunables)
 
     async def _on_sync(self, peer: Peer, message: Message) -> Message:
+        await self._prepared.wait()  # an edge may ask again before a restarted cloud is ready
         return await self._sync.sync(peer, message)
 
     async def _publish(self, peer: Peer, message: Message) -> Message:
