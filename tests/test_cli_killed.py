@@ -86,7 +86,7 @@ def test_a_detached_run_outlives_its_terminal(recipe_of: RecipeOf, tmp_path: Pat
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_own_terminal,
     )
     os.close(terminal)
     said = os.read(ours, 10_000).decode()
@@ -116,6 +116,12 @@ def test_a_detached_run_that_cannot_start_says_why(recipe_of: RecipeOf, tmp_path
     assert ran.code == 2
     assert "9 devices cannot share 3 blocks" in ran.err
     assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+def _own_terminal() -> None:
+    """Take standard input as the controlling terminal, and mind its end even where the tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def assert_all_gone(family: list[psutil.Process]) -> None:
