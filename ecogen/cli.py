@@ -69,14 +69,7 @@ def run(
         background.detach(resolved, folder, resume=resume)
         print(f"runs in the background; look at it with: ecogen status {folder}")
         return
-    summary = _run_here(resolved, folder, resume)
-    if as_json:
-        print(json.dumps(summary))
-    else:
-        from ecogen.reports.console import show_summary
-
-        Console().print(show_summary(summary))
-        print(f"report: {folder / 'report.html'}")
+    _show_run(_run_here(resolved, folder, resume), folder, as_json)
 
 
 @app.command()
@@ -108,11 +101,11 @@ def predict(
     if as_json:
         print(json.dumps(session.prediction_table(images, asked)))
         return
-    from ecogen.reports.console import show_prediction
+    from ecogen.reports.console import show_request
 
     for path, label, probability in zip(images, asked.labels, asked.probabilities, strict=True):
         print(f"{path}: {label} ({probability:.1%})")
-    Console().print(show_prediction(", ".join(map(str, asked.labels)), asked.record, topology))
+    Console().print(show_request(asked.record, topology))
 
 
 @app.command()
@@ -147,6 +140,9 @@ def node(
     revoked: Annotated[Path | None, typer.Option(metavar="FILE", help="The federation's revocation list.")] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda:N or mps.")] = "auto",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the frozen weights.")] = "float32",
+    message_mib: Annotated[
+        int, typer.Option(metavar="MIB", min=1, max=2047, help="The largest message, the same on all nodes.")
+    ] = 64,
 ) -> None:
     """Be one node of a federation, until interrupted.
 
@@ -155,9 +151,45 @@ def node(
     from ecogen.engines.by_hand import node_settings, run_by_hand
 
     table = recipes.to_table(recipes.load(recipe, settings or [])) if recipe else {}
-    started = node_settings(node_id, certificates, folder, table, join, listen, advertise, revoked, device, dtype)
+    started = node_settings(
+        node_id,
+        certificates,
+        folder,
+        table,
+        join=join,
+        listen=listen,
+        device=device,
+        dtype=dtype,
+        advertised_host=advertise,
+        revoked=revoked,
+        message_mib=message_mib,
+    )
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run_by_hand(started, lambda address: print(f"{node_id} serves at {address}", flush=True)))
+
+
+@app.command()
+def watch(
+    cloud: Annotated[str, typer.Argument(metavar="ID@HOST:PORT", help="The cloud's node id and where it is.")],
+    certificates: Annotated[
+        Path, typer.Option("--certs", metavar="DIR", help="What `ecogen certs issue` wrote for the operator.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder to write.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object at the end.")] = False,
+) -> None:
+    """Watch nodes that were started by hand, and save their run.
+
+    The run folder is written once the federation has finished. Leaving stops nothing: watch again to see all of it from the first round.
+    """
+    from ecogen.engines import session
+    from ecogen.engines.by_hand import split_parent
+
+    cloud_id, address = split_parent("ID@HOST:PORT", cloud)
+    with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
+        _show_run(asyncio.run(session.watch(cloud_id, address, certificates, out, screen=screen)), out, as_json)
+        return
+    screen.print("the federation goes on; watch it again with the same command", style="yellow")
+    raise typer.Exit(130)
 
 
 @certs_app.command("init")
@@ -232,6 +264,16 @@ def _run_here(recipe: recipes.Recipe, folder: Path, resume: bool) -> Summary:
     except (KeyboardInterrupt, asyncio.CancelledError):
         screen.print(f"interrupted; go on with: {resume_command(folder)}", style="yellow", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def _show_run(summary: Summary, folder: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from ecogen.reports.console import show_summary
+
+    Console().print(show_summary(summary))
+    print(f"report: {folder / 'report.html'}")
 
 
 @contextlib.contextmanager

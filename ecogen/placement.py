@@ -79,11 +79,6 @@ class Placement:
         return self.visits[0].node_id
 
     @property
-    def head_id(self) -> str:
-        """The node that holds the head, and so needs the labels."""
-        return self.visits[-1].node_id
-
-    @property
     def node_ids(self) -> list[str]:
         """The nodes in order of their first visit."""
         return list(dict.fromkeys(visit.node_id for visit in self.visits))

@@ -6,6 +6,7 @@ A GB here is 10^9 bytes, as link speeds and energy intensities per GB are quoted
 from __future__ import annotations
 
 GB = 10**9
+MIB = 2**20
 GIB = 2**30
 MBIT_PER_S_IN_BYTES_PER_S = 1e6 / 8
 JOULES_PER_KWH = 3.6e6

@@ -98,7 +98,9 @@ def test_a_detached_run_outlives_its_terminal(recipe_of: RecipeOf, tmp_path: Pat
     status = ecogen("status", folder)
     assert status.code == 0
     assert re.search(r"running; tuning \d+/10 edge-0; \d+ records", status.out), status.out
-    assert re.search(r"edge-0 .*ready", status.out), status.out
+    nodes = {line.split()[0]: line for line in status.out.splitlines() if line.split()}
+    for node_id in ("cloud", "edge-0", "edge-0.cluster-0.device-0"):
+        assert re.search(r"ready +\d+ +(now|[\d.]+ (us|ms|s) ago)", nodes[node_id]), status.out
     busy = ecogen("run", path, "--out", folder, "--resume")
     assert (busy.code, "belongs to a run that is going on; see `ecogen status" in busy.err) == (2, True)
     assert ecogen("run", path, "--engine", "local", "--out", folder, "--detach").code == 2

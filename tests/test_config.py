@@ -42,17 +42,28 @@ def test_all_problems_are_told_at_once() -> None:
         mbit_per_s = 1
         [data.partition]
         across_edges = "fair"
+        [model]
+        patch_size = 5
+        [compute.nodes.edge-9]
+        device = "cpu"
         """
     )
     places = {problem.partition(":")[0] for problem in problems}
     assert places == {
+        "compute.nodes.edge-9",
         "data.partition.across_edges",
+        "model.patch_size",
         "name",
         "topology.d2d.rtt_ms",
         "tuning.batch_size",
         "tuning.roudns",
     }
-    assert len(problems) == 5
+    assert len(problems) == 7
+
+
+def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
+    (problem,) = problems_of("[tuning]\nbatch_size = 0\nmicrobatches = 30")
+    assert problem.startswith("tuning.batch_size: ")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +79,9 @@ def test_all_problems_are_told_at_once() -> None:
         ("[tunables]\nprompts = 0\nlora_rank = 0\nhead = false", "tunables: nothing to tune; set prompts"),
         ("[compute.nodes.edge-9]\ndevice = 'cpu'", "compute.nodes.edge-9: no such name in this topology; did you mean"),
         ("[compute]\ndevice = 'gpu'", "compute.device: string should match pattern"),
+        ("[tunables]\nlora_targets = ['query']", "tunables.lora_targets.0: input should be 'q_proj', 'k_proj'"),
+        ("[tunables]\nlora_targets = []", "tunables.lora_targets: name one projection or more"),
+        ("[tunables]\nfirst_block = 5", "tunables.first_block: 5 is more than model.num_blocks 4"),
         ("[data]\nowners = 9", "data.owners: 9 is more than topology.devices_per_cluster 3"),
         ("[tuning]\nlearning_rate = inf", "tuning.learning_rate: input should be a finite number, not inf"),
     ],
@@ -91,6 +105,17 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("tunables.head=false", ("tunables", "head"), False),
         ("placement.cuts=[1, 2]", ("placement", "cuts"), (1, 2)),
         ("topology.sites.cloud.zone=FR", ("topology", "sites", "cloud", "zone"), "FR"),
+        ("topology.devices.edge-0.memory_gib=2", ("topology", "devices", "edge-0", "memory_gib"), 2.0),
+        (
+            "topology.devices.edge-0.cluster-0.device-1.gflops=7",
+            ("topology", "devices", "edge-0.cluster-0.device-1", "gflops"),
+            7.0,
+        ),
+        (
+            'compute.nodes."edge-1.cluster-2.device-0".dtype=bfloat16',
+            ("compute", "nodes", "edge-1.cluster-2.device-0", "dtype"),
+            "bfloat16",
+        ),
         ("tuning.learning_rate = 1e-3", ("tuning", "learning_rate"), 1e-3),
     ],
 )
@@ -101,7 +126,7 @@ def test_a_value_can_be_set_from_outside(override: str, place: tuple[str, ...], 
     assert found == value
 
 
-@pytest.mark.parametrize("override", ["tuning.rounds", "=3", "name.part=1"])
+@pytest.mark.parametrize("override", ["tuning.rounds", "=3", "name.part=1", "tuning..rounds=1", "a b=1"])
 def test_an_override_that_is_none_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set: 1 problem"):
         load("digits", ["name=x", override])

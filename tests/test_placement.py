@@ -48,8 +48,8 @@ def test_a_node_holds_all_that_any_turn_asks_of_it_and_knows_all_whom_it_talks_t
 
 
 def test_labels_decide_where_the_head_is() -> None:
-    assert place(["a", "b"], [1], 2, "start").head_id == "a"
-    assert place(["a", "b"], [1], 2, "end").head_id == "b"
+    assert place(["a", "b"], [1], 2, "start").visits[-1].node_id == "a"
+    assert place(["a", "b"], [1], 2, "end").visits[-1].node_id == "b"
     assert len(place(["a"], [], 2, "start")) == 1
 
 

@@ -5,7 +5,7 @@ Nothing here is measured: seconds, FLOPs and bytes come from the records, joules
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -140,14 +140,6 @@ class Ledger:
     def framing_bytes(self) -> int:
         """What gRPC, HTTP/2 and TLS add, modelled; in no other byte total, but in the energy."""
         return sum(line.framing_bytes for line in self._lines())
-
-    def traffic_by_round(self) -> dict[int, int]:
-        """Payload and header bytes of each round."""
-        totals: Counter[int] = Counter()
-        for entry in self.entries:
-            if entry.round_index is not None:
-                totals[entry.round_index] += entry.sent_bytes
-        return dict(sorted(totals.items()))
 
     def _lines(self) -> Iterable[LinkTraffic]:
         return (line for entry in self.entries for line in entry.traffic)

@@ -21,43 +21,47 @@ def node_settings(
     certificates: Path,
     folder: Path,
     recipe: Mapping[str, Any],
+    *,
     join: str | None,
     listen: str,
-    advertise: str | None,
-    revoked: Path | None,
     device: str,
     dtype: str,
+    **others: Any,
 ) -> NodeSettings:
     """Settings from what the command line says; the tier is what the certificate says.
+
+    Args:
+        others: as `NodeSettings` names them.
 
     Raises:
         ConfigError: if an address is malformed, or the device's name.
         AuthenticationError: if the certificate is missing or another node's.
         EcoGenError: if the cloud's recipe cannot be carried out.
     """
-    compute = recipes.section_from_table(recipes.NodeCompute, {"device": device, "dtype": dtype})
+    recipes.section_from_table(recipes.NodeCompute, {"device": device, "dtype": dtype})
     if recipe:
         check_recipe(recipes.from_table(recipe))
-    identity = load_credentials(certificates, node_id=node_id).identity
-    host, port = _split("--listen", listen)
-    parent_id, _, address = (join or "").partition("@")
-    if join:
-        _split("--join", address)
-    return NodeSettings(
-        node_id,
-        identity.tier,
-        folder,
-        certificates,
-        parent_id or None,
-        address or None,
-        dict(recipe),
-        revoked=revoked,
-        host=host,
-        advertised_host=advertise,
-        port=port,
-        device=compute.device,
-        dtype=compute.dtype,
-    )
+    tier = load_credentials(certificates, node_id=node_id).identity.tier
+    host, port = _split_address("--listen", listen)
+    parent = split_parent("--join", join) if join else (None, None)
+    identity: dict[str, Any] = {"node_id": node_id, "tier": tier, "folder": folder, "certificates": certificates}
+    where: dict[str, Any] = {"parent_id": parent[0], "parent_address": parent[1], "host": host, "port": port}
+    return NodeSettings(**identity, **where, recipe=dict(recipe), device=device, dtype=dtype, **others)
+
+
+def split_parent(option: str, text: str) -> tuple[str, str]:
+    """Node id and address.
+
+    Raises:
+        ConfigError: if it is no such thing.
+    """
+    node_id, _, address = text.partition("@")
+    try:
+        _split_address(option, address)
+    except ConfigError:
+        example = f"{option}: {text!r} is not ID@HOST:PORT, for example cloud@127.0.0.1:7000"
+        raise ConfigError([example], "the command line") from None
+    return node_id, address
 
 
 async def run_by_hand(settings: NodeSettings, on_serving: Callable[[str], None]) -> None:
@@ -69,8 +73,8 @@ async def run_by_hand(settings: NodeSettings, on_serving: Callable[[str], None])
         await task
 
 
-def _split(option: str, address: str) -> tuple[str, int]:
+def _split_address(option: str, address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError([f"{option}: {address!r} is not HOST:PORT, for example 127.0.0.1:7000"], "ecogen node")
+        raise ConfigError([f"{option}: {address!r} is not HOST:PORT, for example 127.0.0.1:7000"], "the command line")
     return host, int(port)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ecogen import config as recipes
 from ecogen.engines.saving import save_run
 from ecogen.errors import NodeLostError
+from ecogen.models.checkpoint import Foundation
 from ecogen.node.cloud import Status, Watch
 from ecogen.node.context import END, OPERATOR, PROGRESS, RECORD, RESULT, STATUS, WATCH, ProgressReport
 from ecogen.node.device import ASK, Ask, Asked
@@ -24,6 +25,7 @@ from ecogen.reports.summary import Summary
 from ecogen.transport.base import Message, Peer, Stream, Transport
 from ecogen.transport.certs import load_credentials
 from ecogen.transport.wire import GrpcTransport
+from ecogen.tuning.foundation import obtain_foundation
 
 OnProgress = Callable[[ProgressReport], None]
 T = TypeVar("T")
@@ -99,9 +101,18 @@ class Federation:
         Raises:
             StorageError: if the disk is full.
         """
-        tunables = await self.tunables()
-        wall_s = time.perf_counter() - self.began_s
-        return await asyncio.to_thread(save_run, Path(folder), self.recipe, self.records, tunables, wall_s)
+        tunables, foundation, wall_s = await self.tunables(), await self.foundation(), self.wall_s
+        return await asyncio.to_thread(save_run, Path(folder), self.recipe, self.records, foundation, tunables, wall_s)
+
+    async def foundation(self) -> Foundation:
+        """The foundation model that was tuned."""
+        foundation, _ = await asyncio.to_thread(obtain_foundation, self.recipe, lambda *_: None)
+        return foundation
+
+    @property
+    def wall_s(self) -> float:
+        """How long the federation has been running."""
+        return time.perf_counter() - self.began_s
 
     async def tunables_of(self, node_id: str) -> dict[str, Tensor]:
         """The tunables that the cloud or an edge holds."""

@@ -20,7 +20,9 @@ from ecogen.node.node import Node
 from ecogen.runtime.worker import Worker
 from ecogen.storage import make_folder
 from ecogen.transport.base import Peer
+from ecogen.transport.codec import Limits
 from ecogen.transport.memory import MemoryNetwork, MemoryTransport
+from ecogen.units import MIB
 
 
 class InprocEngine:
@@ -84,7 +86,8 @@ async def launch_inproc(
     """A federation in this process, stopped on leaving."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    engine = InprocEngine(recipe, folder, network or MemoryNetwork(), tuned)
+    limits = Limits(message_bytes=recipe.transport.message_mib * MIB)
+    engine = InprocEngine(recipe, folder, network or MemoryNetwork(limits=limits), tuned)
     try:
         await engine.start()
         yield Federation(recipe, engine, folder)

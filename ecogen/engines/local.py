@@ -27,7 +27,9 @@ from ecogen.storage import make_folder
 from ecogen.topology import Tier
 from ecogen.transport.base import Peer
 from ecogen.transport.certs import create_authority, issue, load_authority, load_credentials
+from ecogen.transport.codec import Limits
 from ecogen.transport.wire import GrpcTransport
+from ecogen.units import MIB
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,8 @@ class LocalEngine:
         self._failure: EcoGenError | None = None
         self._certificates = prepare_certificates(folder, recipe)
         credentials = load_credentials(self._certificates / OPERATOR, node_id=OPERATOR, tier=OPERATOR)
-        self.transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials)
+        limits = Limits(message_bytes=recipe.transport.message_mib * MIB)
+        self.transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials, limits=limits)
 
     async def start(self) -> None:
         """Start the cloud, then the edges, then the devices, each tier at once.
@@ -209,6 +212,7 @@ class LocalEngine:
             port=port,
             device=compute.device,
             dtype=compute.dtype,
+            message_mib=self._recipe.transport.message_mib,
         )
         if parent_id is None:
             return replace(settings, recipe=recipes.to_table(self._recipe), tuned=self._tuned)

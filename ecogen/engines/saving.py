@@ -34,7 +34,6 @@ from ecogen.records import Record, read_records, to_line
 from ecogen.reports.html import write_report
 from ecogen.reports.summary import RunFacts, Summary, summarise
 from ecogen.storage import write_atomically
-from ecogen.tuning.foundation import obtain_foundation
 from ecogen.tuning.inversion import attack_first_cut
 from ecogen.tuning.probe import probe_foundation
 
@@ -42,11 +41,15 @@ RECORDS, FACTS, SUMMARY, REPORT = "records.jsonl", "facts.json", "summary.json",
 
 
 def save_run(
-    folder: Path, recipe: recipes.Recipe, records: Sequence[Record], tunables: Mapping[str, Tensor], wall_s: float
+    folder: Path,
+    recipe: recipes.Recipe,
+    records: Sequence[Record],
+    foundation: Foundation,
+    tunables: Mapping[str, Tensor],
+    wall_s: float,
 ) -> Summary:
     """Write everything that outlives the federation; returns the summary."""
     begin_run(folder, recipe, resume=(folder / RECIPE).exists())
-    foundation, _ = obtain_foundation(recipe, lambda *_: None)
     num_labels = int(tunables["classifier.bias"].shape[0]) if "classifier.bias" in tunables else 10
     save_tuned(folder, foundation, tunables, recipe.tunables, num_labels)
     write_atomically(folder / RECORDS, b"".join(map(to_line, records)))

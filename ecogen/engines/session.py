@@ -15,8 +15,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ecogen import config as recipes
+from ecogen.engines.attached import attach
 from ecogen.engines.check import check_recipe
-from ecogen.engines.federation import ask_status
+from ecogen.engines.federation import Federation, ask_status
 from ecogen.engines.launch import launch, serve
 from ecogen.engines.run_folder import (
     RECIPE,
@@ -33,6 +34,7 @@ from ecogen.errors import DataError, TransportError
 from ecogen.node.cloud import Status
 from ecogen.node.context import ProgressReport
 from ecogen.node.device import Asked
+from ecogen.node.presence import Presence
 from ecogen.records import EventRecord, Record, RoundRecord
 from ecogen.reports.console import NodeStatus, round_line, show_status
 from ecogen.reports.summary import Summary
@@ -52,11 +54,27 @@ async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Con
         begin_run(folder, recipe, resume=resume)
         async with launch(recipe, folder=folder) as federation:
             _remember(folder, federation.cloud_address)
-            with RunProgress(recipe, screen) as progress:
-                async for record in federation.watch(progress.report):
-                    progress.show(record)
-                progress.report(ProgressReport("saving", 0, 1))
-                return await federation.save(folder)
+            return await _watch_and_save(federation, folder, screen)
+
+
+async def watch(cloud_id: str, address: str, certificates: Path, folder: Path, *, screen: Console) -> Summary:
+    """Watch a federation that others started until it has finished, and write its run folder; returns the figures.
+
+    Raises:
+        EcoGenError: what a user can act on; the federation goes on, and may be watched again.
+    """
+    async with attach(cloud_id, address, certificates) as federation:
+        check_run(folder, federation.recipe, resume=False)
+        with locked(folder), _ended_in_order():
+            return await _watch_and_save(federation, folder, screen)
+
+
+async def _watch_and_save(federation: Federation, folder: Path, screen: Console) -> Summary:
+    with RunProgress(federation.recipe, screen) as progress:
+        async for record in federation.watch(progress.report):
+            progress.show(record)
+        progress.report(ProgressReport("saving", 0, 1))
+        return await federation.save(folder)
 
 
 async def status(folder: Path) -> list[RenderableType]:
@@ -76,7 +94,7 @@ async def status(folder: Path) -> list[RenderableType]:
     state = "finished, and saving" if live.finished else "running"
     where = f"{progress.phase} {progress.done}/{progress.total} {progress.detail}".rstrip()
     line = f"{folder}: {state}; {where}; {live.num_records} records"
-    return [line, show_status([_node_status(node_id, topology, live) for node_id in live.expected])]
+    return [line, show_status([_node_status(node, topology, live.time_s) for node in live.presences])]
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -199,5 +217,6 @@ def _resting_line(folder: Path) -> str:
     return f"{folder}: not finished, and nobody is running it; {records}; go on with `{resume_command(folder)}`"
 
 
-def _node_status(node_id: str, topology: Topology, live: Status) -> NodeStatus:
-    return NodeStatus(node_id, topology.nodes[node_id].tier, "ready" if node_id in live.ready else "away")
+def _node_status(node: Presence, topology: Topology, now_s: float) -> NodeStatus:
+    heard_s = max(0.0, now_s - node.time_s) if node.time_s else None
+    return NodeStatus(node.node_id, topology.nodes[node.node_id].tier, node.state, node.round_index, heard_s)

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch import Tensor
@@ -18,6 +20,7 @@ from ecogen.models.checkpoint import Foundation, load_tensors
 from ecogen.models.profile import model_shape
 from ecogen.models.tunables import get_tunables
 from ecogen.node.context import (
+    DESCRIBE,
     END,
     OPERATOR,
     PROGRESS,
@@ -33,6 +36,7 @@ from ecogen.node.context import (
     methods,
 )
 from ecogen.node.parent import Parent
+from ecogen.node.presence import Presence, presences
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord, from_line, read_records, to_line
 from ecogen.runtime.membership import Members
@@ -59,13 +63,19 @@ class Watch(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """How the federation is."""
+    """How the federation is.
 
-    run: str
+    Attributes:
+        recipe: the resolved recipe, as a table.
+        time_s: the cloud's clock, to which the presences' times are compared.
+        addresses: of the edges that are here.
+    """
+
+    recipe: dict[str, Any]
     progress: ProgressReport
     num_records: int
-    ready: list[str]
-    expected: list[str]
+    time_s: float
+    presences: list[Presence]
     addresses: dict[str, str]
     finished: bool
 
@@ -118,7 +128,7 @@ class CloudRole:
         self.methods = {
             **parent.methods(),
             **methods(Caller(Tier.EDGE), **{SYNC: self._on_sync, PUBLISH: self._publish}),
-            **methods(Caller(OPERATOR), **{STATUS: self._status, RESULT: self._result}),
+            **methods(Caller(OPERATOR), **{STATUS: self._status, RESULT: self._result, DESCRIBE: self._describe}),
         }
 
     async def run(self, address: str) -> None:
@@ -252,16 +262,25 @@ class CloudRole:
         return self._context.node_id in _finished(self._log.records)
 
     async def _status(self, _: Peer, __: Message) -> Message:
+        now_s = time.time()
+        nodes = presences(self._log.records, list(self._topology.nodes))
+        heard_s = self._members.heard_s | {self._context.node_id: 0.0}
+        for node in nodes:
+            node.time_s = max(node.time_s, now_s - heard_s.get(node.node_id, now_s))
         status = Status(
-            self._recipe.name,
+            recipes.to_table(self._recipe),
             self._progress,
             len(self._log.records),
-            self._members.ready_ids,
-            self._members.expected,
+            now_s,
+            nodes,
             self._members.addresses,
             self._has_finished,
         )
         return Message.of(STATUS, status, counted=False)
+
+    async def _describe(self, _: Peer, __: Message) -> Message:
+        """What an edge is told when it joins, for an operator who saves the run."""
+        return replace(await self._welcome(OPERATOR), counted=False)
 
     async def _result(self, _: Peer, __: Message) -> Message:
         await self._prepared.wait()

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import msgspec
 
 from ecogen.records import Usage
+from ecogen.runtime.cpu import avoid_trapped_instructions
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, Stream, Transport
 
-INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT = (
+INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT, DESCRIBE = (
     "install",
     "books",
     "publish",
@@ -23,6 +24,7 @@ INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT = (
     "end",
     "status",
     "result",
+    "describe",
 )
 
 OPERATOR = "operator"
@@ -31,7 +33,7 @@ OPERATOR = "operator"
 
 @dataclass
 class NodeContext:
-    """One node's own things.
+    """One node's own things; made before the node computes anything.
 
     Attributes:
         folder: its disk; what is in it survives a restart.
@@ -44,6 +46,10 @@ class NodeContext:
     worker: Worker
     device: str = "cpu"
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype == "bfloat16":
+            avoid_trapped_instructions()
 
 
 Handler = Callable[[Peer, Message], Awaitable[Message]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,10 +13,9 @@ from transformers import ViTConfig
 from ecogen import config as recipes
 from ecogen.errors import NodeLostError, ProtocolError, TransportError
 from ecogen.models.adapters import load_whole
-from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
+from ecogen.models.checkpoint import Foundation, open_foundation
 from ecogen.models.profile import model_shape
 from ecogen.models.tunables import tunables_of
-from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.node.context import (
     BOOKS,
     INSTALL,
@@ -35,7 +33,6 @@ from ecogen.node.parent import Parent
 from ecogen.placement import Placement, neighbours_of, segments_held
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventKind, EventRecord, PhaseRecord
-from ecogen.runtime.delivery import fetch_tensors
 from ecogen.runtime.membership import Members, attend
 from ecogen.runtime.outbox import Outbox
 from ecogen.runtime.stage import Stage
@@ -44,6 +41,7 @@ from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_splits
 from ecogen.tuning.evaluate import Evaluator
+from ecogen.tuning.foundation import fetch_foundation
 from ecogen.tuning.messages import placement_table
 from ecogen.tuning.rounds import EdgeRounds, EdgeState
 
@@ -114,12 +112,9 @@ class EdgeRole:
     async def _fetch_foundation(self) -> Foundation:
         """The whole backbone on this edge's disk, fetched from the cloud unless it is there."""
         folder = self._context.folder / f"backbone-{self._digest}"
-        if not (folder / "config.json").exists():
-            names = parameter_names(self._config, [whole_segment(self._config)])
-            tensors = await fetch_tensors(self._context.transport, self._cloud_id, names)
-            await self._context.worker.compute(save_tensors, folder / "model.safetensors", tensors)
-            write_atomically(folder / "config.json", json.dumps(self._config.to_dict()))
-        return open_foundation(folder)
+        if (folder / "config.json").exists():
+            return open_foundation(folder)
+        return await fetch_foundation(self._context.transport, self._cloud_id, self._config, folder)
 
     def _load(self) -> Stage:
         model = load_whole(self._foundation, self._config, self._recipe.tunables, self._recipe.seed)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from ecogen.node.context import Caller, Method, NodeContext, Ready, methods
+from ecogen.node.context import OPERATOR, Caller, Method, NodeContext, Ready, methods
 from ecogen.records import PhaseRecord, Record
 from ecogen.runtime.delivery import FETCH, serve_pieces
 from ecogen.runtime.membership import HEARTBEAT, JOIN, READY, Alive, Join, Members
@@ -38,9 +38,10 @@ class Parent:
         self._welcome, self._read, self._publish = welcome, read, publish
 
     def methods(self) -> dict[str, Method]:
-        """The methods that only the children's tier may use."""
-        handlers = {JOIN: self._join, READY: self._ready, HEARTBEAT: self._heartbeat, FETCH: self._fetch}
-        return methods(Caller(self._tier), **handlers)
+        """The methods that only the children's tier may use; the backbone an operator may fetch too."""
+        children = Caller(self._tier)
+        handlers = {JOIN: self._join, READY: self._ready, HEARTBEAT: self._heartbeat}
+        return methods(children, **handlers) | methods(children, Caller(OPERATOR), **{FETCH: self._fetch})
 
     async def _join(self, peer: Peer, message: Message) -> Message:
         welcome = await self._welcome(peer.node_id)

@@ -33,8 +33,10 @@ from ecogen.storage import make_folder, storage_error
 from ecogen.topology import Tier
 from ecogen.transport.base import Peer
 from ecogen.transport.certs import load_credentials
+from ecogen.transport.codec import Limits
 from ecogen.transport.failures import failure_of, rebuild
 from ecogen.transport.wire import GrpcTransport
+from ecogen.units import MIB
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class NodeSettings:
         tuned: for the cloud of a federation that only serves, its tunables.
         certificates: the folder with `node.pem`, `node.key` and `authority.pem`.
         revoked: the federation's revocation list, where there is one.
+        message_mib: the largest message, both ways.
     """
 
     node_id: str
@@ -70,6 +73,7 @@ class NodeSettings:
     port: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    message_mib: int = 64
 
 
 async def run_node(settings: NodeSettings, on_serving: Callable[[str], None]) -> None:
@@ -164,4 +168,5 @@ def _transport(settings: NodeSettings) -> GrpcTransport:
         host=settings.host,
         port=settings.port,
         advertised_host=settings.advertised_host,
+        limits=Limits(message_bytes=settings.message_mib * MIB),
     )

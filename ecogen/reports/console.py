@@ -27,8 +27,8 @@ class NodeStatus:
     """What a member of a federation is doing, for `ecogen status`.
 
     Attributes:
-        state: in a word or two: waiting, tuning, lost.
-        round_index: that it works on, if it does.
+        state: in a word: awaited, preparing, ready, lost, finished.
+        round_index: the last that it took part in.
         heard_s: seconds since it was last heard of.
     """
 
@@ -57,19 +57,19 @@ def show_summary(summary: Summary) -> RenderableType:
     return Group(Text(f"{summary['name']}, seed {summary['seed']}", style="bold"), grid)
 
 
-def show_prediction(label: str, record: RequestRecord, topology: Topology) -> RenderableType:
-    """The answer of a split chain, what each device computed for it, and what crossed each link."""
+def show_request(record: RequestRecord, topology: Topology) -> RenderableType:
+    """What each device of a split chain computed for a request, what crossed each link, and how long it took."""
     computed, crossed = hops_tables(record, topology)
     latency = (
         f"latency {format_seconds(record.latency_s)} = uplink {format_seconds(record.t_ul_s)} + inference "
         f"{format_seconds(record.t_inference_s)} + downlink {format_seconds(record.t_dl_s)}"
     )
-    return Group(Text.assemble("label ", (label, "bold")), show_table(computed), show_table(crossed), Text(latency))
+    return Group(show_table(computed), show_table(crossed), Text(latency))
 
 
 def show_status(nodes: Sequence[NodeStatus]) -> RenderableType:
     """Who is in the federation, and doing what."""
-    columns = (word("node"), word("tier"), word("state"), Column("round"), Column("last heard"))
+    columns = (word("node"), word("tier"), word("state"), Column("last round"), Column("last heard"))
     return show_table(Table("Nodes", columns, tuple(_status_cells(node) for node in nodes)))
 
 
@@ -78,7 +78,7 @@ def show_table(table: Table) -> RichTable:
     shown = RichTable(title=Text(table.caption, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in table.columns:
         head = f"{column.name} ({column.unit})" if column.unit else column.name
-        shown.add_column(Text(head), justify="right" if column.is_figure else "left")
+        shown.add_column(Text(head), justify="right" if column.is_figure else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))
     return shown
@@ -123,7 +123,7 @@ def _event_rows(summary: Summary) -> list[tuple[str, str, str]]:
 
 
 def _status_cells(node: NodeStatus) -> tuple[str, ...]:
-    heard = DASH if node.heard_s is None else f"{format_seconds(node.heard_s)} ago"
+    heard = DASH if node.heard_s is None else f"{format_seconds(node.heard_s)} ago" if node.heard_s else "now"
     return (
         node.node_id,
         node.tier.value,

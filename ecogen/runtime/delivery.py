@@ -5,7 +5,6 @@ Pieces are at most `PIECE_BYTES`, so that no message is large and a tensor of an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
@@ -67,7 +66,12 @@ def serve_pieces(message: Message, read: Callable[[Iterable[str]], Mapping[str, 
     while index < len(fetch.names) and room > 0:
         name = fetch.names[index]
         tensor = _read_one(name, read)
-        count = max(1, room // tensor.element_size())
+        if element > max(0, tensor.numel() - 1):
+            raise ProtocolError(f"{FETCH}: element {element} is outside of {name!r}, which has {tensor.numel()}")
+        count = room // tensor.element_size()
+        if not count and pieces:
+            break
+        count = max(1, count)
         part = tensor.reshape(-1)[element : element + count]
         tensors[str(len(pieces))] = part
         pieces.append(Piece(name, element, list(tensor.shape)))
@@ -86,17 +90,17 @@ async def fetch_tensors(transport: Transport, parent_id: str, names: list[str]) 
         CheckpointError: if the parent lacks one, or sent something else than was asked for.
         NodeLostError: if the parent is lost.
     """
-    flat: dict[str, Tensor] = {}
+    assembly = _Assembly(names)
     cursor: Cursor | None = Cursor() if names else None
     while cursor is not None:
         reply = await transport.call(parent_id, Message.of(FETCH, Fetch(names, cursor)))
         answer = reply.read(Pieces)
         for number, piece in enumerate(answer.pieces):
-            _place(flat, piece, reply.tensors[str(number)], set(names))
+            assembly.add(piece, reply.tensors.get(str(number)))
+        if answer.cursor and (answer.cursor.index, answer.cursor.element) <= (cursor.index, cursor.element):
+            raise CheckpointError(f"{parent_id} sends the same piece again and again")
         cursor = answer.cursor
-    if set(names) - flat.keys():
-        raise CheckpointError(f"{parent_id} did not send {sorted(set(names) - flat.keys())[0]!r}")
-    return flat
+    return assembly.whole(parent_id)
 
 
 def _read_one(name: str, read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> Tensor:
@@ -106,12 +110,46 @@ def _read_one(name: str, read: Callable[[Iterable[str]], Mapping[str, Tensor]]) 
     return tensors[name]
 
 
-def _place(flat: dict[str, Tensor], piece: Piece, part: Tensor, wanted: set[str]) -> None:
-    """Copy a piece into its tensor, which is made with the first one."""
-    if piece.name not in wanted:
-        raise CheckpointError(f"a tensor came that nobody asked for: {piece.name!r}")
-    if piece.name not in flat:
-        flat[piece.name] = torch.empty(piece.shape, dtype=part.dtype)
-    if piece.start + part.numel() > math.prod(piece.shape) or list(flat[piece.name].shape) != piece.shape:
-        raise CheckpointError(f"a piece of {piece.name!r} does not fit its shape {piece.shape}")
-    flat[piece.name].view(-1)[piece.start : piece.start + part.numel()] = part
+class _Assembly:
+    """Tensors that are put together from pieces, each from its first element to its last."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._filled = dict.fromkeys(names, 0)
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, piece: Piece, part: Tensor | None) -> None:
+        """Copy the next piece into its tensor, which is made with the first one.
+
+        Raises:
+            CheckpointError: if it is not the next one, or does not fit.
+        """
+        if piece.name not in self._filled:
+            raise CheckpointError(f"a tensor came that nobody asked for: {piece.name!r}")
+        if part is None or piece.start != self._filled[piece.name]:
+            raise CheckpointError(f"a piece of {piece.name!r} is missing before element {piece.start}")
+        if piece.name not in self._tensors:
+            self._tensors[piece.name] = _empty(piece, part)
+        tensor = self._tensors[piece.name]
+        end = piece.start + part.numel()
+        if end > tensor.numel() or list(tensor.shape) != piece.shape or tensor.dtype != part.dtype:
+            raise CheckpointError(f"a piece of {piece.name!r} does not fit its shape {piece.shape}")
+        tensor.view(-1)[piece.start : end] = part.reshape(-1)
+        self._filled[piece.name] = end
+
+    def whole(self, parent_id: str) -> dict[str, Tensor]:
+        """All tensors.
+
+        Raises:
+            CheckpointError: if one is not complete.
+        """
+        for name, filled in self._filled.items():
+            if name not in self._tensors or filled < self._tensors[name].numel():
+                raise CheckpointError(f"{parent_id} did not send {name!r} to its end")
+        return self._tensors
+
+
+def _empty(piece: Piece, part: Tensor) -> Tensor:
+    try:
+        return torch.empty(piece.shape, dtype=part.dtype)
+    except (RuntimeError, TypeError, MemoryError) as problem:
+        raise CheckpointError(f"{piece.name!r} came with an impossible shape, {piece.shape}") from problem

@@ -75,6 +75,12 @@ class Members:
     def addresses(self) -> dict[str, str]:
         return {node_id: member.address for node_id, member in self._here.items()}
 
+    @property
+    def heard_s(self) -> dict[str, float]:
+        """Seconds since each child that is here gave a sign of life."""
+        now_s = time.monotonic()
+        return {node_id: now_s - member.seen_s for node_id, member in self._here.items()}
+
     def locate(self, node_ids: Iterable[str]) -> dict[str, str]:
         """Where some children are.
 

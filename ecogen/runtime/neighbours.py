@@ -35,7 +35,9 @@ class Neighbours:
         self._deliver = deliver
         self._lost = lost
         self._patience_s = patience_s
+        self._addresses: dict[str, str] = {}
         self._streams: dict[str, asyncio.Future[Stream]] = {}
+        self._openings: dict[str, asyncio.Task[Stream]] = {}
         self._pumps: set[asyncio.Task[None]] = set()
 
     @property
@@ -69,12 +71,15 @@ class Neighbours:
         """
         for node_id, address in addresses.items():
             self._transport.learn(node_id, address)
+            if self._addresses.get(node_id, address) != address and self._opens(node_id):
+                self._slot(node_id, fresh=True)
+            self._addresses[node_id] = address
         await asyncio.gather(*(self._stream(node_id) for node_id in addresses if self._opens(node_id)))
 
     async def close(self) -> None:
         """Close every stream."""
         streams = [future.result() for future in self._streams.values() if future.done() and not future.cancelled()]
-        for task in self._pumps:
+        for task in (*self._pumps, *self._openings.values()):
             task.cancel()
         for stream in streams:
             with suppress(TransportError):
@@ -84,7 +89,7 @@ class Neighbours:
     async def _stream(self, node_id: str) -> Stream:
         future = self._slot(node_id)
         if self._opens(node_id) and not future.done():
-            return await self._open(node_id, future)
+            return await asyncio.shield(self._opening(node_id))
         try:
             # Not wait_for, which swallows a cancellation where the future is done.
             async with asyncio.timeout(self._patience_s):
@@ -92,12 +97,17 @@ class Neighbours:
         except TimeoutError:
             raise NodeLostError(node_id, f"it opened no stream within {self._patience_s:g} s") from None
 
-    async def _open(self, node_id: str, future: asyncio.Future[Stream]) -> Stream:
+    def _opening(self, node_id: str) -> asyncio.Task[Stream]:
+        """The one task that opens the stream to a neighbour, however many wait for it."""
+        task = self._openings.get(node_id)
+        if task is None:
+            task = self._openings[node_id] = asyncio.create_task(self._open(node_id))
+            task.add_done_callback(lambda task: (self._openings.pop(node_id) and task.cancelled()) or task.exception())
+        return task
+
+    async def _open(self, node_id: str) -> Stream:
         stream = await self._transport.open(node_id)
-        if future.done():  # another task was faster
-            await stream.close()
-            return future.result()
-        future.set_result(stream)
+        self._slot(node_id, fresh=True).set_result(stream)
         task = asyncio.create_task(self._pump(node_id, stream))
         self._pumps.add(task)
         task.add_done_callback(self._pumps.discard)
@@ -109,8 +119,9 @@ class Neighbours:
                 self._deliver(node_id, message)
             self._forget(node_id, stream)
         except TransportError as problem:
-            self._forget(node_id, stream)
-            self._lost(problem if isinstance(problem, NodeLostError) else NodeLostError(node_id, str(problem)))
+            if not self._is_replaced(node_id, stream):
+                self._forget(node_id, stream)
+                self._lost(problem if isinstance(problem, NodeLostError) else NodeLostError(node_id, str(problem)))
 
     def _opens(self, node_id: str) -> bool:
         return self._transport.peer.node_id < node_id
@@ -121,6 +132,11 @@ class Neighbours:
         if future is None or (fresh and future.done()):
             future = self._streams[node_id] = asyncio.get_running_loop().create_future()
         return future
+
+    def _is_replaced(self, node_id: str, stream: Stream) -> bool:
+        """Whether another stream has taken a stream's place, or is about to."""
+        future = self._streams.get(node_id)
+        return future is not None and not (future.done() and future.result() is stream)
 
     def _forget(self, node_id: str, stream: Stream) -> None:
         future = self._streams.get(node_id)

@@ -21,6 +21,7 @@ class Outbox:
     def __init__(self, path: Path, send: Callable[[bytes], Awaitable[None]]) -> None:
         self._path, self._send = path, send
         self._lines = [to_line(record) for record in read_records(read_lines(path), str(path))]
+        self._known = set(self._lines)
         self._news = asyncio.Event()
         self._sent = 0
         self._all_sent = asyncio.Event()
@@ -28,9 +29,10 @@ class Outbox:
     def put(self, record: Record) -> None:
         """Take a record; one that is there already is skipped."""
         line = to_line(record)
-        if line not in self._lines:
+        if line not in self._known:
             append_line(self._path, line)
             self._lines.append(line)
+            self._known.add(line)
             self._all_sent.clear()
             self._news.set()
 

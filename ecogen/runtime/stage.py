@@ -26,6 +26,7 @@ class OptimizerSettings:
     learning_rate: float
     weight_decay: float = 0.0
     clip_norm: float = 0.0
+    epsilon: float = 1e-8
 
 
 class MicrobatchKey(NamedTuple):
@@ -195,4 +196,10 @@ def resolve_device(name: str) -> str:
 
 
 def _adamw(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True)
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        eps=settings.epsilon,
+        foreach=True,
+    )

@@ -168,6 +168,10 @@ def sign(
     _check_name("node id", node_id)
     if tier not in TIERS:
         raise AuthenticationError(f"tier {tier!r} of node {node_id!r} is unknown; choose one of {', '.join(TIERS)}")
+    if node_id in TIERS and node_id != tier:
+        raise AuthenticationError(
+            f"node id {node_id!r} is kept for its own tier, not {tier!r}; choose another id, or that tier"
+        )
     builder = _builder(
         _name(node_id), authority.certificate.subject, public_key, authority.key.public_key(), valid_days
     )

@@ -260,7 +260,7 @@ def _check_tensors(header: _Header) -> None:
 def _too_large(what: str, num_bytes: int, limits: Limits) -> ProtocolError:
     return ProtocolError(
         f"{what} has {num_bytes} bytes, but messages may have {limits.message_bytes}; "
-        "send it in parts or raise the largest message size on both nodes"
+        "raise transport.message_mib in the recipe, or --message-mib of each `ecogen node`"
     )
 
 

@@ -8,44 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from ecogen.errors import AuthenticationError, EcoGenError, NodeLostError, ProtocolError, TransportError
+from ecogen.errors import AuthenticationError, EcoGenError, NodeLostError, TransportError
 from ecogen.transport.base import Message, Peer, Service, Stream, TrafficCounter
 from ecogen.transport.certs import Credentials, host_name
+from ecogen.transport.channel import ACCEPTED, SERVICE, Link, Options, connected, keep_freed_memory, options, outcome
 from ecogen.transport.codec import DEFAULT_LIMITS, Limits, decode, encode
 from ecogen.transport.failures import answer, check_sender, failure_message, internal_error, raise_failure
-from ecogen.transport.framing import MAX_FRAME_BYTES, Framing, metadata_bytes
+from ecogen.transport.framing import Framing, metadata_bytes
 from ecogen.transport.gate import CLAIMED_NODE, CLAIMED_TIER, Context, Gate
+from ecogen.transport.stream import GRACE_S, WireStream
 
 logger = logging.getLogger(__name__)
-
-_SERVICE = "ecogen"
-_END = b""
-# What a node says at once about a stream that it lets in; one that it refuses looks much the same otherwise.
-_ACCEPTED = ("ok", "1")
-# Messages that a stream reads ahead or writes behind at each end; HTTP/2's own window comes on top.
-_WINDOW = 2
 
 # A node whose process hangs or whose link drops everything is found lost after at most twice this.
 KEEPALIVE_S = 6.0
 # How often an idle node looks whether the revocation list has changed; calls look each time.
 _REVOCATION_POLL_S = 0.5
-# How long a service may take to notice that a stream's neighbour is gone, before its task is cancelled.
-_GRACE_S = 2.0
-
-# Numbers of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-Options = Sequence[tuple[str, int | str]]
 
 
 class GrpcTransport:
@@ -86,7 +73,7 @@ class GrpcTransport:
         self._gate = Gate(credentials, revoked)
         self._host, self._port = host, port
         self._advertised_host = advertised_host or host
-        self._options = _options(limits, keepalive_s)
+        self._options = options(limits, keepalive_s)
         claims = ((CLAIMED_NODE, peer.node_id), (CLAIMED_TIER, peer.tier))
         self._claims = claims if insecure else ()
         self._framing = Framing(tls=not insecure, claims_bytes=metadata_bytes(self._claims))
@@ -94,9 +81,9 @@ class GrpcTransport:
         self._service: Service | None = None
         self._server: grpc.aio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._links: dict[str, _Link] = {}
-        self._opened: weakref.WeakSet[_WireStream] = weakref.WeakSet()
-        self._accepted: dict[_WireStream, asyncio.Task[None]] = {}
+        self._links: dict[str, Link] = {}
+        self._opened: weakref.WeakSet[WireStream] = weakref.WeakSet()
+        self._accepted: dict[WireStream, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def serve(self, service: Service) -> str:
@@ -106,13 +93,13 @@ class GrpcTransport:
             TransportError: if the port is taken or the host is not this machine's.
         """
         self._service = service
-        _keep_freed_memory()
+        keep_freed_memory()
         self._server = grpc.aio.server(options=self._options)
         handlers = {
             "Call": grpc.unary_unary_rpc_method_handler(self._on_call),
             "Stream": grpc.stream_stream_rpc_method_handler(self._on_stream),
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         port = self._listen(self._server)
         await self._server.start()
         self._watch_revocations()
@@ -123,7 +110,7 @@ class GrpcTransport:
         link = self._links.get(node_id)
         if link is not None and link.address == address:
             return
-        self._links[node_id] = _Link(self._connect, node_id, address)
+        self._links[node_id] = Link(self._connect, node_id, address)
         if link is not None:
             link.retire(self._start)
 
@@ -134,18 +121,18 @@ class GrpcTransport:
         data = self._pack(message, node_id, self._framing.request)
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await _outcome(link.call(data, metadata=self._claims), link)
+                reply = await outcome(link.call(data, metadata=self._claims), link)
         except TimeoutError:
             raise NodeLostError(node_id, f"no answer to {message.method} within {timeout_s} s") from None
-        return raise_failure(self.unpack(reply, node_id))
+        return raise_failure(self._unpack(reply, node_id))
 
     async def open(self, node_id: str) -> Stream:
         """Open a stream to a neighbour; see `Transport.open`."""
         link = self._link(node_id)
         self._watch_revocations()
         rpc = link.stream(metadata=self._claims)
-        await _outcome(_connected(rpc), link)
-        stream = _WireStream(self, node_id, rpc, link)
+        await outcome(connected(rpc), link)
+        stream = WireStream(node_id, rpc, self._pack_streamed, self._unpack, link=link)
         self._opened.add(stream)
         self._bill(node_id, self._framing.stream_bytes)
         return stream
@@ -153,7 +140,7 @@ class GrpcTransport:
     async def close(self) -> None:
         """Close all streams in order and stop serving; calls in progress at this node fail at their callers."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GRACE_S):
+            async with asyncio.timeout(GRACE_S):
                 await self._end_streams()
         if self._watch is not None:
             self._watch.cancel()
@@ -164,11 +151,11 @@ class GrpcTransport:
             await link.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def pack_streamed(self, message: Message, receiver_id: str) -> bytes:
+    def _pack_streamed(self, message: Message, receiver_id: str) -> bytes:
         """A message for a stream as bytes, entered into the books."""
         return self._pack(message, receiver_id, self._framing.streamed)
 
-    def unpack(self, data: bytes, sender_id: str) -> Message:
+    def _unpack(self, data: bytes, sender_id: str) -> Message:
         """The message in `data`, if its header names the sender that the certificate names.
 
         Raises:
@@ -185,7 +172,7 @@ class GrpcTransport:
             self.counter.count(receiver_id, message.kind, frame.payload_bytes, frame.header_bytes, framing)
         return frame.data
 
-    def _link(self, node_id: str) -> _Link:
+    def _link(self, node_id: str) -> Link:
         self._gate.check_callee(node_id)
         if node_id not in self._links:
             raise NodeLostError(node_id, "its address is not known; it has not joined yet")
@@ -221,15 +208,15 @@ class GrpcTransport:
         peer, _ = await self._admit(context)
         assert self._service is not None
         try:
-            reply = await answer(self._service, peer, self.unpack(data, peer.node_id))
+            reply = await answer(self._service, peer, self._unpack(data, peer.node_id))
             return self._pack(reply, peer.node_id, self._framing.reply)
         except EcoGenError as error:
             return self._pack(failure_message(error), peer.node_id, self._framing.reply)
 
     async def _on_stream(self, _: object, context: Context) -> None:
         peer, serial = await self._admit(context)
-        await context.send_initial_metadata((_ACCEPTED,))
-        stream = _WireStream(self, peer.node_id, context, None, serial)
+        await context.send_initial_metadata((ACCEPTED,))
+        stream = WireStream(peer.node_id, context, self._pack_streamed, self._unpack, serial=serial)
         task = self._start(self._accept(peer, stream))
         self._accepted[stream] = task
         try:
@@ -241,7 +228,7 @@ class GrpcTransport:
         finally:
             del self._accepted[stream]
 
-    async def _accept(self, peer: Peer, stream: _WireStream) -> None:
+    async def _accept(self, peer: Peer, stream: WireStream) -> None:
         assert self._service is not None
         try:
             await self._service.accept(peer, stream)
@@ -290,217 +277,6 @@ class GrpcTransport:
         return task
 
 
-class _Link:
-    """The way to one node at one address; connected when first used."""
-
-    def __init__(self, connect: Callable[[str, str], grpc.aio.Channel], node_id: str, address: str) -> None:
-        self.node_id = node_id
-        self.address = address
-        self._make_channel = connect
-        self._channel: grpc.aio.Channel | None = None
-        self._call: Any = None
-        self._stream: Any = None
-
-    def call(self, data: bytes, *, metadata: Any) -> Any:
-        self.connect()
-        return self._call(data, metadata=metadata)
-
-    def stream(self, *, metadata: Any) -> Any:
-        self.connect()
-        return self._stream(metadata=metadata)
-
-    def retire(self, start: Callable[[Coroutine[Any, Any, None]], object]) -> None:
-        """Close in the background: another link took its place."""
-        if self._channel is not None:
-            start(self.close())
-
-    async def close(self) -> None:
-        if self._channel is not None:
-            await self._channel.close()
-
-    def connect(self) -> None:
-        """Make the channel if there is none yet; it connects when used."""
-        if self._channel is None:
-            _keep_freed_memory()
-            self._channel = self._make_channel(self.node_id, self.address)
-            self._call = self._channel.unary_unary(f"/{_SERVICE}/Call")
-            self._stream = self._channel.stream_stream(f"/{_SERVICE}/Stream")
-
-
-class _WireStream:
-    """One end of a stream, the opener's or the acceptor's; see `Stream`.
-
-    gRPC ends a stream when a read or write is cancelled, so one task reads ahead and another writes behind, by at most
-    `_WINDOW` messages each; `receive` and `send` only touch the queues, and may be cancelled.
-    """
-
-    def __init__(self, transport: GrpcTransport, node_id: str, rpc: Any, link: _Link | None, serial: int | None = None):
-        self.node_id = node_id
-        self.serial = serial
-        self._transport = transport
-        self._rpc = rpc
-        self._link = link
-        self._inbox: asyncio.Queue[bytes | TransportError] = asyncio.Queue()
-        self._may_read = asyncio.Semaphore(_WINDOW)
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue(_WINDOW)
-        self._lost: NodeLostError | None = None
-        self._is_closed = False
-        self._has_ended = False
-        loop = asyncio.get_running_loop()
-        self._reader = loop.create_task(self._read_ahead())
-        self._writer = loop.create_task(self._write_behind())
-
-    async def send(self, message: Message) -> None:
-        if self._is_closed:
-            raise TransportError(f"{message.method}: this end of the stream to {self.node_id!r} is closed")
-        self._check_lost()
-        await self._outbox.put(self._transport.pack_streamed(message, self.node_id))
-        self._check_lost()
-
-    async def receive(self) -> Message | None:
-        data = _END if self._has_ended else await self._inbox.get()
-        if isinstance(data, TransportError):
-            self._inbox.put_nowait(data)  # for the next one too
-            raise data
-        if data == _END:
-            self._has_ended = True
-            return None
-        self._may_read.release()
-        return raise_failure(self._transport.unpack(data, self.node_id))
-
-    async def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            if self._lost is None:
-                await self._outbox.put(_END)
-
-    async def flush(self) -> None:
-        """Close, and wait until everything is on its way."""
-        await self.close()
-        await asyncio.wait({self._writer})
-
-    async def fail(self, error: EcoGenError) -> None:
-        """Let the other end raise an error."""
-        with contextlib.suppress(TransportError):
-            await self.send(failure_message(error))
-
-    async def refuse(self, reason: str) -> None:
-        """End the stream of a neighbour that is no longer accepted, and tell it."""
-        await self.fail(AuthenticationError(f"this node was shut out: {reason}"))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.flush(), _GRACE_S)
-        self.lose(NodeLostError(self.node_id, reason))
-
-    def lose(self, error: NodeLostError) -> None:
-        """Let this end's sends and receives fail, now and later; what has not been received is dropped."""
-        if self._lost is not None:
-            return
-        self._fail_sends(error)
-        if not self._reader.done():
-            self._reader.cancel()
-            while not self._inbox.empty():
-                self._inbox.get_nowait()
-            self._inbox.put_nowait(error)
-
-    async def _read_ahead(self) -> None:
-        data: bytes | TransportError = b"unread"
-        while data != _END and isinstance(data, bytes):
-            await self._may_read.acquire()
-            data = await self._read()
-            self._inbox.put_nowait(data)
-        if isinstance(data, TransportError):
-            self._fail_sends(data)
-
-    async def _read(self) -> bytes | TransportError:
-        try:
-            data = await self._outcome(self._rpc.read())
-        except TransportError as error:
-            return error
-        if data is grpc.aio.EOF:
-            return NodeLostError(self.node_id, "it vanished without closing the stream")
-        return bytes(data)
-
-    async def _write_behind(self) -> None:
-        data = b"unwritten"
-        try:
-            while data != _END:
-                data = await self._outbox.get()
-                await self._outcome(self._rpc.write(data))
-            if self._link is not None:
-                await self._outcome(self._rpc.done_writing())
-        except asyncio.InvalidStateError:
-            self._fail_sends(NodeLostError(self.node_id, "it has closed the stream"))
-        except TransportError as error:
-            self._fail_sends(error)
-
-    def _fail_sends(self, error: TransportError) -> None:
-        if self._lost is None:
-            self._lost = error if isinstance(error, NodeLostError) else NodeLostError(self.node_id, str(error))
-        if self._writer is not asyncio.current_task():
-            self._writer.cancel()
-        while not self._outbox.empty():  # wakes who waits to send
-            self._outbox.get_nowait()
-
-    def _check_lost(self) -> None:
-        if self._lost is not None:
-            raise self._lost
-        if self._link is not None and self._rpc.done():
-            raise NodeLostError(self.node_id, "it has closed the stream")
-
-    async def _outcome(self, work: Awaitable[Any]) -> Any:
-        if self._link is not None:
-            return await _outcome(work, self._link)
-        try:
-            return await work
-        except (grpc.aio.BaseError, asyncio.CancelledError) as problem:
-            raise NodeLostError(self.node_id, "it vanished") from problem
-
-
-async def _connected(rpc: Any) -> None:
-    """Wait until the other node has accepted the stream."""
-    metadata = await rpc.initial_metadata()
-    if _ACCEPTED not in tuple(metadata or ()):
-        await rpc.code()
-        await rpc.read()  # raises why not
-
-
-async def _outcome(rpc: Awaitable[Any], link: _Link) -> Any:
-    """What gRPC brings back, its errors as ours."""
-    try:
-        return await rpc
-    except grpc.aio.AioRpcError as error:
-        raise _translated(error.code(), error.details() or "", link) from error
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise NodeLostError(link.node_id, f"the connection to {link.address} was closed") from None
-
-
-def _translated(code: Any, details: str, link: _Link) -> TransportError:
-    where = f"{link.address} ({details})"
-    if code == grpc.StatusCode.UNAUTHENTICATED:
-        return AuthenticationError(f"node {link.node_id!r} refused this node: {details}")
-    if code == grpc.StatusCode.UNAVAILABLE and _is_handshake(details):
-        return AuthenticationError(f"this node and {link.node_id!r} at {where} do not trust each other; check both")
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return ProtocolError(f"node {link.node_id!r}: {details}; raise the largest message size on both nodes")
-    if code == grpc.StatusCode.UNIMPLEMENTED:
-        return ProtocolError(f"what answers at {where} is not an EcoGen node")
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return NodeLostError(link.node_id, f"no connection to {where}")
-    return TransportError(f"node {link.node_id!r} at {where}: {code.name}")
-
-
-def _is_handshake(details: str) -> bool:
-    return any(sign in details for sign in ("handshake", "erification", "SSL_ERROR", "certificate"))
-
-
-async def _end_soon(task: asyncio.Task[None]) -> None:
-    await asyncio.wait({task}, timeout=_GRACE_S)
-    task.cancel()
-
-
 def _check_credentials(peer: Peer, credentials: Credentials | None, insecure: bool) -> None:
     if credentials is None:
         if not insecure:
@@ -521,38 +297,6 @@ def _server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
     )
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep up to 64 MiB of freed memory for the next message, rather than 2 MiB.
-
-    Otherwise every message of 1 MB faults all its pages in anew, in each of its copies: measured 2.0 ms instead of
-    1.4 ms one way. The setting is the process's; other C libraries are left alone.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
-
-
-def _options(limits: Limits, keepalive_s: float) -> Options:
-    """gRPC's options, for channels and servers alike: https://grpc.github.io/grpc/core/group__grpc__arg__keys.html"""
-    keepalive_ms = int(keepalive_s * 1000)
-    return (
-        ("grpc.max_send_message_length", -1),  # the codec checks it
-        ("grpc.max_receive_message_length", limits.message_bytes),
-        ("grpc.so_reuseport", 0),  # a taken port is an error
-        ("grpc.use_local_subchannel_pool", 1),  # a new channel means a new connection
-        ("grpc.enable_retries", 0),
-        ("grpc.enable_http_proxy", 0),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 10_000),  # how long one attempt to connect may take
-        ("grpc.max_reconnect_backoff_ms", 500),
-        ("grpc.keepalive_time_ms", keepalive_ms),
-        ("grpc.keepalive_timeout_ms", keepalive_ms),
-        ("grpc.http2.ping_timeout_ms", keepalive_ms),  # else a keepalive ping waits 60 s, whatever its own timeout
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", 16 * 2**20 - 1),
-        ("grpc.http2.max_frame_size", MAX_FRAME_BYTES),
-    )
+async def _end_soon(task: asyncio.Task[None]) -> None:
+    await asyncio.wait({task}, timeout=GRACE_S)
+    task.cancel()

@@ -148,5 +148,6 @@ class DeviceTuning:
         self._current = self._lost = None
 
     def _settings(self, round_index: int) -> OptimizerSettings:
-        rate = self._tuning.learning_rate * self._tuning.learning_rate_decay**round_index
-        return OptimizerSettings(rate, self._tuning.weight_decay, self._tuning.clip_norm)
+        tuning = self._tuning
+        rate = tuning.learning_rate * tuning.learning_rate_decay**round_index
+        return OptimizerSettings(rate, tuning.weight_decay, tuning.clip_norm, tuning.epsilon)

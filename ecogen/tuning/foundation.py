@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
 import json
@@ -18,8 +19,11 @@ from transformers import ViTConfig
 
 from ecogen import config as recipes
 from ecogen.errors import CheckpointError, ConfigError, StorageError
-from ecogen.models.checkpoint import Foundation, open_foundation
+from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
+from ecogen.models.vit import parameter_names, whole_segment
+from ecogen.runtime.delivery import fetch_tensors
 from ecogen.storage import cache_folder, make_folder, write_atomically
+from ecogen.transport.base import Transport
 from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain
 
 OnStep = Callable[[str, int, int, float], None]
@@ -43,6 +47,19 @@ def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundati
         return open_foundation(folder), _how(folder, "from the cache; made in")
     _make(recipe, folder, on_step)
     return open_foundation(folder), _how(folder, "pre-trained in")
+
+
+async def fetch_foundation(transport: Transport, node_id: str, config: ViTConfig, folder: Path) -> Foundation:
+    """The whole backbone from another node, written into a folder.
+
+    Raises:
+        CheckpointError: if it was not sent whole.
+        NodeLostError: if the node is lost.
+    """
+    tensors = await fetch_tensors(transport, node_id, parameter_names(config, [whole_segment(config)]))
+    await asyncio.to_thread(save_tensors, folder / "model.safetensors", tensors)
+    write_atomically(folder / "config.json", json.dumps(config.to_dict()))
+    return open_foundation(folder)
 
 
 def foundation_folder(recipe: recipes.Recipe) -> Path:

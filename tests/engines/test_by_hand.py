@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,20 +14,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ecogen.config import Recipe
-from ecogen.node.cloud import Status, Watch
-from ecogen.node.context import END, OPERATOR, RECORD, RESULT, STATUS, WATCH
-from ecogen.records import from_line
-from ecogen.transport.base import Message, Peer
-from ecogen.transport.certs import load_credentials
-from ecogen.transport.wire import GrpcTransport
+from ecogen.models.checkpoint import load_tensors
 from tests import runs
 from tests.command import Ran, save_recipe, started
 
 RecipeOf = Callable[..., Recipe]
 EcoGen = Callable[..., Ran]
 
+ROOT = Path(__file__).parents[2]
 DEVICES = [f"edge-0.cluster-0.device-{index}" for index in range(2)]
 TIERS = {"cloud": "cloud", "edge-0": "edge", **dict.fromkeys(DEVICES, "end"), "operator": "operator"}
 
@@ -60,23 +59,6 @@ def address_of(process: subprocess.Popen[str]) -> str:
     return said.split()[-1]
 
 
-async def watch(certificates: Path, address: str) -> tuple[Status, runs.Finished]:
-    """What an operator sees from another machine: status, records to the end, and the tunables."""
-    credentials = load_credentials(certificates / OPERATOR)
-    transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials)
-    transport.learn("cloud", address)
-    status = (await transport.call("cloud", Message.of(STATUS, counted=False))).read(Status)
-    stream = await transport.open("cloud")
-    await stream.send(Message.of(WATCH, Watch(), counted=False))
-    records = []
-    while (message := await stream.receive()) is not None and message.method != END:
-        if message.method == RECORD:
-            records.append(from_line(message.body))
-    tunables = (await transport.call("cloud", Message.of(RESULT, counted=False))).tensors
-    await transport.close()
-    return status, runs.Finished(records, dict(tunables))
-
-
 def test_four_nodes_started_by_hand_tune_to_the_end(
     recipe_of: RecipeOf, certificates: Path, nodes: Callable[..., subprocess.Popen[str]], ecogen: EcoGen, tmp_path: Path
 ) -> None:
@@ -91,17 +73,30 @@ def test_four_nodes_started_by_hand_tune_to_the_end(
     edge = nodes("edge-0", *joining, *revoked)
     edge_address = address_of(edge)
     devices = [nodes(node_id, "--join", f"edge-0@{edge_address}") for node_id in DEVICES]
-    status, apart = asyncio.run(asyncio.wait_for(watch(certificates, cloud_address), 120))
-    assert status.expected == ["edge-0"]
-    assert [event.node_id for event in apart.events("finished")] == ["edge-0", "cloud"]
+    ran = ecogen(
+        "watch", f"cloud@{cloud_address}", "--certs", certificates / "operator", "--out", tmp_path / "run", "--json"
+    )
+    assert ran.code == 0, ran.err
+    assert ran.figures["accuracy"]["last"] is not None
     together = asyncio.run(runs.run(recipe, tmp_path / "together"))
-    assert all(apart.tunables[name].equal(tensor) for name, tensor in together.tunables.items())
-    assert [r.accuracy for r in apart.rounds("cloud")] == [r.accuracy for r in together.rounds("cloud")]
+    assert ran.figures["accuracy"]["per_round"] == [r.accuracy for r in together.rounds("cloud")]
+    apart = load_tensors(tmp_path / "run" / "tunables.safetensors")
+    assert all(apart[name].equal(tensor) for name, tensor in together.tunables.items())
+    answered_from(tmp_path / "run", ecogen, tmp_path)
     for process in (*devices, edge, cloud):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+
+
+def answered_from(run: Path, ecogen: EcoGen, tmp_path: Path) -> None:
+    """The folder is a run folder like any other."""
+    assert (run / "report.html").stat().st_size > 10_000
+    assert "finished after" in ecogen("status", run).out
+    assert ecogen("report", run).code == 0
+    Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
+    assert "white.png: " in ecogen("predict", run, tmp_path / "white.png").out
 
 
 def refuse_wrong_certificates(ecogen: EcoGen, certificates: Path, tmp_path: Path, joining: tuple[str, str]) -> None:
@@ -153,8 +148,8 @@ def test_a_port_in_use(ecogen: EcoGen, certificates: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--join", "cloud"], "--join: '' is not HOST:PORT"),
-        (["--join", "cloud@host:x"], "--join: 'host:x' is not HOST:PORT"),
+        (["--join", "cloud"], "--join: 'cloud' is not ID@HOST:PORT"),
+        (["--join", "cloud@host:x"], "--join: 'cloud@host:x' is not ID@HOST:PORT"),
         (["--listen", "7000", "--join", "cloud@h:1"], "--listen: '7000' is not HOST:PORT"),
         ([], "a node of tier 'edge' needs a parent to join"),
         (["--device", "tpu", "--join", "cloud@h:1"], "device"),
@@ -174,3 +169,52 @@ def test_a_cloud_whose_recipe_cannot_be_carried_out(
     assert "5 devices cannot share 3 blocks" in ecogen(*cloud, "--recipe", recipe).err
     assert "needs a recipe" in ecogen(*cloud).err
     assert not (tmp_path / "disk" / "records.jsonl").exists()
+
+
+def test_who_may_not_watch(ecogen: EcoGen, certificates: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run")
+    no_operator = ecogen("watch", "cloud@127.0.0.1:9", "--certs", certificates / "edge-0", *out)
+    assert no_operator.code == 2
+    assert "is of tier 'edge', not 'operator'" in no_operator.err
+    nobody = ecogen("watch", "cloud@127.0.0.1:9", "--certs", certificates / "operator", *out)
+    assert nobody.code == 2
+    assert "node 'cloud' is lost: no connection to 127.0.0.1:9" in nobody.err
+    assert "'cloud' is not ID@HOST:PORT" in ecogen("watch", "cloud", "--certs", certificates / "operator", *out).err
+    assert not (tmp_path / "run").exists()
+
+
+SMALLER = [
+    *("pretraining.options={steps=2, num_images=64}", "model.num_blocks=3", "model.hidden_size=16"),
+    *("model.intermediate_size=16", "tuning.rounds=1", "data.train=60", "evaluation.inversion=false"),
+]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation(tmp_path: Path) -> None:
+    """Those of docs/by_hand.md, with a smaller recipe, this machine's address and free ports."""
+    (block,) = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "by_hand.md").read_text(), re.DOTALL)
+    commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines() if line.startswith("ecogen")]
+    ports = {port: free_port() for port in ("7000", "7001", "7002", "7003")}
+    Image.new("L", (28, 28), 255).save(tmp_path / "seven.png")
+    with ExitStack() as stack:
+        for _, *arguments in commands:
+            here = [of_this_machine(argument, ports) for argument in arguments]
+            more = [part for value in SMALLER for part in ("--set", value)] if "--recipe" in here else []
+            process = stack.enter_context(started(*here, *more, cwd=tmp_path))
+            if arguments[0] == "node":
+                address_of(process)
+            else:
+                said, errors = process.communicate(timeout=300)
+                assert process.returncode == 0, errors
+    assert "seven.png: " in said
+    assert (tmp_path / "runs" / "by-hand" / "report.html").exists()
+
+
+def of_this_machine(argument: str, ports: dict[str, int]) -> str:
+    argument = re.sub(r"\b[\w-]+\.example\b|0\.0\.0\.0", "127.0.0.1", argument)
+    return re.sub(r":(\d{4})$", lambda match: f":{ports[match[1]]}", argument)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

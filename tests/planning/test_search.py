@@ -63,7 +63,7 @@ def test_the_placement_is_the_one_of_its_cuts() -> None:
     devices = nodes([10**9] * 3)
     found = plan(SHAPE, devices, LINK)
     assert found.placement == place([node.node_id for node in devices], found.cuts, 6, "start")
-    assert found.placement.start_id == found.placement.head_id == devices[0].node_id
+    assert found.placement.start_id == found.placement.visits[-1].node_id == devices[0].node_id
 
 
 def test_a_slow_device_gets_fewer_blocks() -> None:

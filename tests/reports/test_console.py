@@ -8,13 +8,13 @@ from rich.console import Console, RenderableType
 from ecogen.accounting.ledger import Ledger, settle
 from ecogen.config import Recipe
 from ecogen.records import Record, RequestRecord, RoundRecord
-from ecogen.reports.console import NodeStatus, round_line, show_prediction, show_status, show_summary
+from ecogen.reports.console import NodeStatus, round_line, show_request, show_status, show_summary
 from ecogen.reports.summary import RunFacts, summarise
 from ecogen.topology import Tier, Topology
 
 
-def shown(renderable: RenderableType) -> str:
-    console = Console(width=140)
+def shown(renderable: RenderableType, width: int = 140) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
@@ -43,8 +43,7 @@ def test_the_summary_of_nothing(recipe: Recipe, topology: Topology, facts: RunFa
 
 def test_a_prediction_shows_who_computed_and_what_crossed(records: list[Record], topology: Topology) -> None:
     request = next(record for record in records if isinstance(record, RequestRecord))
-    text = shown(show_prediction("7", request, topology))
-    assert "label 7" in text
+    text = shown(show_request(request, topology))
     assert text.count("device to device") == 3
     assert text.count("12\N{NARROW NO-BREAK SPACE}800") == 3
 
@@ -52,13 +51,21 @@ def test_a_prediction_shows_who_computed_and_what_crossed(records: list[Record],
 def test_markup_in_a_name_is_text(records: list[Record], topology: Topology) -> None:
     request = next(record for record in records if isinstance(record, RequestRecord))
     hop = msgspec.structs.replace(request.hops[0], segment="[red]x[/red]")
-    text = shown(show_prediction("[bold]7", msgspec.structs.replace(request, hops=(hop,)), topology))
+    text = shown(show_request(msgspec.structs.replace(request, hops=(hop,)), topology))
     assert "[red]x[/red]" in text
-    assert "[bold]7" in text
+
+
+def test_a_long_name_is_folded_and_not_cut_off(records: list[Record], topology: Topology) -> None:
+    request = next(record for record in records if isinstance(record, RequestRecord))
+    text = shown(show_request(request, topology), width=60)
+    assert "…" not in text
+    names = "".join(line[:20] for line in text.splitlines()).replace(" ", "")
+    assert request.hops[0].node_id[:12] in names
 
 
 def test_status_says_who_is_lost() -> None:
-    nodes = [NodeStatus("cloud", Tier.CLOUD, "waiting", 3, 0.4), NodeStatus("edge-0", Tier.EDGE, "lost")]
+    nodes = [NodeStatus("cloud", Tier.CLOUD, "ready", 3, 0.4), NodeStatus("edge-0", Tier.EDGE, "lost")]
     text = shown(show_status(nodes))
-    assert "waiting" in text
+    assert "ready" in text
+    assert "lost" in text
     assert "400.0 ms ago" in text

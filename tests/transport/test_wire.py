@@ -197,7 +197,7 @@ async def test_a_message_too_large_for_the_receiver_is_refused_with_its_limit(no
     large = Message("echo", tensors={"t": torch.ones(2**19)})
     async with closing(edge, end):
         edge.learn("end-1", await end.serve(Echo()))
-        with pytest.raises(ProtocolError, match=r"larger than max.*1048576.*raise the largest message size"):
+        with pytest.raises(ProtocolError, match=r"larger than max.*1048576.*transport.message_mib"):
             await edge.call("end-1", large)
         stream = await edge.open("end-1")
         await stream.send(large)

@@ -1,0 +1,141 @@
+"""What is wrong with a recipe, all of it at once, each problem with its place, its value and the nearest valid one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from ecogen.config.nodes import build_topology
+from ecogen.config.schema import Recipe
+
+Place = tuple[str, ...]
+
+_DEPTH = 8  # of nested sections, of which each may go for want of a value in it
+
+
+class Contradiction(NamedTuple):
+    """Values that are right by themselves and wrong together.
+
+    Attributes:
+        places: of all of them; where one is wrong by itself, only that is told.
+    """
+
+    places: tuple[str, ...]
+    text: str
+
+
+def problems_of(table: Mapping[str, Any], error: ValidationError) -> list[str]:
+    """What a table that could not be read has wrong: every value by itself, and what the others contradict."""
+    problems = [explain(problem) for problem in error.errors()]
+    recipe, dropped = _readable_part(table, error)
+    return problems + [c.text for c in contradictions(recipe) if not dropped.intersection(c.places)]
+
+
+def explain(problem: Any) -> str:
+    """One of pydantic's problems in a sentence."""
+    place = ".".join(_place(problem))
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        *path, key = problem["loc"]
+        names = _keys_at(path)
+        close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(names)}"
+        return f"{place}: unknown key; {hint}"
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+
+
+def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
+    """What is wrong between values that are right by themselves."""
+    yield from _of_sizes(recipe)
+    tunables, topology = recipe.tunables, recipe.topology
+    if not (tunables.prompts or tunables.lora_rank or tunables.head):
+        places = ("tunables.prompts", "tunables.lora_rank", "tunables.head")
+        yield Contradiction(places, "tunables: nothing to tune; set prompts, lora_rank or head")
+    if tunables.lora_rank and len(set(tunables.lora_targets)) != max(1, len(tunables.lora_targets)):
+        text = f"tunables.lora_targets: name one projection or more, each once, not {list(tunables.lora_targets)}"
+        yield Contradiction(("tunables.lora_targets", "tunables.lora_rank"), text)
+    built = build_topology(topology)
+    yield from _unknown("topology.devices", topology.devices, built.nodes)
+    yield from _unknown("topology.sites", topology.sites, built.sites)
+    yield from _unknown("compute.nodes", recipe.compute.nodes, built.nodes)
+
+
+def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:
+    """The recipe without what is wrong by itself, and the places of that."""
+    dropped: set[str] = set()
+    for _ in range(_DEPTH):
+        # What lacks a value that has no default goes as a whole.
+        wrong = [_place(problem)[: -1 if problem["type"] == "missing" else None] for problem in error.errors()]
+        dropped |= {".".join(place) for place in wrong}
+        table = _without(table, wrong)
+        try:
+            return TypeAdapter(Recipe).validate_python(table), dropped
+        except ValidationError as next_error:
+            error = next_error
+    return Recipe(), dropped
+
+
+def _of_sizes(recipe: Recipe) -> Iterator[Contradiction]:
+    for part, whole in (("model.patch_size", "model.image_size"), ("model.num_heads", "model.hidden_size")):
+        if (value := _value(recipe, whole)) % _value(recipe, part):
+            text = f"{part}: {_value(recipe, part)} does not divide {whole} {value}"
+            yield Contradiction((part, whole), text)
+    for less, more in (
+        ("tuning.microbatches", "tuning.batch_size"),
+        ("data.owners", "topology.devices_per_cluster"),
+        ("tunables.first_block", "model.num_blocks"),
+    ):
+        if _value(recipe, less) > _value(recipe, more):
+            text = f"{less}: {_value(recipe, less)} is more than {more} {_value(recipe, more)}"
+            yield Contradiction((less, more), text)
+
+
+def _unknown(place: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Contradiction]:
+    counts = ("topology.edges", "topology.clusters_per_edge", "topology.devices_per_cluster")
+    for name in sorted(given.keys() - known.keys()):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(list(known)[:6])}, ..."
+        yield Contradiction(counts, f"{place}.{name}: no such name in this topology; {hint}")
+
+
+def _value(recipe: Recipe, place: str) -> int:
+    section, _, key = place.partition(".")
+    return int(getattr(getattr(recipe, section), key))
+
+
+def _place(problem: Any) -> Place:
+    """Where a problem is; pydantic names the branch of a union too, which people do not want to read."""
+    return tuple(str(part) for part in problem["loc"] if not _is_branch(part))
+
+
+def _is_branch(part: Any) -> bool:
+    return isinstance(part, str) and part.startswith(("literal[", "tuple["))
+
+
+def _without(table: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any]:
+    """A copy that says nothing at those places; of a list, nothing at all."""
+    rest = copy.deepcopy(dict(table))
+    for place in places:
+        section: Any = rest
+        for part in place:
+            if not isinstance(section.get(part), dict) or part == place[-1]:
+                section.pop(part, None)
+                break
+            section = section[part]
+    return rest
+
+
+def _keys_at(path: Sequence[Any]) -> list[str]:
+    """The valid keys of the section at `path`."""
+    section: Any = Recipe
+    for part in path:
+        if dataclasses.is_dataclass(section):
+            section = typing.get_type_hints(section).get(str(part))
+        elif typing.get_origin(section) is not None:
+            section = typing.get_args(section)[-1]
+    return [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []

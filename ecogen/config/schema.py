@@ -1,0 +1,207 @@
+"""What a recipe may say: frozen values with their defaults and ranges.
+
+Only the top verbs see a `Recipe`; components take plain arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from ecogen.placement import Labels
+
+_STRICT = ConfigDict(extra="forbid")
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+DtypeName = Literal["float32", "bfloat16"]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    """The foundation model: a vision transformer, made and pre-trained in the cloud, or loaded from a folder or hub."""
+
+    source: str = "pretrain"  # "pretrain", a folder written by save_pretrained, or "hf:<repository>"
+    hidden_size: Count = 128
+    num_blocks: Count = 4
+    num_heads: Count = 4
+    intermediate_size: Count = 256
+    image_size: Count = 28
+    patch_size: Count = 7
+    num_channels: Count = 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Pretraining:
+    """How the cloud pre-trains the foundation model on unlabelled glyphs."""
+
+    seed: int = 0
+    options: Mapping[str, float] = field(default_factory=dict)  # keyword arguments of `tuning.pretrain.pretrain`
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Partition:
+    """How training examples are divided: first over edges, then over the clusters of an edge."""
+
+    across_edges: Literal["iid", "dirichlet"] = "dirichlet"
+    within_edge: Literal["iid", "dirichlet"] = "iid"
+    alpha: Positive = 0.5  # concentration of the Dirichlet draw; small is uneven (Hsu et al. 2019)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    """Which labelled examples the devices own."""
+
+    name: Literal["digits"] = "digits"
+    train: Count = 1200
+    validation: Natural = 147
+    owners: Count = 1  # devices of each cluster that own data; they take turns as the start, an epoch each
+    partition: Partition = field(default_factory=Partition)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SiteProfile:
+    """Where nodes stand. Zones are those of `accounting.intensity`."""
+
+    zone: str = "WORLD"
+    pue: Annotated[float, Field(ge=1)] = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DeviceProfile:
+    """Hardware of the nodes of a tier, or of one node."""
+
+    memory_gib: Positive = 4.0
+    gflops: Positive = 50.0
+    idle_w: NonNegative = 0.74
+    busy_w: Positive = 2.28
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LinkProfile:
+    """A class of links."""
+
+    rtt_ms: NonNegative
+    mbit_per_s: Positive
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TopologyRecipe:
+    """A cloud, edges, clusters and devices, by number, with profiles by tier and exceptions by node id.
+
+    Power: Cloud Carbon Footprint's coefficients of an EPYC gen 4 vCPU, 0.74 W idle and 2.28 W busy, since the
+    nodes of a run on one machine are its threads; give the watts of your own devices.
+    Round-trip times: cloud 30-50 ms, edge below 10 ms (Table 1 of the overview paper), D2D as within a Wi-Fi cell.
+    """
+
+    edges: Count = 2
+    clusters_per_edge: Count = 3
+    devices_per_cluster: Count = 3
+    sites: Mapping[str, SiteProfile] = field(default_factory=dict)
+    cloud: DeviceProfile = field(default_factory=lambda: DeviceProfile(memory_gib=64))
+    edge: DeviceProfile = field(default_factory=lambda: DeviceProfile(memory_gib=16))
+    end: DeviceProfile = field(default_factory=lambda: DeviceProfile(memory_gib=4))
+    devices: Mapping[str, DeviceProfile] = field(default_factory=dict)
+    cloud_edge: LinkProfile = field(default_factory=lambda: LinkProfile(rtt_ms=40, mbit_per_s=1000))
+    edge_end: LinkProfile = field(default_factory=lambda: LinkProfile(rtt_ms=8, mbit_per_s=200))
+    d2d: LinkProfile = field(default_factory=lambda: LinkProfile(rtt_ms=4, mbit_per_s=300))
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PlacementRecipe:
+    """Where the model is cut, and where the labels are."""
+
+    labels: Labels = "start"
+    cuts: Literal["auto"] | tuple[Count, ...] = "auto"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class NodeCompute:
+    """What one node computes on."""
+
+    device: DeviceName = "cpu"
+    dtype: DtypeName = "float32"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Compute:
+    """What the nodes compute on; `nodes` overrides by node id."""
+
+    device: DeviceName = "cpu"
+    dtype: DtypeName = "float32"
+    nodes: Mapping[str, NodeCompute] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Tunables:
+    """What trains and travels; the backbone is frozen."""
+
+    prompts: Natural = 4  # deep visual prompts a block (VPT-deep, Jia et al. 2022)
+    lora_rank: Natural = 4
+    lora_alpha: Positive = 8.0
+    lora_targets: tuple[LoraTarget, ...] = ("q_proj", "v_proj")  # attention projections of each block
+    head: bool = True
+    first_block: Natural = 0  # prompts and LoRA from this block upwards; no gradient flows below the lowest tunable
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Tuning:
+    """Hybrid federated split learning."""
+
+    rounds: Count = 8
+    local_epochs: Natural = 2
+    batch_size: Count = 25
+    microbatches: Count = 2
+    learning_rate: Positive = 8e-3
+    learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 0.75  # factor a round
+    weight_decay: NonNegative = 0.01
+    epsilon: Positive = 1e-8  # AdamW's; a larger one makes steps small where gradients are
+    clip_norm: NonNegative = 1.0  # 0 turns clipping off
+    augmentation: Share = 0.5  # strength of random shifts, rotations and scales on the device
+    cloud_every: Natural = 1  # edge rounds between two averagings in the cloud (T_e); 0: edges stay alone
+    round_timeout_s: Positive = 600.0
+    rejoin_timeout_s: Positive = 120.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Evaluation:
+    """What is measured besides tuning."""
+
+    split: Literal["test", "validation", "none"] = "test"
+    requests: Natural = 20  # requests through the split chain of each edge once the model is tuned
+    inversion: bool = False  # attack what crosses the first cut, and report how much it recovers
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TransportRecipe:
+    """Limits between nodes."""
+
+    message_mib: Annotated[int, Field(ge=1, le=2047)] = 64  # the largest message, both ways; gRPC ends at 2 GiB
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe:
+    """A complete run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    seed: Natural = 0
+    engine: Literal["inproc", "local"] = "inproc"
+    model: Model = field(default_factory=Model)
+    pretraining: Pretraining = field(default_factory=Pretraining)
+    data: Data = field(default_factory=Data)
+    topology: TopologyRecipe = field(default_factory=TopologyRecipe)
+    placement: PlacementRecipe = field(default_factory=PlacementRecipe)
+    compute: Compute = field(default_factory=Compute)
+    tunables: Tunables = field(default_factory=Tunables)
+    tuning: Tuning = field(default_factory=Tuning)
+    transport: TransportRecipe = field(default_factory=TransportRecipe)
+    evaluation: Evaluation = field(default_factory=Evaluation)

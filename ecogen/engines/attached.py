@@ -1,0 +1,75 @@
+"""A federation that somebody else started, seen with an operator's certificate: `ecogen watch`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from transformers import ViTConfig
+
+from ecogen import config as recipes
+from ecogen.engines.federation import Federation
+from ecogen.models.checkpoint import Foundation
+from ecogen.node.cloud import Status
+from ecogen.node.context import DESCRIBE, OPERATOR, STATUS, Welcome
+from ecogen.transport.base import Message, Peer, Transport
+from ecogen.transport.certs import load_credentials
+from ecogen.transport.codec import Limits
+from ecogen.transport.wire import GrpcTransport
+from ecogen.tuning.foundation import fetch_foundation
+
+_ANY_BYTES = 2**31 - 1  # gRPC's own largest message: the nodes' limit is not known here
+
+
+class _Elsewhere:
+    """In the place of an engine: the nodes are somebody else's, and where they are the cloud says."""
+
+    def __init__(self, transport: Transport, addresses: dict[str, str]) -> None:
+        self.transport, self._addresses = transport, addresses
+
+    def check(self) -> None:
+        """Nothing: whoever started the nodes looks after them."""
+
+    def address(self, node_id: str) -> str:
+        """Where a node said that it is."""
+        self.transport.learn(node_id, self._addresses[node_id])
+        return self._addresses[node_id]
+
+
+class AttachedFederation(Federation):
+    """Watches and saves; the foundation model is fetched from the cloud, and the time is that of the records."""
+
+    async def foundation(self) -> Foundation:
+        reply = await self._call(self.topology.cloud_id, Message.of(DESCRIBE, counted=False))
+        config = ViTConfig.from_dict(reply.read(Welcome).model)
+        return await fetch_foundation(self._engine.transport, self.topology.cloud_id, config, self.folder)
+
+    @property
+    def wall_s(self) -> float:
+        began_s = [record.time_s - getattr(record, "wall_s", 0.0) for record in self.records]
+        return max(record.time_s for record in self.records) - min(began_s)
+
+
+@asynccontextmanager
+async def attach(cloud_id: str, address: str, certificates: Path) -> AsyncIterator[AttachedFederation]:
+    """The federation of a cloud that is running; leaving stops nothing.
+
+    Raises:
+        AuthenticationError: if the certificate is no operator's, or the cloud refuses it.
+        NodeLostError: if the cloud does not answer.
+    """
+    credentials = load_credentials(certificates, tier=OPERATOR)
+    own = Peer(credentials.identity.node_id, credentials.identity.tier)
+    transport = GrpcTransport(own, credentials=credentials, limits=Limits(message_bytes=_ANY_BYTES))
+    transport.learn(cloud_id, address)
+    try:
+        reply = await transport.call(cloud_id, Message.of(STATUS, counted=False), timeout_s=10)
+        status = reply.read(Status)
+        recipe = recipes.from_table(status.recipe, f"the recipe of {cloud_id}")
+        engine = _Elsewhere(transport, status.addresses | {cloud_id: address})
+        with tempfile.TemporaryDirectory(prefix="ecogen-") as folder:
+            yield AttachedFederation(recipe, engine, Path(folder))
+    finally:
+        await transport.close()

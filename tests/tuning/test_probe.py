@@ -1,0 +1,33 @@
+"""Pre-training teaches something that labelled digits show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ecogen import config as recipes
+from ecogen.measurements import Probe
+from ecogen.tuning.foundation import obtain_foundation
+from ecogen.tuning.probe import probe_foundation
+
+
+def probe_of(overrides: list[str]) -> Probe:
+    recipe = recipes.load("digits", overrides)
+    foundation, _ = obtain_foundation(recipe, lambda *_: None)
+    return probe_foundation(foundation, recipe)
+
+
+@pytest.mark.slow  # pre-trains the demo's model, where no run has done so
+def test_a_linear_probe_on_the_demos_model_is_ten_points_above_the_untrained_one() -> None:
+    probe = probe_of([])
+    assert probe.trained >= probe.untrained + 0.10
+
+
+def test_a_short_pretraining_of_a_small_model_is_above_the_untrained_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = ["model.hidden_size=48", "model.num_blocks=2", "model.intermediate_size=96"]
+    probe = probe_of([*small, "pretraining.options={steps=80}"])
+    assert probe.trained > probe.untrained + 0.02
