@@ -179,7 +179,8 @@ def watch(
 ) -> None:
     """Watch nodes that were started by hand, and save their run.
 
-    The run folder is written once the federation has finished. Leaving stops nothing: watch again to see all of it from the first round.
+    The run folder is written once the federation has finished. Leaving stops nothing: watch again to see all of it
+    from the first round.
     """
     from ecogen.engines import session
     from ecogen.engines.by_hand import split_parent
