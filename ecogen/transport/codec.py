@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Annotated, Any
 
 import msgspec
@@ -94,12 +96,8 @@ class _TensorMeta(msgspec.Struct, frozen=True):
     s: tuple[Annotated[int, msgspec.Meta(ge=0, le=2**40)], ...] = ()
 
     @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.d]
-
-    @property
     def num_bytes(self) -> int:
-        return math.prod(self.s) * self.dtype.itemsize
+        return math.prod(self.s) * DTYPES[self.d].itemsize
 
 
 class _Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -123,6 +121,32 @@ _HEADERS = msgspec.msgpack.Decoder(_Header)
 _VERSIONS = msgspec.msgpack.Decoder(_Version)
 
 
+class Packed(Mapping[str, Tensor]):
+    """Tensors that go to several nodes: described and made bytes once for all of them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @cached_property
+    def metas(self) -> tuple[_TensorMeta, ...]:
+        """Name, dtype and shape of each."""
+        return tuple(_describe(name, tensor) for name, tensor in self._tensors.items())
+
+    @cached_property
+    def payload(self) -> bytes:
+        """All of them, each with its zeros."""
+        return b"".join(_parts(self._tensors))
+
+
 def encode(message: Message, sender_id: str, limits: Limits = DEFAULT_LIMITS) -> Frame:
     """The message as one `bytes`, tensors copied exactly once (after a copy from their device).
 
@@ -130,17 +154,15 @@ def encode(message: Message, sender_id: str, limits: Limits = DEFAULT_LIMITS) ->
         ProtocolError: if it is larger than `limits`, or a tensor cannot travel (sparse, quantized, without data).
     """
     prefix = encode_prefix(message, sender_id, limits)
-    parts: list[Any] = [prefix.data]
-    for tensor in message.tensors.values():
-        parts += (_raw_array(tensor), _ZEROS[: _padding(tensor.nbytes)])
-    return Frame(b"".join(parts), prefix.payload_bytes, prefix.header_bytes)
+    tensors = message.tensors
+    parts = [tensors.payload] if isinstance(tensors, Packed) else _parts(tensors)
+    return Frame(b"".join([prefix.data, *parts]), prefix.payload_bytes, prefix.header_bytes)
 
 
 def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Received:
     """The message that `encode` wrote.
 
-    The tensors are copied once, together, into memory of their own, since PyTorch has no read-only tensors: 40 us
-    a MB. They share that memory.
+    The tensors are views of `data`, which nobody may write into; PyTorch has no read-only tensors that would say so.
 
     Raises:
         ProtocolError: if `data` is anything else, of another version or beyond `limits`.
@@ -148,16 +170,15 @@ def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Received:
     if len(data) > limits.message_bytes:
         raise _too_large("a message", len(data), limits)
     header, start = _split(data, limits)
-    sizes = [meta.num_bytes for meta in header.t]
-    expected = start + sum(size + _padding(size) for size in sizes)
-    if len(data) != expected:
-        raise ProtocolError(f"{header.m}: {len(data)} bytes instead of {expected}; the message was cut or damaged")
-    memory = bytearray(memoryview(data)[start:])
-    tensors, offset = {}, 0
-    for meta, size in zip(header.t, sizes, strict=True):
-        tensors[meta.n] = _view(memory, offset, size, meta)
-        offset += size + _padding(size)
-    return _received(header, tensors)
+    offsets = [start]
+    for meta in header.t:
+        size = meta.num_bytes
+        offsets.append(offsets[-1] + size + _padding(size))
+    if len(data) != offsets[-1]:
+        raise ProtocolError(f"{header.m}: {len(data)} bytes instead of {offsets[-1]}; the message was cut or damaged")
+    _expect_read_only_buffers()
+    tensors = {meta.n: _view(data, offset, meta) for meta, offset in zip(header.t, offsets, strict=False)}
+    return Received(header.f, Message(header.m, header.k, header.b, tensors, not header.u))
 
 
 def encode_prefix(message: Message, sender_id: str, limits: Limits = DEFAULT_LIMITS) -> Prefix:
@@ -166,8 +187,9 @@ def encode_prefix(message: Message, sender_id: str, limits: Limits = DEFAULT_LIM
     Raises:
         ProtocolError: as `encode`.
     """
-    metas = tuple(_describe(name, tensor) for name, tensor in message.tensors.items())
-    sizes = [tensor.nbytes for tensor in message.tensors.values()]
+    tensors = message.tensors
+    metas = tensors.metas if isinstance(tensors, Packed) else Packed(tensors).metas
+    sizes = [tensor.nbytes for tensor in tensors.values()]
     header = _Header(
         PROTOCOL_VERSION, sender_id, message.method, message.kind, message.body, metas, not message.counted
     )
@@ -188,11 +210,8 @@ def decode_prefix(data: bytes, tensors: Mapping[str, Tensor], limits: Limits = D
         ProtocolError: as `decode`.
     """
     header, _ = _split(data, limits)
-    return _received(header, {meta.n: tensors[meta.n].detach() for meta in header.t})
-
-
-def _received(header: _Header, tensors: Mapping[str, Tensor]) -> Received:
-    return Received(header.f, Message(header.m, header.k, header.b, tensors, not header.u))
+    own = {meta.n: tensors[meta.n].detach() for meta in header.t}
+    return Received(header.f, Message(header.m, header.k, header.b, own, not header.u))
 
 
 def _split(data: bytes, limits: Limits) -> tuple[_Header, int]:
@@ -246,15 +265,15 @@ def _check_limits(method: str, header_bytes: int, metas: Sequence[_TensorMeta], 
 
 
 def _check_tensors(header: _Header) -> None:
-    names: set[str] = set()
+    names = [meta.n for meta in header.t]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ProtocolError(f"{header.m}: two tensors are called {twice!r}")
     for meta in header.t:
         if meta.d not in DTYPES:
             raise ProtocolError(f"{header.m}: tensor {meta.n!r} has a dtype unknown here, {meta.d!r}")
-        if meta.n in names:
-            raise ProtocolError(f"{header.m}: two tensors are called {meta.n!r}")
-        if math.prod(size for size in meta.s if size) > 2**40:
+        if 0 in meta.s and math.prod(filter(None, meta.s)) > 2**40:  # any other is too large for its message
             raise ProtocolError(f"{header.m}: tensor {meta.n!r} has an impossible shape, {meta.s}")
-        names.add(meta.n)
 
 
 def _too_large(what: str, num_bytes: int, limits: Limits) -> ProtocolError:
@@ -275,21 +294,37 @@ def _describe(name: str, tensor: Tensor) -> _TensorMeta:
     return _TensorMeta(name, _NAMES[tensor.dtype], tuple(tensor.shape))
 
 
+def _parts(tensors: Mapping[str, Tensor]) -> list[Any]:
+    parts: list[Any] = []
+    for tensor in tensors.values():
+        parts += (_raw_array(tensor), _ZEROS[: _padding(tensor.nbytes)])
+    return parts
+
+
 def _raw_array(tensor: Tensor) -> Any:
     """The tensor's numbers in C order as an array; a copy only if it is not on the CPU or not contiguous."""
-    dense = tensor.detach()
-    if not (dense.is_cpu and dense.is_contiguous()) or dense.is_conj() or dense.is_neg():
-        dense = dense.cpu().resolve_conj().resolve_neg().contiguous()
+    dense = tensor.contiguous()
     if dense.dtype in _STAND_INS:
-        dense = dense.view(_STAND_INS[dense.dtype])
-    return dense.numpy()
+        dense = dense.resolve_conj().resolve_neg().view(_STAND_INS[dense.dtype])
+    try:
+        return dense.numpy()
+    except (RuntimeError, TypeError):  # on another device, of a graph, conjugated or negated
+        return dense.numpy(force=True)
 
 
-def _view(memory: bytearray, offset: int, size: int, meta: _TensorMeta) -> Tensor:
-    if size == 0:
-        return torch.empty(meta.s, dtype=meta.dtype)
-    dtype = meta.dtype
-    flat = torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize, offset=offset)
-    if dtype == torch.bool and int(flat.view(torch.uint8).max()) > 1:
+@cache
+def _expect_read_only_buffers() -> None:
+    """Take PyTorch's warning of a buffer that is not writable, which it gives once a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(bytes(1), dtype=torch.uint8)
+
+
+def _view(data: bytes, offset: int, meta: _TensorMeta) -> Tensor:
+    dtype, count = DTYPES[meta.d], math.prod(meta.s)
+    if not count:
+        return torch.empty(meta.s, dtype=dtype)
+    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
+    if dtype is torch.bool and int(flat.view(torch.uint8).max()) > 1:
         raise ProtocolError(f"tensor {meta.n!r} is of truth values but holds other bytes; the message is damaged")
     return flat.view(meta.s)

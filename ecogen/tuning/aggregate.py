@@ -46,8 +46,8 @@ def aggregate(updates: Sequence[Update]) -> Tunables:
 def _average(name: str, updates: Sequence[Update], total: int) -> Tensor:
     first = updates[0].tunables[name]
     average = torch.zeros(first.shape, dtype=torch.float64)
-    for update in updates:
-        average.add_(update.tunables[name], alpha=update.num_examples / total)
+    for update in updates:  # converted first: adding other types to double ones costs half as much again
+        average.add_(update.tunables[name].double(), alpha=update.num_examples / total)
     return average.to(first.dtype)
 
 

@@ -85,10 +85,9 @@ class DeviceTuning:
         await self._worker.compute(self._stage.begin, message.tensors, self._settings(order.key.round_index))
         steps = self._begin(order.key)
         result = await steps.run()
-        tunables = await self._worker.compute(self._own_tunables)
         owned = len(self._data.examples) if self._data else 0
         body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._stage.memory_bytes))
-        return Message.of(TUNE, body, kind="tunables", tensors=tunables)
+        return Message.of(TUNE, body, kind="tunables", tensors=result.tunables)
 
     def deliver(self, message: Message) -> None:
         """Take a neighbour's message; one that belongs to an attempt not yet begun here waits for it."""
@@ -127,6 +126,7 @@ class DeviceTuning:
             num_epochs=self._tuning.local_epochs,
             batches=batches,
             num_microbatches=self._tuning.microbatches,
+            collect=self._own_tunables,
         )
         if self._lost is not None:
             self._current.fail(self._lost)

@@ -22,6 +22,7 @@ import msgspec
 from torch import Tensor
 
 from ecogen.errors import NodeLostError
+from ecogen.models.tunables import Tunables
 from ecogen.placement import Placement, Segment
 from ecogen.planning.cost import ModelShape, backward_flops, forward_flops
 from ecogen.records import Kind
@@ -62,10 +63,11 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class LocalResult:
-    """What a device knows in the end: the number of local steps, and their mean loss."""
+    """What a device knows in the end: the number of local steps, their mean loss, and what it answers with."""
 
     num_steps: int
     loss: float | None
+    tunables: Tunables
 
 
 @dataclass(order=True, slots=True)
@@ -86,6 +88,7 @@ class LocalSteps:
         num_epochs: turns that each owner has.
         batches: on an owner, the batches of each of its turns; None elsewhere.
         num_microbatches: into how many a batch is cut, at most.
+        collect: what this device answers with, called after the last step on the compute thread.
     """
 
     def __init__(
@@ -99,11 +102,12 @@ class LocalSteps:
         num_epochs: int,
         batches: Callable[[int], Iterator[Examples]] | None = None,
         num_microbatches: int = 1,
+        collect: Callable[[], Tunables] = dict,
     ) -> None:
         self.key, self.routes = key, list(routes)
         self._num_turns = num_epochs * len(self.routes)
         self._stage, self._worker, self._neighbours = stage, worker, neighbours
-        self._batches, self._num_microbatches = batches, num_microbatches
+        self._batches, self._num_microbatches, self._collect = batches, num_microbatches, collect
         self._inbox: list[_Task] = []
         self._arrived = asyncio.Event()
         self._arrivals = 0
@@ -237,8 +241,8 @@ class LocalSteps:
             while self._inbox:
                 task = heapq.heappop(self._inbox)
                 outcome = await self._worker.compute(self._execute, task)
-                if outcome is None:
-                    self._end.set_result(LocalResult(task.flow.step, task.flow.loss if task.flow.step else None))
+                if isinstance(outcome, LocalResult):
+                    self._end.set_result(outcome)
                     return
                 self._send(*outcome)
             self._arrived.clear()
@@ -262,11 +266,11 @@ class LocalSteps:
 
     # On the compute thread.
 
-    def _execute(self, task: _Task) -> tuple[str, int, Flow, Tensor | None] | None:
-        """Compute one task; returns what to send and to which visit, or None at the end."""
+    def _execute(self, task: _Task) -> tuple[str, int, Flow, Tensor | None] | LocalResult:
+        """Compute one task; returns what to send and to which visit, or the result at the end."""
         self._step_up_to(task.flow)
         if task.method == FINISH:
-            return None
+            return LocalResult(task.flow.step, task.flow.loss if task.flow.step else None, self._collect())
         if task.method == BACKWARD:
             return self._backward(task.flow, task.tensor)
         assert task.tensor is not None

@@ -23,11 +23,12 @@ from ecogen.config import Tuning
 from ecogen.errors import NodeLostError, RunError, TransportError
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables, tunables_of
-from ecogen.placement import Placement, neighbours_of, segments_held
+from ecogen.placement import Placement, Segment, neighbours_of, segments_held
 from ecogen.records import EventRecord, Record, RoundRecord, Usage, from_line, to_line
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Transport
+from ecogen.transport.codec import Packed
 from ecogen.tuning.aggregate import Update, aggregate
 from ecogen.tuning.messages import SYNC, TUNE, AttemptKey, SyncOrder, TuneOrder, TuneResult
 
@@ -110,6 +111,7 @@ class EdgeRounds:
         self._evaluate, self._publish, self._attempt = evaluate, publish, attempt
         self._num_owners = num_owners
         self._failed: set[str] = set()
+        self._parts: dict[tuple[Segment, ...], Packed] = {}  # of the tunables now, by who holds them
         self._last_problem = ""
         self._committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._committed.set_result(None)
@@ -132,12 +134,16 @@ class EdgeRounds:
         began_s = time.perf_counter()
         outcomes = await self._tune_clusters(round_index)
         updates = [outcome.update for outcome in outcomes]
-        tunables = await self._worker.compute(aggregate, updates)
-        accuracy = await self._worker.compute(self._evaluate, tunables)
+        tunables, accuracy = await self._worker.compute(self._average, updates)
         record = self._record(round_index, outcomes, accuracy, time.perf_counter() - began_s)
         unsynced = record.num_examples if self._is_sync_due(round_index) else None
         await self._commit(EdgeState(tunables, round_index + 1, unsynced, record))
         await self._agree()
+
+    def _average(self, updates: Sequence[Update]) -> tuple[Tunables, float | None]:
+        """On the compute thread: the average, and its accuracy."""
+        tunables = aggregate(updates)
+        return tunables, self._evaluate(tunables)
 
     # Clusters.
 
@@ -181,10 +187,11 @@ class EdgeRounds:
         return _outcome(cluster_id, [order.result() for order in orders])
 
     async def _order(self, node_id: str, placement: Placement, key: AttemptKey) -> Message:
-        held = segments_held(placement, self._num_owners, node_id)
-        tunables = tunables_of(self.state.tunables, held)
+        held = tuple(segments_held(placement, self._num_owners, node_id))
+        if held not in self._parts:
+            self._parts[held] = Packed(tunables_of(self.state.tunables, held))
         order = TuneOrder(key, self._members.locate(neighbours_of(placement, self._num_owners, node_id)))
-        message = Message.of(TUNE, order, kind="tunables", tensors=tunables)
+        message = Message.of(TUNE, order, kind="tunables", tensors=self._parts[held])
         return await self._transport.call(node_id, message)
 
     async def _lose(self, cluster_id: str, key: AttemptKey, problems: Sequence[BaseException]) -> None:
@@ -246,6 +253,7 @@ class EdgeRounds:
         """Go on with a state while it is being written; one at a time, so a crash costs one round at most."""
         await self._committed
         self.state = state
+        self._parts.clear()
         self._committed = asyncio.ensure_future(self._write(state))
 
     async def _write(self, state: EdgeState) -> None:
