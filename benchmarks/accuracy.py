@@ -128,11 +128,12 @@ def paired(ours: list[float], theirs: list[float]) -> dict[str, Any]:
     return summary(above) | {"wins": sum(a > 0 for a in above), "of": len(above)}
 
 
-def main(seeds: int = 5, base: tuple[str, ...] = ()) -> dict[str, Any]:
+def main(seeds: int = 5, base: tuple[str, ...] = (), *, first_seed: int = 0) -> dict[str, Any]:
     """Measure, write benchmarks/results/accuracy.json, and return it. A busy machine changes nothing but the time."""
     pressure, began_s = cpu_pressure(), time.perf_counter()
     parameters = fraction_tuned()  # pre-trains, where no run has done it yet
-    scores = measure(list(range(seeds)), list(base))
+    numbers = list(range(first_seed, first_seed + seeds))
+    scores = measure(numbers, list(base))
     ours = scores["federated, last round"]
     uneven = scores["federated, uneven edges, last round"]
     rivals = {
@@ -140,7 +141,7 @@ def main(seeds: int = 5, base: tuple[str, ...] = ()) -> dict[str, Any]:
         for name, own in scores.items()
         if not name.startswith("federated")
     }
-    probed = probes(list(range(seeds)))
+    probed = probes(numbers)
     gain = paired(probed["pre-trained"], probed["untrained"])
     goals = {
         "linear probe above untrained": {"at_least": GOAL_PROBE, "reached": gain["min"] >= GOAL_PROBE},
@@ -153,6 +154,7 @@ def main(seeds: int = 5, base: tuple[str, ...] = ()) -> dict[str, Any]:
         "cpu_pressure_percent": pressure,
         "wall_s": round(time.perf_counter() - began_s, 1),
         "overrides": list(base),
+        "seeds": numbers,
         "parameters": parameters,
         "test_accuracy": {name: summary(values) for name, values in scores.items()},
         "federated_minus": rivals,
@@ -177,6 +179,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
     options = parser.parse_args()
-    print("\n".join(lines(main(options.seeds, tuple(options.set)))))
+    print("\n".join(lines(main(options.seeds, tuple(options.set), first_seed=options.first_seed))))
