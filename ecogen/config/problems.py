@@ -34,7 +34,12 @@ def problems_of(table: Mapping[str, Any], error: ValidationError) -> list[str]:
     """What a table that could not be read has wrong: every value by itself, and what the others contradict."""
     problems = [explain(problem) for problem in error.errors()]
     recipe, dropped = _readable_part(table, error)
-    return problems + [c.text for c in contradictions(recipe) if not dropped.intersection(c.places)]
+    told = tuple(f"{place}." for place in dropped)
+    return problems + [
+        contradiction.text
+        for contradiction in contradictions(recipe)
+        if not any(f"{place}.".startswith(told) for place in contradiction.places)
+    ]
 
 
 def explain(problem: Any) -> str:
@@ -122,8 +127,8 @@ def _without(table: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any
     rest = copy.deepcopy(dict(table))
     for place in places:
         section: Any = rest
-        for part in place:
-            if not isinstance(section.get(part), dict) or part == place[-1]:
+        for index, part in enumerate(place):
+            if not isinstance(section.get(part), dict) or index == len(place) - 1:
                 section.pop(part, None)
                 break
             section = section[part]

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from torch import Tensor
 from transformers import ViTConfig
 
 from ecogen import config as recipes
 from ecogen.engines.federation import Federation
+from ecogen.errors import NodeLostError
 from ecogen.models.checkpoint import Foundation
 from ecogen.node.cloud import Status
 from ecogen.node.context import DESCRIBE, OPERATOR, STATUS, Welcome
@@ -24,7 +26,11 @@ _ANY_BYTES = 2**31 - 1  # gRPC's own largest message: the nodes' limit is not kn
 
 
 class _Elsewhere:
-    """In the place of an engine: the nodes are somebody else's, and where they are the cloud says."""
+    """In the place of an engine: the nodes are somebody else's, and where they are the cloud says.
+
+    Args:
+        addresses: of the nodes, as far as they are known.
+    """
 
     def __init__(self, transport: Transport, addresses: dict[str, str]) -> None:
         self.transport, self._addresses = transport, addresses
@@ -33,13 +39,29 @@ class _Elsewhere:
         """Nothing: whoever started the nodes looks after them."""
 
     def address(self, node_id: str) -> str:
-        """Where a node said that it is."""
+        """Where a node said that it is.
+
+        Raises:
+            NodeLostError: if it was not there.
+        """
+        if node_id not in self._addresses:
+            raise NodeLostError(node_id, "the cloud does not know where it is; start it again")
         self.transport.learn(node_id, self._addresses[node_id])
         return self._addresses[node_id]
+
+    def update(self, addresses: dict[str, str]) -> None:
+        """Learn where nodes are now."""
+        self._addresses |= addresses
 
 
 class AttachedFederation(Federation):
     """Watches and saves; the foundation model is fetched from the cloud, and the time is that of the records."""
+
+    async def tunables(self) -> dict[str, Tensor]:
+        reply = await self._call(self.topology.cloud_id, Message.of(STATUS, counted=False))
+        assert isinstance(self._engine, _Elsewhere)
+        self._engine.update(reply.read(Status).addresses)  # edges may have come, or moved, since
+        return await super().tunables()
 
     async def foundation(self) -> Foundation:
         reply = await self._call(self.topology.cloud_id, Message.of(DESCRIBE, counted=False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 from ecogen.errors import NodeLostError, TransportError
 from ecogen.transport.base import Message, Peer, Stream, Transport
@@ -73,6 +74,7 @@ class Neighbours:
             self._transport.learn(node_id, address)
             if self._addresses.get(node_id, address) != address and self._opens(node_id):
                 self._slot(node_id, fresh=True)
+                self._openings.pop(node_id, None)  # it fails, or is of the node that was there before
             self._addresses[node_id] = address
         await asyncio.gather(*(self._stream(node_id) for node_id in addresses if self._opens(node_id)))
 
@@ -102,8 +104,14 @@ class Neighbours:
         task = self._openings.get(node_id)
         if task is None:
             task = self._openings[node_id] = asyncio.create_task(self._open(node_id))
-            task.add_done_callback(lambda task: (self._openings.pop(node_id) and task.cancelled()) or task.exception())
+            task.add_done_callback(partial(self._opened, node_id))
         return task
+
+    def _opened(self, node_id: str, task: asyncio.Task[Stream]) -> None:
+        if self._openings.get(node_id) is task:
+            del self._openings[node_id]
+        if not task.cancelled():
+            task.exception()  # seen, also where nobody waits for it any more
 
     async def _open(self, node_id: str) -> Stream:
         stream = await self._transport.open(node_id)

@@ -152,7 +152,9 @@ class Stage:
             if not key:
                 parameter.copy_(tensor)
             elif self._optimizer is not None:
-                self._optimizer.state[parameter][key] = tensor.clone() if key == "step" else tensor.to(parameter)
+                self._optimizer.state[parameter][key] = (
+                    tensor.clone() if key == "step" else tensor.to(parameter, copy=True)
+                )
 
     def _run(self, segment: Segment, inputs: Tensor) -> Tensor:
         mixed = self.dtype is not torch.float32

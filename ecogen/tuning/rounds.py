@@ -113,8 +113,6 @@ class EdgeRounds:
         self._failed: set[str] = set()
         self._parts: dict[tuple[Segment, ...], Packed] = {}  # of the tunables now, by who holds them
         self._last_problem = ""
-        self._committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._committed.set_result(None)
 
     async def run(self) -> None:
         """All rounds that are left."""
@@ -122,13 +120,8 @@ class EdgeRounds:
         if self.state.record:
             self._publish(self.state.record)
         await self._agree()
-        try:
-            while self.state.next_round < self._tuning.rounds:
-                await self._round(self.state.next_round)
-            await self._committed
-        finally:
-            self._committed.cancel()  # nothing is published by one who is not there any more
-            await asyncio.gather(self._committed, return_exceptions=True)
+        while self.state.next_round < self._tuning.rounds:
+            await self._round(self.state.next_round)
 
     async def _round(self, round_index: int) -> None:
         began_s = time.perf_counter()
@@ -138,6 +131,7 @@ class EdgeRounds:
         record = self._record(round_index, outcomes, accuracy, time.perf_counter() - began_s)
         unsynced = record.num_examples if self._is_sync_due(round_index) else None
         await self._commit(EdgeState(tunables, round_index + 1, unsynced, record))
+        self._publish(record)
         await self._agree()
 
     def _average(self, updates: Sequence[Update]) -> tuple[Tunables, float | None]:
@@ -228,7 +222,6 @@ class EdgeRounds:
         """Have the cloud average this round's tunables with the other edges', where that is due."""
         if self.state.unsynced is None:
             return
-        await self._committed
         order = SyncOrder(self.state.next_round - 1, self.state.unsynced)
         message = Message.of(SYNC, order, kind="tunables", tensors=self.state.tunables)
         reply = await self._call_cloud(message)
@@ -250,16 +243,10 @@ class EdgeRounds:
     # The books.
 
     async def _commit(self, state: EdgeState) -> None:
-        """Go on with a state while it is being written; one at a time, so a crash costs one round at most."""
-        await self._committed
+        """Write a state, then go on with it."""
+        await self._worker.compute(state.save, self._path)
         self.state = state
         self._parts.clear()
-        self._committed = asyncio.ensure_future(self._write(state))
-
-    async def _write(self, state: EdgeState) -> None:
-        await self._worker.compute(state.save, self._path)
-        if state.record is not None:
-            self._publish(state.record)
 
     def _record(
         self, round_index: int, outcomes: Sequence[Outcome], accuracy: float | None, wall_s: float
