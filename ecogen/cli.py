@@ -211,7 +211,7 @@ def certs_issue(
     node_id: Annotated[str, typer.Argument(metavar="NODE_ID", help="Whose certificate it is, say edge-0.")],
     tier: Annotated[str, typer.Argument(metavar="TIER", help="cloud, edge, end or operator.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the node's key and certificates go.")],
-    valid_days: Annotated[int, typer.Option(metavar="DAYS", min=1, help="How long it is valid.")] = 365,
+    valid_days: Annotated[int, typer.Option(metavar="DAYS", min=1, max=36_500, help="How long it is valid.")] = 365,
 ) -> None:
     """Issue a certificate that names a node and its tier."""
     from ecogen.transport.certs import issue, load_authority

@@ -57,7 +57,7 @@ def split_parent(option: str, text: str) -> tuple[str, str]:
     """
     node_id, _, address = text.partition("@")
     try:
-        _split_address(option, address)
+        _split_address(option, address if node_id else "")
     except ConfigError:
         example = f"{option}: {text!r} is not ID@HOST:PORT, for example cloud@127.0.0.1:7000"
         raise ConfigError([example], "the command line") from None

@@ -111,9 +111,9 @@ def _busy(folder: Path) -> RunError:
 
 
 def _check_same(recipe: recipes.Recipe, earlier: recipes.Recipe, folder: Path) -> None:
-    """A run is resumed with its own recipe; only the engine may change, which does not change the result."""
+    """A run is resumed with its own recipe; only what changes no result may be another."""
     new, old = recipes.to_table(recipe), recipes.to_table(earlier)
-    different = [key for key in new if key not in ("engine", "name") and new[key] != old[key]]
+    different = [key for key in new if key not in ("engine", "name", "transport") and new[key] != old[key]]
     if different:
         raise RunError(
             f"{folder} holds a run of another recipe: {', '.join(different)} differ; "
