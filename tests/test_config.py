@@ -83,6 +83,16 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ("[tunables]\nlora_targets = []", "tunables.lora_targets: name one projection or more"),
         ("[tunables]\nfirst_block = 5", "tunables.first_block: 5 is more than model.num_blocks 4"),
         ("[data]\nowners = 9", "data.owners: 9 is more than topology.devices_per_cluster 3"),
+        ("[placement]\ncuts = 'autoo'", "placement.cuts: input should be 'auto' or a list, not 'autoo'"),
+        ("[placement]\ncuts = [1, 0]", "placement.cuts.1: input should be greater than or equal to 1, not 0"),
+        ("[topology]\nedge = 5", "topology.edge: input should be a section, not 5; did you mean 'edges'?"),
+        ("[topology]\nsites = 5", "topology.sites: input should be a section, not 5"),
+        ("[topology.d2d]\nrtt_ms = 1", "topology.d2d.mbit_per_s: is required"),
+        ("[tuning]\nrounds = 'four'", "tuning.rounds: input should be a whole number, not 'four'"),
+        ("[pretraining]\nsteps = nan", "pretraining.steps: input should be a finite number, not nan"),
+        ("[pretraining]\nsteps = -3", "pretraining.steps: input should be greater than or equal to 1, not -3"),
+        ("[pretraining]\nstep = 3", "pretraining.step: unknown key; did you mean 'steps'?"),
+        ("[model]\nhidden_size = 6\nnum_heads = 2", "model.hidden_size: input should be a multiple of 4, not 6"),
         ("[tuning]\nlearning_rate = inf", "tuning.learning_rate: input should be a finite number, not inf"),
     ],
 )
@@ -130,6 +140,16 @@ def test_a_value_can_be_set_from_outside(override: str, place: tuple[str, ...], 
 def test_an_override_that_is_none_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set: 1 problem"):
         load("digits", ["name=x", override])
+
+
+def test_all_overrides_that_are_none_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match="--set: 2 problems"):
+        load("digits", ["tuning.rounds", "name=x", "a b=1"])
+
+
+def test_an_override_holds_one_value() -> None:
+    with pytest.raises(ConfigError, match=r"tuning\.rounds: input should be a whole number"):
+        load("digits", ["tuning.rounds=2\nseed=3"])
 
 
 def test_a_later_override_wins() -> None:
@@ -183,3 +203,19 @@ def test_fewer_edges_by_override_leave_out_what_the_recipe_says_of_the_others() 
     recipe = load("digits", ["topology.edges=1", "topology.clusters_per_edge=1"])
     assert set(recipe.topology.sites) == {"cloud", "edge-0", "edge-0.field"}
     assert len(build_topology(recipe.topology).nodes) == 5
+
+
+def test_fewer_edges_by_override_do_not_hide_what_the_same_caller_says_of_the_others() -> None:
+    with pytest.raises(ConfigError, match=r"topology\.sites\.edge-1: no such name"):
+        load("digits", ["topology.sites.edge-1.zone=FR", "topology.edges=1"])
+    with pytest.raises(ConfigError, match=r"topology\.devices\.edge-4: no such name"):
+        load("digits", ["topology.devices.edge-4.gflops=1", "topology.edge_end={rtt_ms=1, mbit_per_s=1}"])
+
+
+@pytest.mark.parametrize(
+    "text", ["[topology]\nsites = 5", "[topology]\ndevices = [1]", "compute = 3", "[compute]\nnodes = 3"]
+)
+def test_fewer_edges_by_override_meet_sections_that_are_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(ConfigError, match="input should be a section"):
+        load(tmp_path / "recipe.toml", ["topology.edges=1"])

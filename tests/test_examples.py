@@ -20,7 +20,7 @@ def example():
 def test_the_example_tunes_saves_and_loads(example, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = ["topology.clusters_per_edge=1", "topology.devices_per_cluster=2", "tuning.rounds=1", "data.train=60"]
-    quick = ["pretraining.options={steps=3}", "evaluation.requests=1", "evaluation.inversion=false"]
+    quick = ["pretraining.steps=3", "evaluation.requests=1", "evaluation.inversion=false"]
     asyncio.run(example.main([*small, *quick], tmp_path / "run"))
     printed = capsys.readouterr().out
     assert "round 1 cloud: accuracy" in printed

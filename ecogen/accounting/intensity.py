@@ -7,7 +7,7 @@ table of its own: `INTENSITIES | {"FR": Intensity(21.3, "RTE eCO2mix, 2025")}`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ecogen.errors import ConfigError
@@ -43,9 +43,19 @@ def intensity(zone: str, table: Mapping[str, Intensity] = INTENSITIES) -> Intens
     Raises:
         ConfigError: if the table lacks the zone; it lists the closest ones.
     """
-    if zone not in table:
-        raise ConfigError([_unknown(zone, table)], "topology.sites")
+    check_zones([zone], table)
     return table[zone]
+
+
+def check_zones(zones: Iterable[str], table: Mapping[str, Intensity] = INTENSITIES) -> None:
+    """Refuse zones that a table lacks.
+
+    Raises:
+        ConfigError: with all of them, and the closest ones there are.
+    """
+    unknown = [zone for zone in dict.fromkeys(zones) if zone not in table]
+    if unknown:
+        raise ConfigError([_unknown(zone, table) for zone in unknown], "topology.sites")
 
 
 def _unknown(zone: str, table: Mapping[str, Intensity]) -> str:

@@ -16,6 +16,15 @@ from ecogen.config.schema import Recipe
 
 Place = tuple[str, ...]
 
+_WORDS = {
+    "dataclass_type": "input should be a section",
+    "dict_type": "input should be a section",
+    "tuple_type": "input should be a list",
+    "int_parsing": "input should be a whole number",
+    "int_from_float": "input should be a whole number",
+}
+"""What the types of pydantic's problems are called here, where its own words are those of Python."""
+
 _DEPTH = 8  # of nested sections, of which each may go for want of a value in it
 
 
@@ -32,7 +41,7 @@ class Contradiction(NamedTuple):
 
 def problems_of(table: Mapping[str, Any], error: ValidationError) -> list[str]:
     """What a table that could not be read has wrong: every value by itself, and what the others contradict."""
-    problems = [explain(problem) for problem in error.errors()]
+    problems = explain(error)
     recipe, dropped = _readable_part(table, error)
     told = tuple(f"{place}." for place in dropped)
     return problems + [
@@ -42,16 +51,14 @@ def problems_of(table: Mapping[str, Any], error: ValidationError) -> list[str]:
     ]
 
 
-def explain(problem: Any) -> str:
-    """One of pydantic's problems in a sentence."""
-    place = ".".join(_place(problem))
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        *path, key = problem["loc"]
-        names = _keys_at(path)
-        close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(names)}"
-        return f"{place}: unknown key; {hint}"
-    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+def explain(error: ValidationError) -> list[str]:
+    """Each of pydantic's problems in a sentence; those of a union's branches in one."""
+    found: dict[Place, list[Any]] = {}
+    for problem in error.errors():
+        found.setdefault(_place(problem), []).append(problem)
+    # A branch that got further is the one that was meant.
+    meant = [place for place in found if not any(other != place and other[: len(place)] == place for other in found)]
+    return [_sentence(place, found[place]) for place in meant]
 
 
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
@@ -111,6 +118,23 @@ def _unknown(place: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> 
 def _value(recipe: Recipe, place: str) -> int:
     section, _, key = place.partition(".")
     return int(getattr(getattr(recipe, section), key))
+
+
+def _sentence(place: Place, problems: Sequence[Any]) -> str:
+    """One problem, or what each branch of a union has against the same value."""
+    kind, at, key = problems[0]["type"], ".".join(place), place[-1]
+    if kind == "missing":
+        return f"{at}: is required"
+    is_unknown = kind == "unexpected_keyword_argument"
+    names = [name for name in _keys_at(place[:-1]) if name != key]
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5 if is_unknown else 0.8)
+    hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(names)}"
+    if is_unknown:
+        return f"{at}: unknown key; {hint}"
+    first, *others = (_WORDS.get(problem["type"], problem["msg"]) for problem in problems)
+    text = " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
+    sentence = f"{at}: {text[0].lower()}{text[1:]}, not {problems[0]['input']!r}"
+    return f"{sentence}; {hint}" if kind == "dataclass_type" and close else sentence
 
 
 def _place(problem: Any) -> Place:

@@ -18,7 +18,7 @@ from ecogen.errors import ConfigError
 SectionType = TypeVar("SectionType")
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
-_COUNTS = ("topology.edges", "topology.clusters_per_edge", "topology.devices_per_cluster")
+_COUNTS = ("edges", "clusters_per_edge", "devices_per_cluster")
 _NUMBERED = re.compile(r"edge-(\d+)(?:\.field|\.cluster-(\d+)\.device-(\d+))?")
 
 
@@ -37,10 +37,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:
         raise ConfigError([f"not TOML: {problem}"], name) from problem
-    for override in overrides:
-        _override(table, override)
-    if any(override.strip().startswith(_COUNTS) for override in overrides):
-        _drop_beyond(table)
+    _override(table, overrides)
     return from_table(table, name)
 
 
@@ -81,7 +78,7 @@ def section_from_table(section_type: type[SectionType], table: Mapping[str, Any]
     try:
         return TypeAdapter(section_type).validate_python(table)
     except ValidationError as error:
-        raise ConfigError([explain(problem) for problem in error.errors()], section_type.__name__) from None
+        raise ConfigError(explain(error), section_type.__name__) from None
 
 
 def builtin_names() -> list[str]:
@@ -102,19 +99,48 @@ def _read(source: str | Path) -> tuple[str, str]:
         raise ConfigError([f"cannot read it: {reason}; built-in recipes: {names}"], str(source)) from problem
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def _override(table: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put values from outside into a recipe's table.
+
+    Counts go first, and take along what the recipe says of nodes beyond them; what the caller says of such nodes stays,
+    to be refused.
+    """
+    settings, problems = [], []
+    for override in overrides:
+        try:
+            settings.append(_setting(override))
+        except ValueError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise ConfigError(problems, "--set")
+    counts = [(parts, value) for parts, value in settings if parts[:-1] == ["topology"] and parts[-1] in _COUNTS]
+    for parts, value in counts:
+        _put(table, parts, value)
+    if counts:
+        _drop_beyond(table)
+    for parts, value in settings:
+        _put(table, parts, value)
+
+
+def _setting(override: str) -> tuple[list[str], Any]:
+    """The parts of the key and the value of `a.b=value`; what is no TOML value is a bare string."""
     key, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError([f"{override!r} is not KEY=VALUE, for example tuning.rounds=4"], "--set")
-    *path, last = _parts(key)
+        raise ValueError(f"{override!r} is not KEY=VALUE, for example tuning.rounds=4")
+    try:
+        value = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        value = {}
+    return _parts(key), value["value"] if value.keys() == {"value"} else text
+
+
+def _put(table: dict[str, Any], parts: Sequence[str], value: Any) -> None:
+    *path, last = parts
     for part in path:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError([f"{key}: {part!r} is a value, not a section"], "--set")
-    try:
-        table[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[last] = text
+            raise ConfigError([f"{'.'.join(parts)}: {part!r} is a value, not a section"], "--set")
+    table[last] = value
 
 
 def _parts(key: str) -> list[str]:
@@ -123,7 +149,7 @@ def _parts(key: str) -> list[str]:
     try:
         level: Any = tomllib.loads(f"{quoted} = 0")
     except tomllib.TOMLDecodeError:
-        raise ConfigError([f"{key!r} is no key; write KEY=VALUE, for example tuning.rounds=4"], "--set") from None
+        raise ValueError(f"{key!r} is no key; write KEY=VALUE, for example tuning.rounds=4") from None
     parts = []
     while isinstance(level, dict):
         ((part, level),) = level.items()
@@ -133,12 +159,13 @@ def _parts(key: str) -> list[str]:
 
 def _drop_beyond(table: dict[str, Any]) -> None:
     """Leave out what a recipe says of edges, clusters and devices that an override has just taken away."""
-    topology, default = table.get("topology", {}), TopologyRecipe()
-    counts = [topology.get(name.partition(".")[2], getattr(default, name.partition(".")[2])) for name in _COUNTS]
-    sections = (topology.get("sites"), topology.get("devices"), table.get("compute", {}).get("nodes"))
-    for section in filter(None, sections):
-        for name in [name for name in section if (match := _NUMBERED.fullmatch(name)) and _is_beyond(match, counts)]:
-            del section[name]
+    topology, compute, default = table["topology"], table.get("compute"), TopologyRecipe()
+    counts = [topology.get(name, getattr(default, name)) for name in _COUNTS]
+    nodes = compute.get("nodes") if isinstance(compute, dict) else None
+    for section in (topology.get("sites"), topology.get("devices"), nodes):
+        for name in list(section) if isinstance(section, dict) else []:
+            if (match := _NUMBERED.fullmatch(name)) and _is_beyond(match, counts):
+                del section[name]
 
 
 def _is_beyond(match: re.Match[str], counts: Sequence[Any]) -> bool:

@@ -31,7 +31,7 @@ class Model:
     """The foundation model: a vision transformer, made and pre-trained in the cloud, or loaded from a folder or hub."""
 
     source: str = "pretrain"  # "pretrain", a folder written by save_pretrained, or "hf:<repository>"
-    hidden_size: Count = 128
+    hidden_size: Annotated[int, Field(ge=4, multiple_of=4)] = 128  # sines and cosines of rows and columns
     num_blocks: Count = 4
     num_heads: Count = 4
     intermediate_size: Count = 256
@@ -42,10 +42,15 @@ class Model:
 
 @dataclass(frozen=True, config=_STRICT)
 class Pretraining:
-    """How the cloud pre-trains the foundation model on unlabelled glyphs."""
+    """How the cloud pre-trains the foundation model on unlabelled glyphs: arguments of `tuning.pretrain.pretrain`."""
 
-    seed: int = 0
-    options: Mapping[str, float] = field(default_factory=dict)  # keyword arguments of `tuning.pretrain.pretrain`
+    seed: Natural = 0
+    steps: Count = 700
+    batch_size: Annotated[int, Field(ge=2, le=1302)] = 64  # no more than there are glyphs
+    temperature: Positive = 0.1
+    matrix_rate: Positive = 0.02
+    learning_rate: Positive = 2e-3
+    weight_decay: NonNegative = 0.05
 
 
 @dataclass(frozen=True, config=_STRICT)

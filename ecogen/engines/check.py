@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import ViTConfig
 
 from ecogen import config as recipes
-from ecogen.accounting.intensity import intensity
+from ecogen.accounting.intensity import check_zones
 from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import model_shape
@@ -21,12 +21,11 @@ def check_recipe(recipe: recipes.Recipe) -> None:
     """Check zones, the model's folder and the placement of every cluster.
 
     Raises:
-        ConfigError: if a zone is unknown.
+        ConfigError: if zones are unknown; lists them all.
         CheckpointError: if the model's folder is missing, corrupt or for other images.
         PlacementError: if a cluster cannot hold the model.
     """
-    for site in recipes.build_topology(recipe.topology).sites.values():
-        intensity(site.zone)
+    check_zones(site.zone for site in recipes.build_topology(recipe.topology).sites.values())
     config = _announced_config(recipe.model)
     if config is not None:
         config.num_labels = _NUM_LABELS

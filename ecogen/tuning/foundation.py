@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from transformers import ViTConfig
 
 from ecogen import config as recipes
-from ecogen.errors import CheckpointError, ConfigError, StorageError
+from ecogen.errors import CheckpointError, StorageError
 from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
 from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.runtime.delivery import fetch_tensors
@@ -77,12 +77,7 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)  # its small products gain nothing from more, and one gives the same model everywhere
     try:
-        _check_options(recipe.pretraining.options)
-        options: dict[str, Any] = {
-            name: int(value) if float(value).is_integer() else value
-            for name, value in recipe.pretraining.options.items()
-        }
-        model = pretrain(vit_config(recipe.model), seed=recipe.pretraining.seed, on_step=on_step, **options)
+        model = pretrain(vit_config(recipe.model), on_step=on_step, **asdict(recipe.pretraining))
     finally:
         torch.set_num_threads(threads)
     made = {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s, "time_s": time.time()}
@@ -94,16 +89,6 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
             raise StorageError(f"cannot write to the cache {folder.parent}: {problem}; set XDG_CACHE_HOME") from problem
         write_atomically(Path(temporary) / "made.json", json.dumps(made))
         _put_in_place(Path(temporary), folder)
-
-
-def _check_options(options: Mapping[str, float]) -> None:
-    """Options are keyword arguments of `pretrain`; a wrong name should not come up as a traceback."""
-    valid = [name for name in inspect.signature(pretrain).parameters if name not in ("config", "seed", "on_step")]
-    problems = [
-        f"pretraining.options.{name}: unknown; valid: {', '.join(valid)}" for name in options if name not in valid
-    ]
-    if problems:
-        raise ConfigError(problems)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

@@ -35,12 +35,12 @@ def pretrain(
     *,
     seed: int,
     on_step: OnStep,
-    steps: int = 700,
-    batch_size: int = 64,
-    temperature: float = 0.1,
-    matrix_rate: float = 0.02,
-    learning_rate: float = 2e-3,
-    weight_decay: float = 0.05,
+    steps: int,
+    batch_size: int,
+    temperature: float,
+    matrix_rate: float,
+    learning_rate: float,
+    weight_decay: float,
 ) -> ViTModel:
     """A foundation model, pre-trained on unlabelled glyphs; the same for the same arguments and number of threads.
 
@@ -48,7 +48,7 @@ def pretrain(
         config: the architecture; any square image size and number of channels.
         on_step: called after each step with phase, step, steps and loss.
         steps: optimiser steps; the cost is proportional to `steps * batch_size`.
-        batch_size: glyphs a step, two views of each, at most 1,302.
+        batch_size: glyphs a step, two views of each, as many as there are glyphs at most.
         temperature: of the contrast; low weighs the most similar glyphs most.
         matrix_rate: Muon's peak learning rate, for the blocks' matrices.
         learning_rate: AdamW's peak learning rate, for everything else.

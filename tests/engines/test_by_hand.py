@@ -184,7 +184,7 @@ def test_who_may_not_watch(ecogen: EcoGen, certificates: Path, tmp_path: Path) -
 
 
 SMALLER = [
-    *("pretraining.options={steps=2}", "model.num_blocks=3", "model.hidden_size=16"),
+    *("pretraining.steps=2", "model.num_blocks=3", "model.hidden_size=16"),
     *("model.intermediate_size=16", "tuning.rounds=1", "data.train=60", "evaluation.inversion=false"),
 ]
 

@@ -1,11 +1,15 @@
 """Pre-training: repeatable, really learns, changes the whole backbone, and its features can be read."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
+from ecogen.config import Pretraining
 from ecogen.tuning.pretrain import (
+    OnStep,
     contrast,
     features,
     linear_probe,
@@ -30,9 +34,13 @@ def tiny(num_channels: int = 1) -> ViTConfig:
     )
 
 
+def run(recipe: Pretraining, on_step: OnStep = lambda *_: None, *, num_channels: int = 1) -> ViTModel:
+    return pretrain(tiny(num_channels), on_step=on_step, **asdict(recipe))
+
+
 def short_run(seed: int = 0, steps: int = 40) -> tuple[ViTModel, Losses]:
     losses: Losses = []
-    model = pretrain(tiny(), seed=seed, steps=steps, batch_size=32, on_step=lambda *report: losses.append(report[3]))
+    model = run(Pretraining(seed, steps, batch_size=32), lambda *report: losses.append(report[3]))
     return model, losses
 
 
@@ -72,7 +80,7 @@ def test_every_parameter_of_the_backbone_changes(trained: tuple[ViTModel, Losses
 
 def test_progress_is_reported_after_each_step() -> None:
     reports: list[tuple[str, int, int]] = []
-    pretrain(tiny(), seed=0, steps=3, batch_size=4, on_step=lambda *report: reports.append(report[:3]))
+    run(Pretraining(steps=3, batch_size=4), lambda *report: reports.append(report[:3]))
     assert reports == [("contrast", step, 3) for step in (1, 2, 3)]
 
 
@@ -89,7 +97,7 @@ def test_moving_the_patches_changes_the_features(trained: tuple[ViTModel, Losses
 
 
 def test_colour_models_are_pretrained_too() -> None:
-    model = pretrain(tiny(num_channels=3), seed=0, steps=1, batch_size=4, on_step=lambda *_: None)
+    model = run(Pretraining(steps=1, batch_size=4), num_channels=3)
     assert features(model, torch.zeros(2, 3, 28, 28)).shape == (2, 32)
 
 

@@ -29,5 +29,5 @@ def test_a_short_pretraining_of_a_small_model_is_above_the_untrained_one(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     small = ["model.hidden_size=48", "model.num_blocks=2", "model.intermediate_size=96"]
-    probe = probe_of([*small, "pretraining.options={steps=80}"])
+    probe = probe_of([*small, "pretraining.steps=80"])
     assert probe.trained > probe.untrained + 0.02
