@@ -141,8 +141,11 @@ def node(
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda:N or mps.")] = "auto",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the frozen weights.")] = "float32",
     message_mib: Annotated[
-        int, typer.Option(metavar="MIB", min=1, max=2047, help="The largest message, the same on all nodes.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            metavar="MIB", min=8, max=2047, help="The largest message, the same on all nodes; 64, or as RECIPE says."
+        ),
+    ] = None,
 ) -> None:
     """Be one node of a federation, until interrupted.
 
@@ -150,17 +153,16 @@ def node(
     """
     from ecogen.engines.by_hand import node_settings, run_by_hand
 
-    table = recipes.to_table(recipes.load(recipe, settings or [])) if recipe else {}
     started = node_settings(
         node_id,
         certificates,
         folder,
-        table,
+        recipes.load(recipe, settings or []) if recipe else None,
         join=join,
         listen=listen,
         device=device,
         dtype=dtype,
-        advertised_host=advertise,
+        advertise=advertise,
         revoked=revoked,
         message_mib=message_mib,
     )

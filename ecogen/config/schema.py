@@ -190,7 +190,9 @@ class Evaluation:
 class TransportRecipe:
     """Limits between nodes."""
 
-    message_mib: Annotated[int, Field(ge=1, le=2047)] = 64  # the largest message, both ways; gRPC ends at 2 GiB
+    message_mib: Annotated[int, Field(ge=8, le=2047)] = (
+        64  # the largest message: two pieces of a delivery .. gRPC's end
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

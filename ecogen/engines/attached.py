@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,8 @@ from ecogen import config as recipes
 from ecogen.engines.federation import Federation
 from ecogen.errors import NodeLostError
 from ecogen.models.checkpoint import Foundation
+from ecogen.models.tunables import is_tunable
+from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.node.cloud import Status
 from ecogen.node.context import DESCRIBE, OPERATOR, STATUS, Welcome
 from ecogen.transport.base import Message, Peer, Transport
@@ -66,7 +69,14 @@ class AttachedFederation(Federation):
     async def foundation(self) -> Foundation:
         reply = await self._call(self.topology.cloud_id, Message.of(DESCRIBE, counted=False))
         config = ViTConfig.from_dict(reply.read(Welcome).model)
-        return await fetch_foundation(self._engine.transport, self.topology.cloud_id, config, self.folder)
+        names = parameter_names(config, [whole_segment(config)])
+        names = [name for name in names if not is_tunable(name, self.recipe.tunables)]  # a tuned head is no backbone's
+        transport, cloud_id = self._engine.transport, self.topology.cloud_id
+        return await fetch_foundation(transport, cloud_id, config, names, self.folder, asyncio.to_thread)
+
+    @property
+    def engine(self) -> str:
+        return "by hand"
 
     @property
     def wall_s(self) -> float:

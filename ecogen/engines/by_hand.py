@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ecogen import config as recipes
 from ecogen.engines.check import check_recipe
@@ -20,18 +19,24 @@ def node_settings(
     node_id: str,
     certificates: Path,
     folder: Path,
-    recipe: Mapping[str, Any],
+    recipe: recipes.Recipe | None,
     *,
     join: str | None,
     listen: str,
     device: str,
     dtype: str,
-    **others: Any,
+    advertise: str | None = None,
+    revoked: Path | None = None,
+    message_mib: int | None = None,
 ) -> NodeSettings:
     """Settings from what the command line says; the tier is what the certificate says.
 
     Args:
-        others: as `NodeSettings` names them.
+        recipe: the cloud's.
+        join: the parent, as ID@HOST:PORT.
+        listen, advertise: HOST:PORT, and the host by which others reach it if that is another.
+        revoked: the federation's revocation list.
+        message_mib: the largest message; None for what the recipe says.
 
     Raises:
         ConfigError: if an address is malformed, or the device's name.
@@ -40,13 +45,27 @@ def node_settings(
     """
     recipes.section_from_table(recipes.NodeCompute, {"device": device, "dtype": dtype})
     if recipe:
-        check_recipe(recipes.from_table(recipe))
+        check_recipe(recipe)
     tier = load_credentials(certificates, node_id=node_id).identity.tier
     host, port = _split_address("--listen", listen)
     parent = split_parent("--join", join) if join else (None, None)
-    identity: dict[str, Any] = {"node_id": node_id, "tier": tier, "folder": folder, "certificates": certificates}
-    where: dict[str, Any] = {"parent_id": parent[0], "parent_address": parent[1], "host": host, "port": port}
-    return NodeSettings(**identity, **where, recipe=dict(recipe), device=device, dtype=dtype, **others)
+    transport = recipe.transport if recipe else recipes.TransportRecipe()
+    return NodeSettings(
+        node_id=node_id,
+        tier=tier,
+        folder=folder,
+        certificates=certificates,
+        parent_id=parent[0],
+        parent_address=parent[1],
+        recipe=recipes.to_table(recipe) if recipe else {},
+        revoked=revoked,
+        host=host,
+        advertised_host=advertise,
+        port=port,
+        device=device,
+        dtype=dtype,
+        message_mib=message_mib or transport.message_mib,
+    )
 
 
 def split_parent(option: str, text: str) -> tuple[str, str]:

@@ -102,12 +102,18 @@ class Federation:
             StorageError: if the disk is full.
         """
         tunables, foundation, wall_s = await self.tunables(), await self.foundation(), self.wall_s
-        return await asyncio.to_thread(save_run, Path(folder), self.recipe, self.records, foundation, tunables, wall_s)
+        made = (foundation, tunables, wall_s, self.engine)
+        return await asyncio.to_thread(save_run, Path(folder), self.recipe, self.records, *made)
 
     async def foundation(self) -> Foundation:
         """The foundation model that was tuned."""
         foundation, _ = await asyncio.to_thread(obtain_foundation, self.recipe, lambda *_: None)
         return foundation
+
+    @property
+    def engine(self) -> str:
+        """How the nodes came to life."""
+        return self.recipe.engine
 
     @property
     def wall_s(self) -> float:

@@ -27,7 +27,8 @@ def check_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
         raise _busy(folder)
     if exists and not resume:
         raise RunError(
-            f"{folder} holds a run already; add --resume to go on with it, or choose another folder with --out"
+            f"{folder} holds a run already; choose another folder with --out, or go on with that run: "
+            f"`{resume_command(folder)}`"
         )
     if resume and not exists:
         raise RunError(f"{folder} holds no run to resume; leave --resume out to begin one there")

@@ -47,13 +47,14 @@ def save_run(
     foundation: Foundation,
     tunables: Mapping[str, Tensor],
     wall_s: float,
+    engine: str,
 ) -> Summary:
     """Write everything that outlives the federation; returns the summary."""
     begin_run(folder, recipe, resume=(folder / RECIPE).exists())
     num_labels = int(tunables["classifier.bias"].shape[0]) if "classifier.bias" in tunables else 10
     save_tuned(folder, foundation, tunables, recipe.tunables, num_labels)
     write_atomically(folder / RECORDS, b"".join(map(to_line, records)))
-    facts = gather_facts(recipe, foundation, num_labels, tunables, wall_s)
+    facts = gather_facts(recipe, foundation, num_labels, tunables, wall_s, engine)
     write_atomically(folder / FACTS, msgspec.json.encode(facts))
     return rebuild_report(folder)
 
@@ -93,7 +94,12 @@ def load_records(folder: Path) -> list[Record]:
 
 
 def gather_facts(
-    recipe: recipes.Recipe, foundation: Foundation, num_labels: int, tunables: Mapping[str, Tensor], wall_s: float
+    recipe: recipes.Recipe,
+    foundation: Foundation,
+    num_labels: int,
+    tunables: Mapping[str, Tensor],
+    wall_s: float,
+    engine: str,
 ) -> RunFacts:
     """Sizes, host, placement, and the closing measurements that the recipe asks for."""
     config = classification_config(foundation, num_labels)
@@ -104,7 +110,7 @@ def gather_facts(
         tunable_parameters=num_tunables(shape, whole),
         total_parameters=num_parameters(shape, whole) + num_adapter_parameters(shape, whole),
         wall_s=wall_s,
-        engine=recipe.engine,
+        engine=engine,
         host=describe_host_line(),
         versions=describe_host().versions,
         probe=probe_foundation(foundation, recipe) if recipe.model.source == "pretrain" else None,

@@ -37,7 +37,7 @@ def attach_tunables(model: SegmentedViT, spec: TunablesSpec) -> None:
     if spec.lora_rank and tuned:
         inject_adapter_in_model(lora_config(spec, tuned), model.whole)
     for name, parameter in model.whole.named_parameters():
-        parameter.requires_grad_(_is_tunable(name, spec))
+        parameter.requires_grad_(is_tunable(name, spec))
 
 
 def lora_config(spec: TunablesSpec, blocks: Sequence[int], **settings: object) -> LoraConfig:
@@ -115,10 +115,11 @@ def lowest_tunable_block(spec: TunablesSpec, num_blocks: int) -> int:
     return spec.first_block if spec.prompts or spec.lora_rank else num_blocks
 
 
+def is_tunable(name: str, spec: TunablesSpec) -> bool:
+    """Whether the parameter of that name trains and travels."""
+    return name.endswith(".prompts") or ".lora_" in name or (spec.head and name.startswith("classifier."))
+
+
 def _belongs(name: str, blocks: set[int], has_head: bool) -> bool:
     block = _BLOCK.match(name)
     return int(block[1]) in blocks if block else has_head and name.startswith("classifier.")
-
-
-def _is_tunable(name: str, spec: TunablesSpec) -> bool:
-    return name.endswith(".prompts") or ".lora_" in name or (spec.head and name.startswith("classifier."))

@@ -16,6 +16,7 @@ from ecogen.models.adapters import load_whole
 from ecogen.models.checkpoint import Foundation, open_foundation
 from ecogen.models.profile import model_shape
 from ecogen.models.tunables import tunables_of
+from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.node.context import (
     BOOKS,
     INSTALL,
@@ -114,7 +115,11 @@ class EdgeRole:
         folder = self._context.folder / f"backbone-{self._digest}"
         if (folder / "config.json").exists():
             return open_foundation(folder)
-        return await fetch_foundation(self._context.transport, self._cloud_id, self._config, folder)
+        names = parameter_names(self._config, [whole_segment(self._config)])
+        context = self._context
+        return await fetch_foundation(
+            context.transport, self._cloud_id, self._config, names, folder, context.worker.compute
+        )
 
     def _load(self) -> Stage:
         model = load_whole(self._foundation, self._config, self._recipe.tunables, self._recipe.seed)

@@ -73,7 +73,7 @@ class NodeSettings:
     port: int = 0
     device: str = "cpu"
     dtype: str = "float32"
-    message_mib: int = 64
+    message_mib: int = recipes.TransportRecipe.message_mib
 
 
 async def run_node(settings: NodeSettings, on_serving: Callable[[str], None]) -> None:

@@ -37,10 +37,12 @@ class Link:
         self._stream: Any = None
 
     def call(self, data: bytes, *, metadata: Any) -> Any:
+        """Begin a call; gRPC's call object, to be awaited."""
         self.connect()
         return self._call(data, metadata=metadata)
 
     def stream(self, *, metadata: Any) -> Any:
+        """Begin a stream; gRPC's call object."""
         self.connect()
         return self._stream(metadata=metadata)
 
@@ -50,6 +52,7 @@ class Link:
             start(self.close())
 
     async def close(self) -> None:
+        """Close the connection; calls in progress fail."""
         if self._channel is not None:
             await self._channel.close()
 

@@ -117,7 +117,7 @@ class GrpcTransport:
     async def call(self, node_id: str, message: Message, *, timeout_s: float | None = None) -> Message:
         """Ask a node and wait for its answer; see `Transport.call`."""
         link = self._link(node_id)
-        link.connect()
+        link.connect()  # now, so that a new connection's bytes are billed with this message
         data = self._pack(message, node_id, self._framing.request)
         try:
             async with asyncio.timeout(timeout_s):

@@ -143,7 +143,7 @@ class DeviceTuning:
 
     def _fence(self, key: AttemptKey) -> None:
         if key <= self._latest:
-            raise ProtocolError(f"attempt {key} is fenced off: {self._latest} came before it")
+            raise ProtocolError(f"attempt {key} is fenced off: attempt {self._latest} came before it")
         self._latest = key
         self._current = self._lost = None
 

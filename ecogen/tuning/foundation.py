@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from transformers import ViTConfig
 from ecogen import config as recipes
 from ecogen.errors import CheckpointError, StorageError
 from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
-from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.storage import cache_folder, make_folder, write_atomically
 from ecogen.transport.base import Transport
 from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain
 
+Compute = Callable[..., Awaitable[Any]]
 OnStep = Callable[[str, int, int, float], None]
 """Called with the phase, the step, how many there are, and the loss."""
 
@@ -49,15 +48,20 @@ def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundati
     return open_foundation(folder), _how(folder, "pre-trained in")
 
 
-async def fetch_foundation(transport: Transport, node_id: str, config: ViTConfig, folder: Path) -> Foundation:
-    """The whole backbone from another node, written into a folder.
+async def fetch_foundation(
+    transport: Transport, node_id: str, config: ViTConfig, names: list[str], folder: Path, compute: Compute
+) -> Foundation:
+    """The named tensors of the backbone from another node, written into a folder.
+
+    Args:
+        compute: runs a function on a thread.
 
     Raises:
         CheckpointError: if it was not sent whole.
         NodeLostError: if the node is lost.
     """
-    tensors = await fetch_tensors(transport, node_id, parameter_names(config, [whole_segment(config)]))
-    await asyncio.to_thread(save_tensors, folder / "model.safetensors", tensors)
+    tensors = await fetch_tensors(transport, node_id, names)
+    await compute(save_tensors, folder / "model.safetensors", tensors)
     write_atomically(folder / "config.json", json.dumps(config.to_dict()))
     return open_foundation(folder)
 

@@ -21,6 +21,9 @@ class AttemptKey(msgspec.Struct, frozen=True, order=True):
     round_index: int
     attempt: int
 
+    def __str__(self) -> str:
+        return f"{self.attempt} of round {self.round_index + 1}"
+
 
 class TuneOrder(msgspec.Struct, frozen=True):
     """Edge to each device of a cluster: do your part of the local steps. Tensors: the tunables of its segments.

@@ -27,11 +27,16 @@ Evaluate = Callable[[Tunables], float | None]
 
 @dataclass
 class CloudState:
-    """What the cloud knows after its last average; `round_index` -1 is the start."""
+    """What the cloud knows after its last average.
+
+    Attributes:
+        round_index: of that average; -1 is the start.
+        counted: the last round in which each edge was counted.
+    """
 
     tunables: Tunables
     round_index: int = -1
-    counted: list[str] = field(default_factory=list)
+    counted: dict[str, int] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write it atomically."""
@@ -81,8 +86,7 @@ class CloudSync:
             self._pending.setdefault(order.round_index, {})[peer.node_id] = update
             await self._members.wake()
             await asyncio.shield(self._close(order.round_index))
-        counted = order.round_index < self.state.round_index or peer.node_id in self.state.counted
-        counted = counted and order.round_index == self.state.round_index
+        counted = self.state.counted.get(peer.node_id) == order.round_index
         if not counted:
             self._fence(peer.node_id, order.round_index)
         result = SyncResult(self.state.round_index, counted)
@@ -101,7 +105,7 @@ class CloudSync:
         tunables = await self._worker.compute(aggregate, updates)
         accuracy = await self._worker.compute(self._evaluate, tunables)
         members = sorted(update.sender_id for update in updates)
-        self.state = CloudState(tunables, round_index, members)
+        self.state = CloudState(tunables, round_index, self.state.counted | dict.fromkeys(members, round_index))
         await self._worker.compute(self.state.save, self._path)
         self._publish(self._record(updates, members, accuracy, time.perf_counter() - began_s))
 
@@ -146,5 +150,5 @@ class CloudSync:
         )
 
     def _fence(self, node_id: str, round_index: int) -> None:
-        detail = f"its update came after the round was closed with {', '.join(self.state.counted)}"
+        detail = f"its update came after the cloud had closed round {round_index + 1} without it"
         self._publish(EventRecord("fenced", node_id, round_index, detail, time.time()))

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from ecogen.config import Recipe
+from ecogen.engines.by_hand import node_settings
 from ecogen.models.checkpoint import load_tensors
 from tests import runs
 from tests.command import Ran, save_recipe, started
@@ -78,6 +79,10 @@ def test_four_nodes_started_by_hand_tune_to_the_end(
     )
     assert ran.code == 0, ran.err
     assert ran.figures["accuracy"]["last"] is not None
+    assert ran.figures["engine"] == "by hand"
+    again = ecogen("watch", f"cloud@{cloud_address}", "--certs", certificates / "operator", "--out", tmp_path / "run")
+    assert again.code == 2
+    assert "holds a run already; choose another folder with --out" in again.err
     together = asyncio.run(runs.run(recipe, tmp_path / "together"))
     assert ran.figures["accuracy"]["per_round"] == [r.accuracy for r in together.rounds("cloud")]
     apart = load_tensors(tmp_path / "run" / "tunables.safetensors")
@@ -96,7 +101,10 @@ def answered_from(run: Path, ecogen: EcoGen, tmp_path: Path) -> None:
     assert "finished after" in ecogen("status", run).out
     assert ecogen("report", run).code == 0
     Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
-    assert "white.png: " in ecogen("predict", run, tmp_path / "white.png").out
+    assert not [name for name in load_tensors(run / "backbone" / "model.safetensors") if "classifier" in name]
+    predicted = ecogen("predict", run, tmp_path / "white.png")
+    assert "white.png: " in predicted.out
+    assert "UNEXPECTED" not in predicted.out + predicted.err
 
 
 def refuse_wrong_certificates(ecogen: EcoGen, certificates: Path, tmp_path: Path, joining: tuple[str, str]) -> None:
@@ -145,9 +153,21 @@ def test_a_port_in_use(ecogen: EcoGen, certificates: Path, tmp_path: Path) -> No
     assert "choose another port" in ran.err
 
 
+@pytest.mark.parametrize(("said", "limit"), [(None, 32), (16, 16)])
+def test_a_cloud_takes_its_largest_message_from_the_recipe_unless_told(
+    recipe_of: RecipeOf, certificates: Path, tmp_path: Path, said: int | None, limit: int
+) -> None:
+    cloud = node_settings(
+        *("cloud", certificates / "cloud", tmp_path / "disk", recipe_of(transport={"message_mib": 32})),
+        **{"join": None, "listen": "127.0.0.1:0", "device": "cpu", "dtype": "float32", "message_mib": said},
+    )
+    assert cloud.message_mib == limit
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["--message-mib", "4", "--join", "cloud@h:1"], "'--message-mib': Input should be greater than or equal to 8"),
         (["--join", "cloud"], "--join: 'cloud' is not ID@HOST:PORT"),
         (["--join", "cloud@host:x"], "--join: 'cloud@host:x' is not ID@HOST:PORT"),
         (["--listen", "7000", "--join", "cloud@h:1"], "--listen: '7000' is not HOST:PORT"),

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ecogen.errors import ConfigError
-from ecogen.runtime.stage import OptimizerSettings, Stage, clip_scale, resolve_device
+from ecogen.placement import Segment
+from ecogen.runtime.stage import MicrobatchKey, OptimizerSettings, Stage, clip_scale, resolve_device
+from ecogen.tuning.data import Examples
 from tests.plain import PlainModel
 from tests.tiny import tiny_vit
 from tests.tuning.clusters import Case, random_batches, random_tunables, stages_of, tune_cluster
@@ -52,6 +54,39 @@ def test_a_chain_in_bfloat16_learns_nearly_the_same() -> None:
     exact, rough = (torch.cat([tensor.flatten() for tensor in t.tunables.values()]) for t in tuned)
     start = torch.cat([tensor.flatten() for tensor in random_tunables(CASE).values()])
     assert torch.nn.functional.cosine_similarity(exact - start, rough - start, dim=0) > 0.8
+
+
+def test_what_a_node_received_is_never_written_into() -> None:
+    """Tensors of a message are views of its bytes, which another message may share."""
+    whole = Case(3)
+    (batch,) = random_batches(1, 8)
+    begun = random_tunables(whole)
+    stage = stage_of(whole, begun)
+    learn(stage, batch)
+    handed = stage.hand_over(whole.placement.visits[0].segment)
+    assert any("@exp_avg" in name for name in handed)
+    received = {name: tensor.clone() for name, tensor in handed.items()}
+    other = stage_of(whole, random_tunables(whole))
+    other.take_over(received)
+    learn(other, batch)
+    for name, tensor in random_tunables(whole).items():
+        assert torch.equal(begun[name], tensor), name
+    for name, tensor in handed.items():
+        assert torch.equal(received[name], tensor), name
+
+
+def stage_of(case: Case, tunables: dict[str, torch.Tensor]) -> Stage:
+    (stage,) = stages_of(case).values()
+    stage.begin(tunables, SETTINGS)
+    return stage
+
+
+def learn(stage: Stage, batch: Examples) -> None:
+    """One local step."""
+    segment, key = Segment(0, 3, has_embedding=True, has_head=True), MicrobatchKey(0, 0, 0)
+    stage.loss(key, segment, batch.images, batch.labels, len(batch), input_grads=False)
+    stage.backward(key, None)
+    stage.step(stage.squared_norm(segment))
 
 
 @pytest.mark.parametrize("name", ["cuda:7", "cuda:99"])

@@ -90,6 +90,16 @@ async def test_a_lost_edge_is_waited_for_a_while_and_its_late_update_fenced(clou
     assert len(cloud.rounds) == 1
 
 
+async def test_an_edge_that_was_counted_and_comes_back_after_a_later_round_is_not_fenced(cloud: Cloud) -> None:
+    await asyncio.gather(cloud.send("edge-0", 0, 1.0, 30), cloud.send("edge-1", 0, 5.0, 10))
+    await cloud.members.lose("edge-1", "silent")
+    await cloud.send("edge-0", 1, 4.0, 30)
+    assert await cloud.send("edge-1", 0, 5.0, 10) == (4.0, SyncResult(1, True))
+    assert cloud.events("fenced") == []
+    assert await cloud.send("edge-1", 1, 5.0, 10) == (4.0, SyncResult(1, False))
+    assert cloud.events("fenced") == ["edge-1"]
+
+
 async def test_a_slow_edge_that_lives_is_waited_for(cloud: Cloud) -> None:
     early = asyncio.create_task(cloud.send("edge-0", 0, 1.0, 10))
     await asyncio.sleep(0.15)
