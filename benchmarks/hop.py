@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import Spread, circumstances, interleaved, wait_until_quiet, write_result
+from ecogen.transport.authority import create_authority, issue
 from ecogen.transport.base import Message, Peer, Stream, Transport
-from ecogen.transport.certs import create_authority, issue, load_credentials
+from ecogen.transport.credentials import load_credentials
 from ecogen.transport.memory import MemoryNetwork
 from ecogen.transport.wire import GrpcTransport
 

@@ -201,7 +201,7 @@ def certs_init(
     federation: Annotated[str, typer.Option(metavar="NAME", help="Its federation's name.")] = "ecogen",
 ) -> None:
     """Make a federation's authority, which issues certificates."""
-    from ecogen.transport.certs import create_authority
+    from ecogen.transport.authority import create_authority
 
     create_authority(directory, federation)
     print(f"made the authority of {federation!r} in {directory}")
@@ -216,7 +216,7 @@ def certs_issue(
     valid_days: Annotated[int, typer.Option(metavar="DAYS", min=1, max=36_500, help="How long it is valid.")] = 365,
 ) -> None:
     """Issue a certificate that names a node and its tier."""
-    from ecogen.transport.certs import issue, load_authority
+    from ecogen.transport.authority import issue, load_authority
 
     identity = issue(load_authority(directory), node_id, tier, out, valid_days=valid_days)
     print(f"issued {identity.uri} to {out}; move that folder to the node, and nothing else")
@@ -228,7 +228,8 @@ def certs_revoke(
     node_id: Annotated[str, typer.Argument(metavar="NODE_ID", help="Who shall not come in any more.")],
 ) -> None:
     """Revoke every certificate of a node."""
-    from ecogen.transport.certs import REVOKED, load_authority, revoke
+    from ecogen.transport.authority import load_authority, revoke
+    from ecogen.transport.credentials import REVOKED
 
     revoked = revoke(load_authority(directory), node_id)
     print(f"revoked {len(revoked)} of {node_id!r}; give the other nodes {directory / REVOKED}")
@@ -237,7 +238,7 @@ def certs_revoke(
 @certs_app.command("show")
 def certs_show(directory: AuthorityFolder) -> None:
     """List the certificates that an authority has issued."""
-    from ecogen.transport.certs import issued, load_authority
+    from ecogen.transport.authority import issued, load_authority
 
     for entry in issued(load_authority(directory)):
         print(json.dumps(_plain(entry)))

@@ -20,8 +20,8 @@ from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.node.cloud import Status
 from ecogen.node.context import DESCRIBE, OPERATOR, STATUS, Welcome
 from ecogen.transport.base import Message, Peer, Transport
-from ecogen.transport.certs import load_credentials
 from ecogen.transport.codec import Limits
+from ecogen.transport.credentials import load_credentials
 from ecogen.transport.wire import GrpcTransport
 from ecogen.tuning.foundation import fetch_foundation
 

@@ -12,7 +12,7 @@ from ecogen import config as recipes
 from ecogen.engines.check import check_recipe
 from ecogen.errors import ConfigError
 from ecogen.node.process import NodeSettings, run_node
-from ecogen.transport.certs import load_credentials
+from ecogen.transport.credentials import load_credentials
 
 
 def node_settings(

@@ -23,7 +23,7 @@ from ecogen.node.device import ASK, Ask, Asked
 from ecogen.records import Record, RoundRecord, from_line
 from ecogen.reports.summary import Summary
 from ecogen.transport.base import Message, Peer, Stream, Transport
-from ecogen.transport.certs import load_credentials
+from ecogen.transport.credentials import load_credentials
 from ecogen.transport.wire import GrpcTransport
 from ecogen.tuning.foundation import obtain_foundation
 

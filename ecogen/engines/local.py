@@ -25,9 +25,10 @@ from ecogen.node.context import OPERATOR
 from ecogen.node.process import LOG, NodeSettings, main_of_child, problem_of_table
 from ecogen.storage import make_folder
 from ecogen.topology import Tier
+from ecogen.transport.authority import create_authority, issue, load_authority
 from ecogen.transport.base import Peer
-from ecogen.transport.certs import create_authority, issue, load_authority, load_credentials
 from ecogen.transport.codec import Limits
+from ecogen.transport.credentials import load_credentials
 from ecogen.transport.wire import GrpcTransport
 from ecogen.units import MIB
 

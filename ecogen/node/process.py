@@ -32,8 +32,8 @@ from ecogen.runtime.worker import Worker
 from ecogen.storage import make_folder, storage_error
 from ecogen.topology import Tier
 from ecogen.transport.base import Peer
-from ecogen.transport.certs import load_credentials
 from ecogen.transport.codec import Limits
+from ecogen.transport.credentials import load_credentials
 from ecogen.transport.failures import failure_of, rebuild
 from ecogen.transport.wire import GrpcTransport
 from ecogen.units import MIB

@@ -12,7 +12,7 @@ from cryptography import x509
 
 from ecogen.errors import AuthenticationError
 from ecogen.transport.base import Peer
-from ecogen.transport.certs import TIERS, Credentials, Identity, Revocations, identity_of, load_revocations
+from ecogen.transport.credentials import TIERS, Credentials, Identity, Revocations, identity_of, load_revocations
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import grpc.aio
 
 from ecogen.errors import AuthenticationError, EcoGenError, NodeLostError, TransportError
 from ecogen.transport.base import Message, Peer, Service, Stream, TrafficCounter
-from ecogen.transport.certs import Credentials, host_name
 from ecogen.transport.channel import ACCEPTED, SERVICE, Link, Options, connected, keep_freed_memory, options, outcome
 from ecogen.transport.codec import DEFAULT_LIMITS, Limits, decode, encode
+from ecogen.transport.credentials import Credentials, host_name
 from ecogen.transport.failures import answer, check_sender, failure_message, internal_error, raise_failure
 from ecogen.transport.framing import Framing, metadata_bytes
 from ecogen.transport.gate import CLAIMED_NODE, CLAIMED_TIER, Context, Gate
@@ -40,7 +40,7 @@ class GrpcTransport:
 
     Args:
         peer: who this node is; its certificate must say the same.
-        credentials: from `certs.load_credentials`; required unless `insecure`.
+        credentials: from `load_credentials`; required unless `insecure`.
         revoked: the federation's revocation list.
         host, port: where to listen; port 0 takes a free one.
         advertised_host: under which host others reach this node, where it is not `host`.

@@ -1,4 +1,4 @@
-"""One federation's certificates for all tests of the transport."""
+"""Certificates for the tests of the transport: one federation's for all of them, and a new one for each that asks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ecogen.transport.certs import Authority, create_authority, issue
+from ecogen.transport.authority import Authority, create_authority, issue
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +23,11 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def nodes(authority: Authority) -> Path:
     """The directory with the nodes' directories."""
     return authority.directory.parent
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Authority:
+    """An authority of this test alone, beside whose directory lies that of node end-1 (end)."""
+    authority = create_authority(tmp_path / "authority", "lab")
+    issue(authority, "end-1", "end", tmp_path / "end-1")
+    return authority

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ecogen.errors import ConfigError, NodeLostError, PlacementError, TransportError
 from ecogen.transport.base import Message, Peer, Stream
-from ecogen.transport.certs import load_credentials
+from ecogen.transport.credentials import load_credentials
 from ecogen.transport.wire import GrpcTransport
 
 

@@ -15,8 +15,8 @@ import torch
 
 from ecogen.errors import ConfigError, NodeLostError, PlacementError, ProtocolError, TransportError
 from ecogen.transport.base import Message, Peer, Transport
-from ecogen.transport.certs import load_credentials
 from ecogen.transport.codec import Limits
+from ecogen.transport.credentials import load_credentials
 from ecogen.transport.memory import MemoryNetwork
 from ecogen.transport.wire import GrpcTransport
 from tests.transport.echo import Echo

@@ -16,9 +16,10 @@ import torch
 
 from ecogen.errors import AuthenticationError, NodeLostError, ProtocolError, TransportError
 from ecogen.transport import codec
+from ecogen.transport.authority import Authority, create_authority, issue, revoke
 from ecogen.transport.base import Message, Peer
-from ecogen.transport.certs import Authority, create_authority, issue, load_credentials, revoke
 from ecogen.transport.codec import Limits
+from ecogen.transport.credentials import load_credentials
 from ecogen.transport.wire import GrpcTransport
 from tests.transport.echo import Echo
 
@@ -145,15 +146,15 @@ async def test_no_certificate_and_others_certificates(nodes: Path) -> None:
 
 async def test_certificates_of_another_federation_or_tier_are_refused(authority: Authority, tmp_path: Path) -> None:
     """Signed by our authority, as by a mistake or a break-in, but not of ours."""
-    from ecogen.transport import certs
+    from ecogen.transport import authority as issuing
 
     service, end = Echo(), transport(authority.directory.parent / "end-1", "end")
-    names = certs._alternative_names
+    names = issuing._alternative_names
     async with closing(end):
         address = await end.serve(service)
         for federation, tier, says in (("field", "edge", "of federation 'field', not 'lab'"), ("lab", "fog", "tier")):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(certs, "_alternative_names", lambda *_, f=federation, t=tier: names(f, t, "edge-1"))
+                patch.setattr(issuing, "_alternative_names", lambda *_, f=federation, t=tier: names(f, t, "edge-1"))
                 issue(authority, "edge-1", "edge", tmp_path / "edge-1")
             stranger = transport(tmp_path / "edge-1", tier)
             async with closing(stranger):
