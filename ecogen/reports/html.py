@@ -17,6 +17,7 @@ from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.reports import drawing, plots, tables
 from ecogen.reports.summary import RunFacts, Summary, round_indices, summarise
+from ecogen.reports.timeline import notable_events, start_s, timeline
 from ecogen.reports.toml import to_toml
 from ecogen.reports.wording import (
     format_count,
@@ -128,7 +129,7 @@ def _figures(records: Sequence[Record], ledger: Ledger, topology: Topology, fact
     if any(record.loss is not None for record in rounds):
         figures["loss"] = plots.loss(records, topology)
     if rounds:
-        figures["timeline"] = plots.timeline(records, topology)
+        figures["timeline"] = timeline(records, topology)
     if ledger.traffic():
         figures["traffic_by_kind"] = plots.traffic_by_kind(ledger)
         figures["traffic_by_link"] = plots.traffic_by_link(ledger)
@@ -160,7 +161,7 @@ def _tables(records: Sequence[Record], ledger: Ledger, topology: Topology, facts
         "phases": tables.bills_table("Energy and emissions by phase", "phase", ledger.by_phase(), phase_name),
         "nodes": tables.bills_table("Energy and emissions by node", "node", ledger.by_node()),
         "latency": tables.latency_table(records, topology),
-        "events": tables.events_table(plots.notable_events(records), rounds.start, plots.start_s(records)),
+        "events": tables.events_table(notable_events(records), rounds.start, start_s(records)),
         "places": tables.sites_table(topology),
         "links": tables.links_table(topology),
         "placement": tables.placement_table(topology, facts.placements),

@@ -15,9 +15,9 @@ from ecogen.accounting.ledger import Ledger, settle
 from ecogen.config import Recipe, build_topology, load
 from ecogen.errors import StorageError
 from ecogen.records import EventRecord, Record, RoundRecord
-from ecogen.reports import plots
 from ecogen.reports.html import render_report, write_report
 from ecogen.reports.summary import RunFacts
+from ecogen.reports.timeline import timeline
 from ecogen.topology import Cluster, Topology
 from tests.reports.conftest import RunOfRecords, attack, placements_of, recipe_with
 
@@ -136,9 +136,9 @@ def test_events_without_rounds_still_make_a_report(
 
 
 def test_records_without_time_are_drawn_by_round(records: list[Record], topology: Topology) -> None:
-    assert "seconds since" in plots.timeline(records, topology)
+    assert "seconds since" in timeline(records, topology)
     timeless = [msgspec.structs.replace(record, time_s=0.0) for record in records]
-    assert "seconds since" not in plots.timeline(timeless, topology)
+    assert "seconds since" not in timeline(timeless, topology)
 
 
 def test_an_event_far_outside_the_rounds_stays_on_the_timeline(records: list[Record], topology: Topology) -> None:
@@ -146,7 +146,7 @@ def test_an_event_far_outside_the_rounds_stays_on_the_timeline(records: list[Rec
     early = EventRecord("lost", "edge-1", 0, time_s=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns where something off the canvas spoils the layout
-        plots.timeline([*records, early, late], topology)
+        timeline([*records, early, late], topology)
 
 
 def test_hostile_names_are_only_words(facts: RunFacts) -> None:
