@@ -89,7 +89,7 @@ async def test_certificates_of_another_federation_or_tier_are_refused(authority:
         assert service.peers == []
 
 
-async def test_a_sender_cannot_claim_to_be_another(nodes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sender_cannot_claim_to_be_another(nodes: Path) -> None:
     edge, end, service = transport(nodes / "edge-1", "edge"), *end_node(nodes)
     async with closing(edge, end):
         edge.learn("end-1", await end.serve(service))
