@@ -122,6 +122,14 @@ def test_unknown_zone(ecogen: EcoGen, recipe_of: RecipeOf, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+def test_too_few_examples_are_found_before_anything_is_begun(
+    ecogen: EcoGen, recipe_of: RecipeOf, tmp_path: Path
+) -> None:
+    recipe = save_recipe(recipe_of(data={"train": 1700, "validation": 97}), tmp_path / "r.toml")
+    refused(ecogen("run", recipe, "--out", tmp_path / "run"), "leave no test examples of 1797; lower one of them")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_does_not_fit(ecogen: EcoGen, recipe_of: RecipeOf, tmp_path: Path) -> None:
     """It says which segment, by how much, and what would fit; and leaves nothing that blocks the next try."""
     name, folder = "edge-0.cluster-0.device-1", tmp_path / "run"
@@ -219,7 +227,8 @@ def test_a_damaged_disk_of_a_node(ecogen: EcoGen, damaged: Path, name: str) -> N
 def test_pictures_that_are_none(ecogen: EcoGen, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     refused(ecogen("predict", finished, tmp_path / "text.png"), "text.png", "PNG")
-    refused(ecogen("predict", finished, tmp_path / "none.png"), "none.png", "no such file")
+    missing = (tmp_path / "none.png", tmp_path, tmp_path / "nothing.png")
+    refused(ecogen("predict", finished, *missing), "no such file", *map(str, missing))
     refused(ecogen("predict", finished, tmp_path), "give PNG files")
     assert ecogen("predict", finished, tmp_path / "text.png", "--engine", "rays").code == 2
 

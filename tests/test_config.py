@@ -93,6 +93,10 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ("[pretraining]\nsteps = -3", "pretraining.steps: input should be greater than or equal to 1, not -3"),
         ("[pretraining]\nstep = 3", "pretraining.step: unknown key; did you mean 'steps'?"),
         ("[model]\nhidden_size = 6\nnum_heads = 2", "model.hidden_size: input should be a multiple of 4, not 6"),
+        ("[evaluation]\ninversion = 'maybe'", "evaluation.inversion: input should be true or false, not 'maybe'"),
+        ("seed = 9223372036854775808", "seed: input should be less than 9223372036854775808"),
+        ("name = '..'", "name: string should match pattern"),
+        ("[topology.sites.cloud]\npue = inf", "topology.sites.cloud.pue: input should be a finite number"),
         ("[tuning]\nlearning_rate = inf", "tuning.learning_rate: input should be a finite number, not inf"),
     ],
 )
@@ -138,13 +142,23 @@ def test_a_value_can_be_set_from_outside(override: str, place: tuple[str, ...], 
 
 @pytest.mark.parametrize("override", ["tuning.rounds", "=3", "name.part=1", "tuning..rounds=1", "a b=1"])
 def test_an_override_that_is_none_is_refused(override: str) -> None:
-    with pytest.raises(ConfigError, match="--set: 1 problem"):
+    with pytest.raises(ConfigError, match=r"recipe 'digits': 1 problem\n  --set: "):
         load("digits", ["name=x", override])
 
 
 def test_all_overrides_that_are_none_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match="--set: 2 problems"):
-        load("digits", ["tuning.rounds", "name=x", "a b=1"])
+    with pytest.raises(ConfigError) as caught:
+        load("digits", ["tuning.rounds", "name.y=x", "a b=1", "tuning.batch_size=0", "seed.x=1", "topology.edges=0"])
+    assert [problem.partition(" is ")[0] for problem in caught.value.problems[:4]] == [
+        "--set: 'tuning.rounds'",
+        "--set: 'a b'",
+        "--set: name.y: 'name'",
+        "--set: seed.x: 'seed'",
+    ]
+    assert {problem.partition(":")[0] for problem in caught.value.problems[4:]} == {
+        "tuning.batch_size",
+        "topology.edges",
+    }
 
 
 def test_an_override_holds_one_value() -> None:
@@ -167,6 +181,14 @@ def test_a_file_that_is_missing_or_no_toml_says_so(tmp_path: Path) -> None:
         load(tmp_path / "binary.toml")
     with pytest.raises(ConfigError, match="cannot read it"):
         load("digitz")
+
+
+def test_what_is_no_table_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="it is empty; a recipe says at least its name"):
+        load(tmp_path / "empty.toml")
+    with pytest.raises(ConfigError, match=r"the whole: input should be a section, not \[\]"):
+        from_table([])  # type: ignore[arg-type]
 
 
 def test_the_topology_is_as_large_as_the_recipe_says() -> None:

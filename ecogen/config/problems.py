@@ -22,6 +22,8 @@ _WORDS = {
     "tuple_type": "input should be a list",
     "int_parsing": "input should be a whole number",
     "int_from_float": "input should be a whole number",
+    "bool_parsing": "input should be true or false",
+    "bool_type": "input should be true or false",
 }
 """What the types of pydantic's problems are called here, where its own words are those of Python."""
 
@@ -122,7 +124,7 @@ def _value(recipe: Recipe, place: str) -> int:
 
 def _sentence(place: Place, problems: Sequence[Any]) -> str:
     """One problem, or what each branch of a union has against the same value."""
-    kind, at, key = problems[0]["type"], ".".join(place), place[-1]
+    kind, at, key = problems[0]["type"], ".".join(place) or "the whole", place[-1] if place else ""
     if kind == "missing":
         return f"{at}: is required"
     is_unknown = kind == "unexpected_keyword_argument"

@@ -37,12 +37,16 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:
         raise ConfigError([f"not TOML: {problem}"], name) from problem
-    _override(table, overrides)
-    return from_table(table, name)
+    if not table:
+        raise ConfigError(["it is empty; a recipe says at least its name"], name)
+    return from_table(table, name, _override(table, overrides))
 
 
-def from_table(table: Mapping[str, Any], source: str = "recipe") -> Recipe:
+def from_table(table: Mapping[str, Any], source: str = "recipe", found: Sequence[str] = ()) -> Recipe:
     """A recipe from nested dictionaries, validated in one pass.
+
+    Args:
+        found: problems that are known already, to be told with the others.
 
     Raises:
         ConfigError: with every problem and its place.
@@ -50,8 +54,8 @@ def from_table(table: Mapping[str, Any], source: str = "recipe") -> Recipe:
     try:
         recipe = _RECIPE.validate_python(table)
     except ValidationError as error:
-        raise ConfigError(problems_of(table, error), source) from None
-    problems = [contradiction.text for contradiction in contradictions(recipe)]
+        raise ConfigError([*found, *problems_of(table, error)], source) from None
+    problems = [*found] + [contradiction.text for contradiction in contradictions(recipe)]
     if problems:
         raise ConfigError(problems, source)
     return recipe
@@ -99,8 +103,8 @@ def _read(source: str | Path) -> tuple[str, str]:
         raise ConfigError([f"cannot read it: {reason}; built-in recipes: {names}"], str(source)) from problem
 
 
-def _override(table: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Put values from outside into a recipe's table.
+def _override(table: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Put values from outside into a recipe's table; returns what is wrong with them.
 
     Counts go first, and take along what the recipe says of nodes beyond them; what the caller says of such nodes stays,
     to be refused.
@@ -110,16 +114,13 @@ def _override(table: dict[str, Any], overrides: Sequence[str]) -> None:
         try:
             settings.append(_setting(override))
         except ValueError as problem:
-            problems.append(str(problem))
-    if problems:
-        raise ConfigError(problems, "--set")
+            problems.append(f"--set: {problem}")
     counts = [(parts, value) for parts, value in settings if parts[:-1] == ["topology"] and parts[-1] in _COUNTS]
-    for parts, value in counts:
-        _put(table, parts, value)
-    if counts:
+    blocked = [_put(table, *setting) for setting in counts]
+    if counts and isinstance(table["topology"], dict):
         _drop_beyond(table)
-    for parts, value in settings:
-        _put(table, parts, value)
+    blocked += [_put(table, *setting) for setting in settings if setting not in counts]
+    return problems + [f"--set: {problem}" for problem in blocked if problem]
 
 
 def _setting(override: str) -> tuple[list[str], Any]:
@@ -134,13 +135,15 @@ def _setting(override: str) -> tuple[list[str], Any]:
     return _parts(key), value["value"] if value.keys() == {"value"} else text
 
 
-def _put(table: dict[str, Any], parts: Sequence[str], value: Any) -> None:
+def _put(table: dict[str, Any], parts: Sequence[str], value: Any) -> str:
+    """Set one value; returns what is in the way, if something is."""
     *path, last = parts
     for part in path:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError([f"{'.'.join(parts)}: {part!r} is a value, not a section"], "--set")
+            return f"{'.'.join(parts)}: {part!r} is a value, not a section"
     table[last] = value
+    return ""
 
 
 def _parts(key: str) -> list[str]:

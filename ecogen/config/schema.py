@@ -18,6 +18,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -44,7 +45,7 @@ class Model:
 class Pretraining:
     """How the cloud pre-trains the foundation model on unlabelled glyphs: arguments of `tuning.pretrain.pretrain`."""
 
-    seed: Natural = 0
+    seed: Seed = 0
     steps: Count = 700
     batch_size: Annotated[int, Field(ge=2, le=1302)] = 64  # no more than there are glyphs
     temperature: Positive = 0.1
@@ -78,7 +79,7 @@ class SiteProfile:
     """Where nodes stand. Zones are those of `accounting.intensity`."""
 
     zone: str = "WORLD"
-    pue: Annotated[float, Field(ge=1)] = 1.0
+    pue: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -190,17 +191,16 @@ class Evaluation:
 class TransportRecipe:
     """Limits between nodes."""
 
-    message_mib: Annotated[int, Field(ge=8, le=2047)] = (
-        64  # the largest message: two pieces of a delivery .. gRPC's end
-    )
+    # The largest message, both ways: a piece of a delivery (`runtime.delivery`) needs 4 MiB, and gRPC ends at 2 GiB.
+    message_mib: Annotated[int, Field(ge=8, le=2047)] = 64
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """A complete run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
-    seed: Natural = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    seed: Seed = 0
     engine: Literal["inproc", "local"] = "inproc"
     model: Model = field(default_factory=Model)
     pretraining: Pretraining = field(default_factory=Pretraining)

@@ -72,7 +72,7 @@ class AttachedFederation(Federation):
         names = parameter_names(config, [whole_segment(config)])
         names = [name for name in names if not is_tunable(name, self.recipe.tunables)]  # a tuned head is no backbone's
         transport, cloud_id = self._engine.transport, self.topology.cloud_id
-        return await fetch_foundation(transport, cloud_id, config, names, self.folder, asyncio.to_thread)
+        return await fetch_foundation(transport, cloud_id, config, names, self.folder, asyncio.to_thread, counted=False)
 
     @property
     def engine(self) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from ecogen import config as recipes
 from ecogen.engines.federation import Federation
+from ecogen.engines.run_folder import NODES
 from ecogen.metering.meter import CpuMeter
 from ecogen.node.build import build_role
 from ecogen.node.context import OPERATOR, NodeContext
@@ -47,7 +48,7 @@ class InprocEngine:
         worker = Worker(CpuMeter(node_id, "thread"), transport.counter, self._executor)
         compute = recipes.compute_of(self._recipe, node_id)
         context = NodeContext(
-            node_id, make_folder(self._folder / "nodes" / node_id), transport, worker, compute.device, compute.dtype
+            node_id, make_folder(self._folder / NODES / node_id), transport, worker, compute.device, compute.dtype
         )
         node = Node(context, build_role(context, tier, parent_id, self._recipe, self._tuned))
         address = await node.serve()

@@ -20,6 +20,7 @@ from typing import Any
 from ecogen import config as recipes
 from ecogen.engines.federation import Federation
 from ecogen.engines.forking import fork_server
+from ecogen.engines.run_folder import NODES
 from ecogen.errors import EcoGenError, NodeLostError, RunError, TransportError
 from ecogen.node.context import OPERATOR
 from ecogen.node.process import LOG, NodeSettings, main_of_child, problem_of_table
@@ -151,7 +152,7 @@ class LocalEngine:
             self._failure = self._failure or EcoGenError(f"{node_id} cannot be started again: {problem!r}; --resume")
 
     def _given_up(self, node_id: str, death: str) -> RunError:
-        log = self._folder / "nodes" / node_id / LOG
+        log = self._folder / NODES / node_id / LOG
         return RunError(
             f"{node_id} {death}, for the {_MAX_DEATHS}th time and soon after its start; "
             f"look into {log} and at the machine's memory, then --resume"
@@ -208,7 +209,7 @@ class LocalEngine:
         settings = NodeSettings(
             node_id,
             node.tier.value,
-            self._folder / "nodes" / node_id,
+            self._folder / NODES / node_id,
             self._certificates / node_id,
             port=port,
             device=compute.device,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ecogen import config as recipes
 from ecogen.errors import ConfigError, RunError, StorageError
 from ecogen.reports.toml import to_toml
-from ecogen.storage import make_folder, write_atomically
+from ecogen.storage import append_line, make_folder, read_lines, write_atomically
 
 RECIPE, RECIPE_TOML, LOCK, RUNNING = "recipe.json", "recipe.toml", ".lock", "running.json"
+NODES, LAUNCHES, SUMMARY = "nodes", "launches.jsonl", "summary.json"
 
 
 def check_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
@@ -22,18 +24,30 @@ def check_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
     Raises:
         RunError: if there is a run already and it is not to be resumed, or it is of another recipe.
     """
-    exists = (folder / RECIPE).exists()
+    if not resume:
+        check_free(folder)
+        return
     if is_running(folder):
         raise _busy(folder)
-    if exists and not resume:
-        raise RunError(
-            f"{folder} holds a run already; choose another folder with --out, or go on with that run: "
-            f"`{resume_command(folder)}`"
-        )
-    if resume and not exists:
+    if not (folder / RECIPE).exists():
         raise RunError(f"{folder} holds no run to resume; leave --resume out to begin one there")
-    if resume:
-        _check_same(recipe, load_recipe(folder), folder)
+    if _is_of_others(folder):
+        raise RunError(f"{folder} holds a finished run without its nodes' disks; there is nothing to go on with")
+    check_same(recipe, folder)
+
+
+def check_free(folder: Path) -> None:
+    """Check that the folder holds no run.
+
+    Raises:
+        RunError: if it does.
+    """
+    if is_running(folder):
+        raise _busy(folder)
+    if not (folder / RECIPE).exists():
+        return
+    going_on = "" if _is_of_others(folder) else f", or go on with that run: `{resume_command(folder)}`"
+    raise RunError(f"{folder} holds a run already; choose another folder with --out{going_on}")
 
 
 def begin_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
@@ -44,10 +58,42 @@ def begin_run(folder: Path, recipe: recipes.Recipe, *, resume: bool) -> None:
         StorageError: if the disk is full.
     """
     if resume:
-        _check_same(recipe, load_recipe(folder), folder)
+        check_same(recipe, folder)
+    write_recipe(folder, recipe)
+    append_line(folder / LAUNCHES, json.dumps({"time_s": time.time()}).encode() + b"\n")
+
+
+def write_recipe(folder: Path, recipe: recipes.Recipe) -> None:
+    """The resolved recipe, for programs and for people."""
     table = recipes.to_table(recipe)
     write_atomically(folder / RECIPE_TOML, to_toml(table))
     write_atomically(folder / RECIPE, json.dumps(table, indent=2))
+
+
+def earlier_s(folder: Path, times_s: Sequence[float]) -> float:
+    """How long a resumed run went on before it was resumed last, each time until the last record of it.
+
+    Args:
+        times_s: of all its records.
+    """
+    launches: list[float] = [json.loads(line)["time_s"] for line in read_lines(folder / LAUNCHES)]
+    ends = [max([time_s for time_s in times_s if time_s < later], default=0.0) for later in launches[1:]]
+    return sum(max(0.0, end - began) for began, end in zip(launches[:-1], ends, strict=True))
+
+
+def check_same(recipe: recipes.Recipe, folder: Path) -> None:
+    """A run is resumed with its own recipe; only what changes no result may be another.
+
+    Raises:
+        RunError: with what differs.
+    """
+    new, old = recipes.to_table(recipe), recipes.to_table(load_recipe(folder))
+    different = [key for key in new if key not in ("engine", "name", "transport") and new[key] != old[key]]
+    if different:
+        raise RunError(
+            f"{folder} holds a run of another recipe: {', '.join(different)} differ; "
+            f"resume with `{resume_command(folder)}`"
+        )
 
 
 def load_recipe(folder: Path) -> recipes.Recipe:
@@ -107,16 +153,10 @@ def resume_command(folder: Path) -> str:
     return f"ecogen run {folder / RECIPE_TOML} --out {folder} --resume"
 
 
+def _is_of_others(folder: Path) -> bool:
+    """Whether the run's nodes were elsewhere, as with `ecogen watch`."""
+    return (folder / SUMMARY).exists() and not (folder / NODES).exists()
+
+
 def _busy(folder: Path) -> RunError:
     return RunError(f"{folder} belongs to a run that is going on; see `ecogen status {folder}`")
-
-
-def _check_same(recipe: recipes.Recipe, earlier: recipes.Recipe, folder: Path) -> None:
-    """A run is resumed with its own recipe; only what changes no result may be another."""
-    new, old = recipes.to_table(recipe), recipes.to_table(earlier)
-    different = [key for key in new if key not in ("engine", "name", "transport") and new[key] != old[key]]
-    if different:
-        raise RunError(
-            f"{folder} holds a run of another recipe: {', '.join(different)} differ; "
-            f"resume with `{resume_command(folder)}`"
-        )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ecogen import config as recipes
 from ecogen.accounting.ledger import settle
-from ecogen.engines.run_folder import RECIPE, begin_run, load_recipe
+from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
 from ecogen.errors import RunError
 from ecogen.metering.hardware import describe_host
 from ecogen.models.adapters import classification_config, save_tuned
@@ -37,7 +37,7 @@ from ecogen.storage import write_atomically
 from ecogen.tuning.inversion import attack_first_cut
 from ecogen.tuning.probe import probe_foundation
 
-RECORDS, FACTS, SUMMARY, REPORT = "records.jsonl", "facts.json", "summary.json", "report.html"
+RECORDS, FACTS, REPORT = "records.jsonl", "facts.json", "report.html"
 
 
 def save_run(
@@ -50,7 +50,10 @@ def save_run(
     engine: str,
 ) -> Summary:
     """Write everything that outlives the federation; returns the summary."""
-    begin_run(folder, recipe, resume=(folder / RECIPE).exists())
+    if (folder / RECIPE).exists():
+        check_same(recipe, folder)
+    write_recipe(folder, recipe)
+    wall_s += earlier_s(folder, [record.time_s for record in records])
     num_labels = int(tunables["classifier.bias"].shape[0]) if "classifier.bias" in tunables else 10
     save_tuned(folder, foundation, tunables, recipe.tunables, num_labels)
     write_atomically(folder / RECORDS, b"".join(map(to_line, records)))

@@ -20,16 +20,19 @@ from ecogen.engines.check import check_recipe
 from ecogen.engines.federation import Federation, ask_status
 from ecogen.engines.launch import launch, serve
 from ecogen.engines.run_folder import (
+    NODES,
     RECIPE,
     RUNNING,
+    SUMMARY,
     begin_run,
+    check_free,
     check_run,
     is_running,
     load_recipe,
     locked,
     resume_command,
 )
-from ecogen.engines.saving import RECORDS, REPORT, SUMMARY, load_records
+from ecogen.engines.saving import RECORDS, REPORT, load_records
 from ecogen.errors import DataError, TransportError
 from ecogen.node.cloud import Status
 from ecogen.node.context import ProgressReport
@@ -64,7 +67,7 @@ async def watch(cloud_id: str, address: str, certificates: Path, folder: Path, *
         EcoGenError: what a user can act on; the federation goes on, and may be watched again.
     """
     async with attach(cloud_id, address, certificates) as federation:
-        check_run(folder, federation.recipe, resume=False)
+        check_free(folder)
         with locked(folder), _ended_in_order():
             return await _watch_and_save(federation, folder, screen)
 
@@ -109,9 +112,8 @@ async def predict(folder: Path, images: Sequence[Path], engine: str) -> tuple[As
         DataError: if a picture cannot be read.
         RunError, CheckpointError: if the run has not finished or is damaged.
     """
-    for path in images:
-        if not path.is_file():
-            raise DataError(f"cannot read the picture {path}: no such file; give PNG files")
+    if missing := [str(path) for path in images if not path.is_file()]:
+        raise DataError(f"no such file: {', '.join(missing)}; give PNG files")
     async with serve(folder, engine) as federation:
         start_id = next(iter(federation.topology.clusters.values())).node_ids[0]
         return await federation.ask(start_id, images), federation.topology
@@ -174,6 +176,8 @@ class RunProgress:
     def _enter(self, phase: str, total: int) -> None:
         if phase != self._phase:
             self._phase = phase
+            if not self._bars.console.is_terminal:
+                self._bars.console.print(phase)  # where no bar shows it
             self._bars.reset(self._task, description=phase, total=total, detail="")
 
 
@@ -207,7 +211,7 @@ async def _live_status(folder: Path) -> Status | None:
 
 def _resting_line(folder: Path) -> str:
     """What the folder alone tells."""
-    log = folder / "nodes" / "cloud" / RECORDS
+    log = folder / NODES / "cloud" / RECORDS
     records = f"records so far are in {log}" if log.exists() else "no records yet"
     if is_running(folder):
         return f"{folder}: running, and its cloud does not answer from outside its process; {records}"

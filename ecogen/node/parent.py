@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -60,6 +59,5 @@ class Parent:
     async def _heartbeat(self, peer: Peer, _: Message) -> Message:
         return Message.of(HEARTBEAT, Alive(self._members.seen(peer.node_id)))
 
-    async def _fetch(self, peer: Peer, message: Message) -> Message:
-        reply = await self._context.worker.compute(serve_pieces, message, self._read)
-        return replace(reply, counted=peer.tier != OPERATOR)
+    async def _fetch(self, _: Peer, message: Message) -> Message:
+        return await self._context.worker.compute(serve_pieces, message, self._read)

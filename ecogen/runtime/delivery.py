@@ -80,11 +80,16 @@ def serve_pieces(message: Message, read: Callable[[Iterable[str]], Mapping[str, 
         if element >= tensor.numel():
             index, element = index + 1, 0
     cursor = Cursor(index, element) if index < len(fetch.names) else None
-    return Message.of(FETCH, Pieces(pieces, cursor), kind="backbone", tensors=tensors)
+    return Message.of(FETCH, Pieces(pieces, cursor), kind="backbone", tensors=tensors, counted=message.counted)
 
 
-async def fetch_tensors(transport: Transport, parent_id: str, names: list[str]) -> dict[str, Tensor]:
+async def fetch_tensors(
+    transport: Transport, parent_id: str, names: list[str], *, counted: bool = True
+) -> dict[str, Tensor]:
     """The named tensors of a parent's checkpoint.
+
+    Args:
+        counted: False keeps it out of the books of both.
 
     Raises:
         CheckpointError: if the parent lacks one, or sent something else than was asked for.
@@ -93,7 +98,7 @@ async def fetch_tensors(transport: Transport, parent_id: str, names: list[str]) 
     assembly = _Assembly(names)
     cursor: Cursor | None = Cursor() if names else None
     while cursor is not None:
-        reply = await transport.call(parent_id, Message.of(FETCH, Fetch(names, cursor)))
+        reply = await transport.call(parent_id, Message.of(FETCH, Fetch(names, cursor), counted=counted))
         answer = reply.read(Pieces)
         for number, piece in enumerate(answer.pieces):
             assembly.add(piece, reply.tensors.get(str(number)))

@@ -101,7 +101,7 @@ class Members:
         if node_id not in self.expected:
             raise ProtocolError(f"{node_id!r} is not expected here; expected: {', '.join(self.expected)}")
         if node_id in self._here:
-            await self.lose(node_id, "it joined again")
+            await self.lose(node_id, "it was gone before that was noticed, and joined again")
         self._here[node_id] = Member(address, time.monotonic())
         await self._notify("rejoined" if node_id in self._known else "joined", node_id, address)
         self._known.add(node_id)

@@ -49,18 +49,26 @@ def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundati
 
 
 async def fetch_foundation(
-    transport: Transport, node_id: str, config: ViTConfig, names: list[str], folder: Path, compute: Compute
+    transport: Transport,
+    node_id: str,
+    config: ViTConfig,
+    names: list[str],
+    folder: Path,
+    compute: Compute,
+    *,
+    counted: bool = True,
 ) -> Foundation:
     """The named tensors of the backbone from another node, written into a folder.
 
     Args:
         compute: runs a function on a thread.
+        counted: False keeps it out of the books of both.
 
     Raises:
         CheckpointError: if it was not sent whole.
         NodeLostError: if the node is lost.
     """
-    tensors = await fetch_tensors(transport, node_id, names)
+    tensors = await fetch_tensors(transport, node_id, names, counted=counted)
     await compute(save_tensors, folder / "model.safetensors", tensors)
     write_atomically(folder / "config.json", json.dumps(config.to_dict()))
     return open_foundation(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ecogen.accounting.intensity import CODECARBON, INTENSITIES, Intensity, intensity
+from ecogen.accounting.intensity import CODECARBON, INTENSITIES, Intensity, check_zones, intensity
 from ecogen.errors import ConfigError
 
 # codecarbon 3.3.2, as reference/energy.md quotes it.
@@ -25,6 +25,13 @@ def test_every_figure_names_its_source() -> None:
 def test_an_unknown_zone_lists_close_ones(zone: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=f"zone '{zone}' has no carbon intensity.*{hint}"):
         intensity(zone)
+
+
+def test_all_unknown_zones_are_told_at_once_and_each_once() -> None:
+    check_zones(["FR", "WORLD"])
+    with pytest.raises(ConfigError) as caught:
+        check_zones(["FRA", "FR", "XX", "FRA"])
+    assert [problem[:10] for problem in caught.value.problems] == ["zone 'FRA'", "zone 'XX' "]
 
 
 def test_a_zone_like_no_other_lists_all() -> None:

@@ -61,6 +61,17 @@ async def fetch(parent: Parent, *names: str) -> dict[str, Tensor]:
     return await asyncio.wait_for(fetch_tensors(network.join(Peer("end", "end")), "edge", list(names)), 5)
 
 
+async def test_what_is_fetched_out_of_the_books_is_in_neither_ones() -> None:
+    network, parent = MemoryNetwork(), Parent({"a": torch.zeros(9)})
+    edge, operator = network.join(Peer("edge", "edge")), network.join(Peer("operator", "operator"))
+    await edge.serve(parent)
+    await fetch_tensors(operator, "edge", ["a"], counted=False)
+    assert (edge.counter.take(), operator.counter.take()) == ((), ())
+    await fetch_tensors(operator, "edge", ["a"])
+    assert [(line.kind, line.payload_bytes) for line in edge.counter.take()] == [("backbone", 36)]
+    assert len(operator.counter.take()) == 1
+
+
 def noise(shape: Iterable[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 200, tuple(shape), generator=generator).to(dtype)

@@ -110,7 +110,8 @@ async def test_a_late_or_repeated_attempt_is_fenced_off(late: AttemptKey) -> Non
     async with cluster() as devices:
         await attempt(devices, AttemptKey(1, 5))
         for device in devices.values():
-            with pytest.raises(ProtocolError, match="fenced off"):
+            fenced = rf"attempt {late.attempt} of round {late.round_index + 1} is fenced off: attempt 5 of round 2 came"
+            with pytest.raises(ProtocolError, match=fenced):
                 await device.role.tune(order(device, late))
 
 
