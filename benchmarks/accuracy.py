@@ -76,7 +76,8 @@ def probes(seeds: list[int]) -> dict[str, list[float]]:
     """Validation accuracy of a linear probe with 200 labels on the foundation model, and on the same one untrained."""
     foundation, _ = obtain_foundation(recipes.load("digits"), lambda *_: None)
     found = [probe_foundation(foundation, recipes.load("digits", [f"seed={seed}"])) for seed in seeds]
-    return {"pre-trained": [probe.trained for probe in found], "untrained": [probe.untrained for probe in found]}
+    made = [probe for probe in found if probe is not None]
+    return {"pre-trained": [probe.trained for probe in made], "untrained": [probe.untrained for probe in made]}
 
 
 def fraction_tuned() -> dict[str, float]:

@@ -13,8 +13,13 @@ from ecogen.tuning.pretrain import linear_probe, new_model
 _LABELLED = 200  # examples that the probe learns from
 
 
-def probe_foundation(foundation: Foundation, recipe: Recipe) -> Probe:
-    """Validation accuracy of logistic regression on frozen features, learnt from 200 labelled training examples."""
+def probe_foundation(foundation: Foundation, recipe: Recipe) -> Probe | None:
+    """Validation accuracy of logistic regression on frozen features, learnt from 200 labelled training examples.
+
+    None where the recipe keeps no validation examples.
+    """
+    if not recipe.data.validation:
+        return None
     splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
     known, new = splits.train[range(min(_LABELLED, len(splits.train)))], splits.validation
     trained = ViTModel.from_pretrained(foundation.folder, add_pooling_layer=False)
