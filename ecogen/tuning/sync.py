@@ -95,7 +95,8 @@ class CloudSync:
     def _close(self, round_index: int) -> asyncio.Task[None]:
         """The task that closes a round, begun by whoever comes first."""
         if round_index not in self._closing:
-            self._closing[round_index] = asyncio.create_task(self._close_round(round_index))
+            task = self._closing[round_index] = asyncio.create_task(self._close_round(round_index))
+            task.add_done_callback(_seen)  # those who wait for it are told; where all have gone, nobody is
         return self._closing[round_index]
 
     async def _close_round(self, round_index: int) -> None:
@@ -152,3 +153,9 @@ class CloudSync:
     def _fence(self, node_id: str, round_index: int) -> None:
         detail = f"its update came after the cloud had closed round {round_index + 1} without it"
         self._publish(EventRecord("fenced", node_id, round_index, detail, time.time()))
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Take note of how a task ended, so that asyncio does not print it."""
+    if not task.cancelled():
+        task.exception()
