@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from transformers import ViTForImageClassification
 
 
 class PlainModel:
-    """A whole vision transformer with deep prompts, LoRA and a head, frozen but for those.
+    """A whole vision transformer with deep prompts, LoRA and parameters of its own that train, frozen but for those.
 
     Args:
         lora_scale: alpha / rank.
@@ -26,6 +26,10 @@ class PlainModel:
         self.whole = whole.requires_grad_(False)
         self.tunables = {name: tensor.detach().clone().requires_grad_() for name, tensor in tunables.items()}
         self._scale = lora_scale
+        for name in tunables.keys() & dict(whole.named_parameters()).keys():
+            module, _, own = name.rpartition(".")
+            self.tunables[name] = torch.nn.Parameter(self.tunables[name].detach())
+            setattr(whole.get_submodule(module), own, self.tunables[name])
         for name in tunables:
             if name.endswith("lora_A.weight"):
                 self._add_lora(name.removesuffix(".lora_A.weight"))
@@ -35,10 +39,8 @@ class PlainModel:
         hidden = vit.embeddings(images)
         for index, layer in enumerate(vit.layers):
             hidden = self._block(index, layer, hidden)
-        head = self.whole.classifier
-        weight = self.tunables.get("classifier.weight", head.weight)
-        bias = self.tunables.get("classifier.bias", head.bias)
-        return linear(vit.layernorm(hidden)[:, 0], weight, bias)
+        logits: Tensor = self.whole.classifier(vit.layernorm(hidden)[:, 0])
+        return logits
 
     def _block(self, index: int, layer: torch.nn.Module, hidden: Tensor) -> Tensor:
         prompts = self.tunables.get(f"vit.layers.{index}.prompts")

@@ -76,7 +76,7 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ("[tuning]\nmicrobatches = 30\nbatch_size = 20", "tuning.microbatches: 30 is more than tuning.batch_size 20"),
         ("[model]\npatch_size = 5", "model.patch_size: 5 does not divide model.image_size 28"),
         ("[model]\nnum_heads = 3", "model.num_heads: 3 does not divide model.hidden_size 128"),
-        ("[tunables]\nprompts = 0\nlora_rank = 0\nhead = false", "tunables: nothing to tune; set prompts"),
+        ("[tunables]\nprompts = 0\nlora_rank = 0\nhead = false", "tunables: nothing to tune; set prompts, lora_rank, head or backbone"),
         ("[compute.nodes.edge-9]\ndevice = 'cpu'", "compute.nodes.edge-9: no such name in this topology; did you mean"),
         ("[compute]\ndevice = 'gpu'", "compute.device: string should match pattern"),
         ("[tunables]\nlora_targets = ['query']", "tunables.lora_targets.0: input should be 'q_proj', 'k_proj'"),

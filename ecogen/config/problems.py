@@ -20,6 +20,7 @@ _WORDS = {
     "dataclass_type": "input should be a section",
     "dict_type": "input should be a section",
     "tuple_type": "input should be a list",
+    "too_short": "list should not be empty",
     "int_parsing": "input should be a whole number",
     "int_from_float": "input should be a whole number",
     "bool_parsing": "input should be true or false",
@@ -53,23 +54,23 @@ def problems_of(table: Mapping[str, Any], error: ValidationError) -> list[str]:
     ]
 
 
-def explain(error: ValidationError) -> list[str]:
-    """Each of pydantic's problems in a sentence; those of a union's branches in one."""
+def explain(error: ValidationError, section: Any = Recipe) -> list[str]:
+    """Each of pydantic's problems with a section in a sentence; those of a union's branches in one."""
     found: dict[Place, list[Any]] = {}
     for problem in error.errors():
         found.setdefault(_place(problem), []).append(problem)
     # A branch that got further is the one that was meant.
     meant = [place for place in found if not any(other != place and other[: len(place)] == place for other in found)]
-    return [_sentence(place, found[place]) for place in meant]
+    return [_sentence(place, found[place], section) for place in meant]
 
 
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What is wrong between values that are right by themselves."""
     yield from _of_sizes(recipe)
     tunables, topology = recipe.tunables, recipe.topology
-    if not (tunables.prompts or tunables.lora_rank or tunables.head):
-        places = ("tunables.prompts", "tunables.lora_rank", "tunables.head")
-        yield Contradiction(places, "tunables: nothing to tune; set prompts, lora_rank or head")
+    if not (tunables.prompts or tunables.lora_rank or tunables.head or tunables.backbone != "frozen"):
+        places = ("tunables.prompts", "tunables.lora_rank", "tunables.head", "tunables.backbone")
+        yield Contradiction(places, "tunables: nothing to tune; set prompts, lora_rank, head or backbone")
     if tunables.lora_rank and len(set(tunables.lora_targets)) != max(1, len(tunables.lora_targets)):
         text = f"tunables.lora_targets: name one projection or more, each once, not {list(tunables.lora_targets)}"
         yield Contradiction(("tunables.lora_targets", "tunables.lora_rank"), text)
@@ -122,13 +123,13 @@ def _value(recipe: Recipe, place: str) -> int:
     return int(getattr(getattr(recipe, section), key))
 
 
-def _sentence(place: Place, problems: Sequence[Any]) -> str:
+def _sentence(place: Place, problems: Sequence[Any], section: Any) -> str:
     """One problem, or what each branch of a union has against the same value."""
     kind, at, key = problems[0]["type"], ".".join(place) or "the whole", place[-1] if place else ""
     if kind == "missing":
         return f"{at}: is required"
     is_unknown = kind == "unexpected_keyword_argument"
-    names = [name for name in _keys_at(place[:-1]) if name != key]
+    names = [name for name in _keys_at(section, place[:-1]) if name != key]
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5 if is_unknown else 0.8)
     hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(names)}"
     if is_unknown:
@@ -161,12 +162,11 @@ def _without(table: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any
     return rest
 
 
-def _keys_at(path: Sequence[Any]) -> list[str]:
-    """The valid keys of the section at `path`."""
-    section: Any = Recipe
+def _keys_at(section: Any, path: Sequence[Any]) -> list[str]:
+    """The valid keys of the section at `path` in another."""
     for part in path:
         if dataclasses.is_dataclass(section):
             section = typing.get_type_hints(section).get(str(part))
         elif typing.get_origin(section) is not None:
-            section = typing.get_args(section)[-1]
+            section = typing.get_args(section)[0 if typing.get_origin(section) is tuple else -1]
     return [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []

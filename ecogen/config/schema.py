@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from ecogen.placement import Labels
 
-_STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid")
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -27,11 +27,11 @@ DtypeName = Literal["float32", "bfloat16"]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Model:
     """The foundation model: a vision transformer, made and pre-trained in the cloud, or loaded from a folder or hub."""
 
-    source: str = "pretrain"  # "pretrain", a folder written by save_pretrained, or "hf:<repository>"
+    source: str = "pretrain"  # "pretrain", "untrained", a folder written by save_pretrained, or "hf:<repository>"
     hidden_size: Annotated[int, Field(ge=4, multiple_of=4)] = 128  # sines and cosines of rows and columns
     num_blocks: Count = 4
     num_heads: Count = 4
@@ -41,7 +41,7 @@ class Model:
     num_channels: Count = 1
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Pretraining:
     """How the cloud pre-trains the foundation model on unlabelled glyphs: arguments of `tuning.pretrain.pretrain`."""
 
@@ -54,7 +54,7 @@ class Pretraining:
     weight_decay: NonNegative = 0.05
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Partition:
     """How training examples are divided: first over edges, then over the clusters of an edge."""
 
@@ -63,18 +63,19 @@ class Partition:
     alpha: Positive = 0.5  # concentration of the Dirichlet draw; small is uneven (Hsu et al. 2019)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """Which labelled examples the devices own."""
 
     name: Literal["digits"] = "digits"
     train: Count = 1200
     validation: Natural = 147
+    test: Natural = 0  # 0: all that is left; another number gives the same test examples whatever `train` is
     owners: Count = 1  # devices of each cluster that own data; they take turns as the start, an epoch each
     partition: Partition = field(default_factory=Partition)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class SiteProfile:
     """Where nodes stand. Zones are those of `accounting.intensity`."""
 
@@ -82,7 +83,7 @@ class SiteProfile:
     pue: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DeviceProfile:
     """Hardware of the nodes of a tier, or of one node."""
 
@@ -92,7 +93,7 @@ class DeviceProfile:
     busy_w: Positive = 2.28
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LinkProfile:
     """A class of links."""
 
@@ -100,7 +101,7 @@ class LinkProfile:
     mbit_per_s: Positive
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TopologyRecipe:
     """A cloud, edges, clusters and devices, by number, with profiles by tier and exceptions by node id.
 
@@ -122,7 +123,7 @@ class TopologyRecipe:
     d2d: LinkProfile = field(default_factory=lambda: LinkProfile(rtt_ms=4, mbit_per_s=300))
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PlacementRecipe:
     """Where the model is cut, and where the labels are."""
 
@@ -130,7 +131,7 @@ class PlacementRecipe:
     cuts: Literal["auto"] | tuple[Count, ...] = "auto"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class NodeCompute:
     """What one node computes on."""
 
@@ -138,7 +139,7 @@ class NodeCompute:
     dtype: DtypeName = "float32"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Compute:
     """What the nodes compute on; `nodes` overrides by node id."""
 
@@ -147,19 +148,20 @@ class Compute:
     nodes: Mapping[str, NodeCompute] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Tunables:
-    """What trains and travels; the backbone is frozen."""
+    """What trains and travels."""
 
     prompts: Natural = 4  # deep visual prompts a block (VPT-deep, Jia et al. 2022)
     lora_rank: Natural = 4
     lora_alpha: Positive = 8.0
     lora_targets: tuple[LoraTarget, ...] = ("q_proj", "v_proj")  # attention projections of each block
     head: bool = True
-    first_block: Natural = 0  # prompts and LoRA from this block upwards; no gradient flows below the lowest tunable
+    backbone: Literal["frozen", "biases", "all"] = "frozen"  # what of the foundation model trains too
+    first_block: Natural = 0  # all of it from this block upwards; no gradient flows below the lowest tunable
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Tuning:
     """Hybrid federated split learning."""
 
@@ -178,7 +180,7 @@ class Tuning:
     rejoin_timeout_s: Positive = 120.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Evaluation:
     """What is measured besides tuning."""
 
@@ -187,7 +189,7 @@ class Evaluation:
     inversion: bool = False  # attack what crosses the first cut, and report how much it recovers
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TransportRecipe:
     """Limits between nodes."""
 
@@ -195,7 +197,7 @@ class TransportRecipe:
     message_mib: Annotated[int, Field(ge=8, le=2047)] = 64
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """A complete run."""
 

@@ -15,7 +15,7 @@ from ecogen import config as recipes
 from ecogen.engines.federation import Federation
 from ecogen.errors import NodeLostError
 from ecogen.models.checkpoint import Foundation
-from ecogen.models.tunables import is_tunable
+from ecogen.models.tunables import is_head
 from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.node.cloud import Status
 from ecogen.node.context import DESCRIBE, OPERATOR, STATUS, Welcome
@@ -70,7 +70,7 @@ class AttachedFederation(Federation):
         reply = await self._call(self.topology.cloud_id, Message.of(DESCRIBE, counted=False))
         config = ViTConfig.from_dict(reply.read(Welcome).model)
         names = parameter_names(config, [whole_segment(config)])
-        names = [name for name in names if not is_tunable(name, self.recipe.tunables)]  # a tuned head is no backbone's
+        names = [name for name in names if not (self.recipe.tunables.head and is_head(name))]  # it is the task's
         transport, cloud_id = self._engine.transport, self.topology.cloud_id
         return await fetch_foundation(transport, cloud_id, config, names, self.folder, asyncio.to_thread, counted=False)
 

@@ -13,7 +13,7 @@ from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters
 from ecogen.tuning.data import load_splits, partition_examples
-from ecogen.tuning.foundation import vit_config
+from ecogen.tuning.foundation import MADE_HERE, vit_config
 
 _NUM_LABELS = 10  # of the data sets that there are; a head's size decides no placement
 
@@ -39,7 +39,7 @@ def check_recipe(recipe: recipes.Recipe) -> None:
 
 def _announced_config(model: recipes.Model) -> ViTConfig | None:
     """The model's sizes as far as they are known without a network; the cloud checks those of the hub."""
-    if model.source == "pretrain":
+    if model.source in MADE_HERE:
         return vit_config(model)
     if model.source.startswith("hf:"):
         return None

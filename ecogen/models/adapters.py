@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from ecogen import config as recipes
 from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import Foundation, load_metadata, load_tensors, open_foundation, save_tensors
-from ecogen.models.tunables import attach_tunables, initialise_tunables, lora_config, set_tunables
+from ecogen.models.tunables import attach_tunables, initialise_tunables, is_head, lora_config, set_tunables
 from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
 from ecogen.storage import copy_folder, write_atomically
 
@@ -102,7 +102,7 @@ def _save_adapter(
     write_atomically(
         folder / "adapter_config.json", json.dumps(_plain(peft_config.to_dict()), indent=2, sort_keys=True)
     )
-    known = {name: t for name, t in tunables.items() if not name.endswith(".prompts")}
+    known = {name: tensor for name, tensor in tunables.items() if ".lora_" in name or is_head(name)}
     config = classification_config(foundation, num_labels)
     head = read_backbone(foundation, config, _head_shapes(config))
     save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in (head | known).items()})
@@ -118,10 +118,12 @@ def _plain(values: dict[str, object]) -> dict[str, object]:
 
 
 def _adapter_readme(spec: recipes.Tunables, num_labels: int) -> str:
+    lacks = [f"the {spec.prompts} deep visual prompts of each block"] if spec.prompts else []
+    lacks += ["what was tuned of the backbone"] if spec.backbone != "frozen" else []
     missing = (
-        f"\nPlain PEFT misses the {spec.prompts} deep visual prompts of each block, which it has no format for: its "
+        f"\nPlain PEFT misses {' and '.join(lacks)}, which it has no format for: its "
         "outputs differ from the tuned model's. Load the run folder with `ecogen.load_tuned(DIR)` for all of it.\n"
-        if spec.prompts
+        if lacks
         else "\nThis is the whole of what was tuned: plain PEFT gives the tuned model's outputs.\n"
     )
     return (

@@ -25,5 +25,6 @@ def model_shape(config: ViTConfig, spec: TunablesSpec, dtype: str = "float32") -
         num_lora_targets=len(spec.lora_targets),
         first_tunable_block=spec.first_block,
         head_trains=spec.head,
+        backbone=spec.backbone,
         bytes_per_parameter=_BYTES[dtype],
     )

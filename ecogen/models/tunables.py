@@ -1,7 +1,7 @@
-"""Tunables: what trains and travels while the backbone stays frozen: prompts, LoRA and the head.
+"""Tunables: what trains and travels: prompts, LoRA, the head and, where asked for, the backbone or its biases.
 
-Names are the whole model's parameter names, with PEFT's adapter name left out:
-`vit.layers.2.prompts`, `vit.layers.2.attention.q_proj.lora_A.weight`, `classifier.bias`.
+Names are the whole model's parameter names, without what PEFT puts between: `vit.layers.2.prompts`,
+`vit.layers.2.attention.q_proj.lora_A.weight`, `vit.layers.2.attention.q_proj.bias`, `classifier.bias`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Tunables = dict[str, Tensor]
 
 _PROMPT_DEVIATION = 0.12  # about the uniform draw of VPT's code for our sizes; chosen on validation digits
 
+_BELOW, _ABOVE = -1, float("inf")
 _BLOCK = re.compile(r"vit\.layers\.(\d+)\.")
 
 
@@ -86,15 +87,20 @@ def named_tunables(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What trains, under its travelling name, in a fixed order."""
     whole = model.whole if isinstance(model, SegmentedViT) else model
     for name, parameter in sorted(whole.named_parameters()):
-        if parameter.requires_grad:
-            yield name.replace(".default.", "."), parameter
+        if parameter.requires_grad:  # the name that travels has nothing of PEFT's
+            yield name.replace(".default.", ".").replace(".base_layer.", "."), parameter
 
 
 @torch.no_grad()
 def initialise_tunables(model: SegmentedViT, seed: int) -> None:
-    """Set the starting values: small random prompts, LoRA's A random and B zero (Hu et al. 2021), a head of zeros."""
+    """Set the starting values: small random prompts, LoRA's A random and B zero (Hu et al. 2021), a head of zeros.
+
+    The backbone begins as it is.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in named_tunables(model):
+        if not (is_adapter(name) or is_head(name)):
+            continue
         value = torch.zeros(parameter.shape)
         if name.endswith("prompts"):
             nn.init.normal_(value, std=_PROMPT_DEVIATION, generator=generator)
@@ -106,20 +112,37 @@ def initialise_tunables(model: SegmentedViT, seed: int) -> None:
 def tunables_of(names: Mapping[str, Tensor], segments: Sequence[Segment]) -> Tunables:
     """The part of the tunables that belongs to some segments."""
     blocks = {block for segment in segments for block in segment.blocks}
-    has_head = any(segment.has_head for segment in segments)
-    return {name: tensor for name, tensor in names.items() if _belongs(name, blocks, has_head)}
-
-
-def lowest_tunable_block(spec: TunablesSpec, num_blocks: int) -> int:
-    """The first block that needs a gradient; `num_blocks` where only the head trains."""
-    return spec.first_block if spec.prompts or spec.lora_rank else num_blocks
+    return {name: tensor for name, tensor in names.items() if _belongs(name, blocks, segments)}
 
 
 def is_tunable(name: str, spec: TunablesSpec) -> bool:
     """Whether the parameter of that name trains and travels."""
-    return name.endswith(".prompts") or ".lora_" in name or (spec.head and name.startswith("classifier."))
+    if is_adapter(name):
+        return True
+    if is_head(name):
+        return spec.head
+    is_asked_for = spec.backbone == "all" or (spec.backbone == "biases" and name.endswith(".bias"))
+    return is_asked_for and max(0, _block_of(name)) >= spec.first_block  # the embedding goes with the first block
 
 
-def _belongs(name: str, blocks: set[int], has_head: bool) -> bool:
+def is_adapter(name: str) -> bool:
+    """Whether it is a prompt's or LoRA's."""
+    return name.endswith(".prompts") or ".lora_" in name
+
+
+def is_head(name: str) -> bool:
+    """Whether it is the task's own head's."""
+    return name.startswith("classifier.")
+
+
+def _belongs(name: str, blocks: set[int], segments: Sequence[Segment]) -> bool:
+    block = _block_of(name)
+    if block == _BELOW:
+        return any(segment.has_embedding for segment in segments)
+    return any(segment.has_head for segment in segments) if block == _ABOVE else block in blocks
+
+
+def _block_of(name: str) -> float:
+    """The index of the block that a parameter is in; the embedding is below all, the last norm and head above."""
     block = _BLOCK.match(name)
-    return int(block[1]) in blocks if block else has_head and name.startswith("classifier.")
+    return int(block[1]) if block else _BELOW if name.startswith("vit.embeddings.") else _ABOVE

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ecogen.placement import Segment
 
@@ -23,7 +24,8 @@ class ModelShape:
         num_tokens: patches and CLS; prompts are not among them, since they live inside their block only.
         patch_dim: channels x patch height x patch width.
         num_lora_targets: attention projections a block with LoRA; each is square, D x D.
-        first_tunable_block: prompts and LoRA are in this block and above.
+        first_tunable_block: prompts, LoRA and what trains of the backbone are in this block and above.
+        backbone: what of the backbone trains.
         bytes_per_parameter: of parameters, activations, gradients and optimizer states alike.
     """
 
@@ -38,13 +40,15 @@ class ModelShape:
     num_lora_targets: int = 0
     first_tunable_block: int = 0
     head_trains: bool = True
+    backbone: Literal["frozen", "biases", "all"] = "frozen"
     bytes_per_parameter: int = 4
 
     @property
     def lowest_tunable_block(self) -> int:
-        """The first block that needs a gradient; `num_blocks` where only the head trains."""
+        """The first block that needs a gradient; `num_blocks` where only what is above the blocks trains."""
         has_adapters = self.prompts_per_block or self.lora_rank * self.num_lora_targets
-        return min(self.first_tunable_block, self.num_blocks) if has_adapters else self.num_blocks
+        is_tuned = has_adapters or self.backbone != "frozen"
+        return min(self.first_tunable_block, self.num_blocks) if is_tuned else self.num_blocks
 
     @property
     def tokens_in_block(self) -> int:
@@ -57,12 +61,9 @@ def num_parameters(shape: ModelShape, segment: Segment) -> int:
 
     Embedding (patch_dim + 1) D + (1 + T) D, block 4 (D D + D) + 2 D I + I + D + 4 D, head 2 D + (D + 1) L.
     """
-    d = shape.hidden_size
-    embedding = (shape.patch_dim + 1) * d + (1 + shape.num_tokens) * d
-    attention = 4 * (d * d + d)
-    mlp = 2 * d * shape.intermediate_size + shape.intermediate_size + d
-    head = 2 * d + _classifier(shape)
-    return segment.has_embedding * embedding + len(segment) * (attention + mlp + 4 * d) + segment.has_head * head
+    head = 2 * shape.hidden_size + _classifier(shape)
+    inner = segment.has_embedding * _embedding(shape) + len(segment) * _block(shape)
+    return inner + segment.has_head * head
 
 
 def num_adapter_parameters(shape: ModelShape, segment: Segment) -> int:
@@ -73,13 +74,24 @@ def num_adapter_parameters(shape: ModelShape, segment: Segment) -> int:
 
 
 def num_tunables(shape: ModelShape, segment: Segment) -> int:
-    """Parameters of a segment that train and travel: prompts, LoRA and, where it trains, the classifier."""
+    """Parameters of a segment that train and travel: prompts, LoRA, classifier and backbone, those that do."""
     head = segment.has_head and shape.head_trains
-    return num_adapter_parameters(shape, segment) + head * _classifier(shape)
+    return num_adapter_parameters(shape, segment) + head * _classifier(shape) + _num_backbone_tunables(shape, segment)
+
+
+def _num_backbone_tunables(shape: ModelShape, segment: Segment) -> int:
+    """All of it from the first tunable block on, or the biases: D of the embedding, 7 D + I a block, D of the norm."""
+    if shape.backbone == "frozen":
+        return 0
+    d, takes_all = shape.hidden_size, shape.backbone == "all"
+    embedding = segment.has_embedding * (shape.first_tunable_block == 0) * (_embedding(shape) if takes_all else d)
+    block = _block(shape) if takes_all else 7 * d + shape.intermediate_size
+    norm = segment.has_head * (2 * d if takes_all else d)
+    return embedding + num_tuned_blocks(shape, segment) * block + norm
 
 
 def num_tuned_blocks(shape: ModelShape, segment: Segment) -> int:
-    """Blocks of a segment that hold prompts or LoRA, and that gradients therefore pass."""
+    """Blocks of a segment that hold something that trains, and that gradients therefore pass."""
     return max(0, segment.stop - max(segment.start, shape.lowest_tunable_block))
 
 
@@ -116,11 +128,14 @@ def kept_activations(shape: ModelShape, segment: Segment) -> int:
     """Numbers that one example leaves in a segment for its backward pass.
 
     A tuned block keeps (T + P)(8 D + I): both norms' inputs, the adapters' input, queries, keys, values, attention's
-    output and its log-sum-exp (at most D), and what enters GELU. Frozen linear layers keep nothing, and attention
-    probabilities are recomputed by the fused kernel. The head keeps 2 T D for its norm.
+    output and its log-sum-exp (at most D), and what enters GELU. Frozen linear layers keep nothing, linear layers
+    that train their inputs: D + I more, and the patches. Attention probabilities are recomputed by the fused kernel.
+    The head keeps 2 T D for its norm.
     """
     head = 2 * shape.num_tokens * shape.hidden_size
-    return num_tuned_blocks(shape, segment) * _activations_of_block(shape) + segment.has_head * head
+    trains_below = shape.backbone == "all" and shape.first_tunable_block == 0
+    patches = segment.has_embedding * trains_below * (shape.num_tokens - 1) * shape.patch_dim
+    return patches + num_tuned_blocks(shape, segment) * _activations_of_block(shape) + segment.has_head * head
 
 
 def forward_flops(shape: ModelShape, segment: Segment) -> int:
@@ -130,25 +145,36 @@ def forward_flops(shape: ModelShape, segment: Segment) -> int:
     layer, with T' = T + P in a tuned block) + 4 T' r D a LoRA target, head 2 D L on CLS alone.
     """
     tuned = num_tuned_blocks(shape, segment)
-    embedding = 2 * (shape.num_tokens - 1) * shape.patch_dim * shape.hidden_size
     frozen = _linear_flops(shape, shape.num_tokens) + _attention_flops(shape, shape.num_tokens)
     within = _linear_flops(shape, shape.tokens_in_block) + _attention_flops(shape, shape.tokens_in_block)
     blocks = (len(segment) - tuned) * frozen + tuned * (within + _lora_flops(shape))
-    return segment.has_embedding * embedding + blocks + segment.has_head * _head_flops(shape)
+    return segment.has_embedding * _embedding_flops(shape) + blocks + segment.has_head * _head_flops(shape)
 
 
 def backward_flops(shape: ModelShape, segment: Segment) -> int:
-    """FLOPs of one example's backward pass through a segment with a frozen backbone.
+    """FLOPs of one example's backward pass through a segment.
 
-    A frozen linear layer computes only the gradient of its input: once its forward cost. Both factors of an
-    attention product and of a LoRA product need one: twice. Below the lowest tunable block: zero. That block itself
-    is counted whole, although without prompts its own input needs no gradient.
+    A frozen linear layer computes only the gradient of its input: once its forward cost; one that trains, that of
+    its weights too. Both factors of an attention product and of a LoRA product need one: twice. Below the lowest
+    tunable block: zero, but for the weights of an embedding that trains. That block itself is counted whole, although
+    without prompts its own input needs no gradient.
     """
-    tokens = shape.tokens_in_block
-    block = _linear_flops(shape, tokens) + 2 * _attention_flops(shape, tokens) + 2 * _lora_flops(shape)
+    tokens, takes_all = shape.tokens_in_block, shape.backbone == "all"
+    linear = _linear_flops(shape, tokens) * (1 + takes_all)
+    block = linear + 2 * _attention_flops(shape, tokens) + 2 * _lora_flops(shape)
+    embedding = segment.has_embedding * takes_all * (shape.first_tunable_block == 0) * _embedding_flops(shape)
     passes_below = shape.lowest_tunable_block < shape.num_blocks
     head = segment.has_head * _head_flops(shape) * (shape.head_trains + passes_below)
-    return num_tuned_blocks(shape, segment) * block + head
+    return embedding + num_tuned_blocks(shape, segment) * block + head
+
+
+def _embedding(shape: ModelShape) -> int:
+    return (shape.patch_dim + 1) * shape.hidden_size + (1 + shape.num_tokens) * shape.hidden_size
+
+
+def _block(shape: ModelShape) -> int:
+    d = shape.hidden_size
+    return 4 * (d * d + d) + 2 * d * shape.intermediate_size + shape.intermediate_size + d + 4 * d
 
 
 def _classifier(shape: ModelShape) -> int:
@@ -156,7 +182,12 @@ def _classifier(shape: ModelShape) -> int:
 
 
 def _activations_of_block(shape: ModelShape) -> int:
-    return shape.tokens_in_block * (8 * shape.hidden_size + shape.intermediate_size)
+    trained = (shape.hidden_size + shape.intermediate_size) * (shape.backbone == "all")
+    return shape.tokens_in_block * (8 * shape.hidden_size + shape.intermediate_size + trained)
+
+
+def _embedding_flops(shape: ModelShape) -> int:
+    return 2 * (shape.num_tokens - 1) * shape.patch_dim * shape.hidden_size
 
 
 def _linear_flops(shape: ModelShape, tokens: int) -> int:

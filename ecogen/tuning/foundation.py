@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViTConfig
+from transformers import ViTConfig, ViTModel
 
 from ecogen import config as recipes
 from ecogen.errors import CheckpointError, StorageError
@@ -22,9 +22,12 @@ from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.storage import cache_folder, make_folder, write_atomically
 from ecogen.transport.base import Transport
-from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain
+from ecogen.tuning.pretrain import RECIPE_VERSION, new_model, pretrain
 
 Compute = Callable[..., Awaitable[Any]]
+MADE_HERE = ("pretrain", "untrained")
+"""The sources of `model.source` that need nothing but this program."""
+
 OnStep = Callable[[str, int, int, float], None]
 """Called with the phase, the step, how many there are, and the loss."""
 
@@ -39,13 +42,13 @@ def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundati
     source = recipe.model.source
     if source.startswith("hf:"):
         return open_foundation(_download(source.removeprefix("hf:"))), f"from the hub: {source}"
-    if source != "pretrain":
+    if source not in MADE_HERE:
         return open_foundation(Path(source)), f"from the folder {source}"
     folder = foundation_folder(recipe)
     if (folder / "made.json").exists():
         return open_foundation(folder), _how(folder, "from the cache; made in")
     _make(recipe, folder, on_step)
-    return open_foundation(folder), _how(folder, "pre-trained in")
+    return open_foundation(folder), _how(folder, "made in")
 
 
 async def fetch_foundation(
@@ -85,11 +88,11 @@ def foundation_folder(recipe: recipes.Recipe) -> Path:
 
 
 def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
-    """Pre-train, and put the finished folder in place in one step: another process may do the same."""
+    """Make the model, and put the finished folder in place in one step: another process may do the same."""
     wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)  # its small products gain nothing from more, and one gives the same model everywhere
     try:
-        model = pretrain(vit_config(recipe.model), on_step=on_step, **asdict(recipe.pretraining))
+        model = _model(recipe, on_step)
     finally:
         torch.set_num_threads(threads)
     made = {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s, "time_s": time.time()}
@@ -101,6 +104,13 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
             raise StorageError(f"cannot write to the cache {folder.parent}: {problem}; set XDG_CACHE_HOME") from problem
         write_atomically(Path(temporary) / "made.json", json.dumps(made))
         _put_in_place(Path(temporary), folder)
+
+
+def _model(recipe: recipes.Recipe, on_step: OnStep) -> ViTModel:
+    config = vit_config(recipe.model)
+    if recipe.model.source == "untrained":
+        return new_model(config, recipe.pretraining.seed).eval()
+    return pretrain(config, on_step=on_step, **asdict(recipe.pretraining))
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

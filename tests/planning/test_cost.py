@@ -62,7 +62,18 @@ def test_each_segment_has_the_parameters_of_its_modules(segment: Segment) -> Non
     assert cost.num_parameters(FROZEN, segment) == sum(p.numel() for p in held.parameters())
 
 
-@pytest.mark.parametrize("spec", [SPEC, Tunables(prompts=0, lora_rank=4, head=False), Tunables(prompts=3, lora_rank=0)])
+SPECS = [
+    SPEC,
+    Tunables(prompts=0, lora_rank=4, head=False),
+    Tunables(prompts=3, lora_rank=0),
+    Tunables(backbone="biases", first_block=0),
+    Tunables(prompts=0, lora_rank=0, backbone="biases", first_block=2),
+    Tunables(prompts=0, lora_rank=0, backbone="all"),
+    Tunables(prompts=2, lora_rank=1, backbone="all", first_block=3, head=False),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_tunables_equal_those_that_train(spec: Tunables) -> None:
     shape = replace(
         FROZEN,
@@ -71,6 +82,7 @@ def test_tunables_equal_those_that_train(spec: Tunables) -> None:
         num_lora_targets=len(spec.lora_targets),
         first_tunable_block=spec.first_block,
         head_trains=spec.head,
+        backbone=spec.backbone,
     )
     trained = sum(parameter.numel() for _, parameter in named_tunables(tuned_model("meta", spec=spec)))
     assert cost.num_tunables(shape, WHOLE) == trained
@@ -84,11 +96,15 @@ def test_forward_flops_are_those_that_torch_counts() -> None:
         assert cost.forward_flops(shape, WHOLE) * 3 == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_backward_flops_are_those_that_torch_counts() -> None:
-    output = tuned_model("meta")(torch.empty(3, 1, 28, 28, device="meta"), WHOLE).sum()
+@pytest.mark.parametrize("backbone", ["frozen", "biases", "all"])
+@pytest.mark.parametrize("first_block", [0, 1])
+def test_backward_flops_are_those_that_torch_counts(backbone: str, first_block: int) -> None:
+    shape = replace(TUNED, backbone=backbone, first_tunable_block=first_block)  # type: ignore[arg-type]
+    model = tuned_model("meta", spec=replace(SPEC, backbone=backbone, first_block=first_block))  # type: ignore[arg-type]
+    output = model(torch.empty(3, 1, 28, 28, device="meta"), WHOLE).sum()
     with FlopCounterMode(display=False) as counter:
         output.backward()
-    assert cost.backward_flops(TUNED, WHOLE) * 3 == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert cost.backward_flops(shape, WHOLE) * 3 == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_frozen_backbone_costs_about_one_forward_pass_backward_and_nothing_below_the_lowest_tunable() -> None:
@@ -107,10 +123,12 @@ def test_segments_sum_to_the_whole(cuts: list[int]) -> None:
         assert sum(measure(TUNED, piece) for piece in pieces) == measure(TUNED, WHOLE)
 
 
+@pytest.mark.parametrize("backbone", ["frozen", "biases", "all"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_the_kept_activations_bound_what_autograd_keeps(batch: int) -> None:
+def test_the_kept_activations_bound_what_autograd_keeps(batch: int, backbone: str) -> None:
     kept: dict[int, int] = {}
-    model = tuned_model("cpu", "sdpa")
+    shape, spec = (replace(value, backbone=backbone) for value in (TUNED, SPEC))  # type: ignore[type-var]
+    model = tuned_model("cpu", "sdpa", spec)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,7 +140,7 @@ def test_the_kept_activations_bound_what_autograd_keeps(batch: int) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(torch.zeros(batch, 1, 28, 28), WHOLE)
     assert output.requires_grad
-    formula = 4 * batch * cost.kept_activations(TUNED, WHOLE)
+    formula = 4 * batch * cost.kept_activations(shape, WHOLE)
     assert 0.6 * formula < sum(kept.values()) <= formula
 
 

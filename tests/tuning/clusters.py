@@ -75,10 +75,11 @@ def cases(draw: st.DrawFn, max_blocks: int = 6) -> Case:
         prompts=draw(st.integers(0, 2)),
         lora_rank=draw(st.integers(0, 2)),
         head=draw(st.booleans()),
+        backbone=draw(st.sampled_from(["frozen", "frozen", "biases", "all"])),
         first_block=draw(st.integers(0, num_blocks)),
     )
     has_adapters = (spec.prompts or spec.lora_rank) and spec.first_block < num_blocks
-    assume(spec.head or has_adapters)
+    assume(spec.head or has_adapters or spec.backbone != "frozen")
     owners = draw(st.integers(1, len(cuts) + 1))
     return Case(num_blocks, tuple(sorted(cuts)), draw(st.sampled_from(["start", "end"])), spec, owners)
 
