@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ecogen import config as recipes
-from ecogen.errors import EcoGenError
+from ecogen.errors import EcoGenError, RunError
 from ecogen.storage import storage_error
 
 if TYPE_CHECKING:
@@ -57,10 +57,20 @@ def run(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; default runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished round.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Leave it running in the background.")] = False,
+    at_once: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of a study, runs at a time; default one a core.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object at the end.")] = False,
 ) -> None:
-    """Tune a model, and write a run folder with a report."""
+    """Tune a model, and write a run folder with a report.
+
+    A recipe with a [sweep], such as table3, is a study: many runs, and one table.
+    """
     overrides = [*(settings or []), *([f"engine={engine}"] if engine else [])]
+    study = recipes.load_study(recipe, overrides)
+    if study is not None:
+        _run_study(study, out or Path("runs") / study.name, resume, detach, at_once, as_json)
+        return
     resolved = recipes.load(recipe, overrides)
     folder = out or Path("runs") / resolved.name
     if detach:
@@ -79,8 +89,10 @@ def report(
 ) -> None:
     """Make report.html anew from a run's records."""
     from ecogen.engines.saving import REPORT, rebuild_report
+    from ecogen.engines.study import STUDY, conclude, load_saved
 
-    summary = rebuild_report(run_folder)
+    is_study = (run_folder / STUDY).exists()
+    summary = conclude(load_saved(run_folder), run_folder) if is_study else rebuild_report(run_folder)
     print(json.dumps(summary) if as_json else f"report: {run_folder / REPORT}")
 
 
@@ -252,6 +264,29 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     with _errors_as_exit_codes():
         app(prog_name="ecogen")
+
+
+def _run_study(
+    study: recipes.Study, folder: Path, resume: bool, detach: bool, at_once: int | None, as_json: bool
+) -> None:
+    if detach:
+        raise RunError("a study cannot be left in the background; start it with nohup, or in tmux")
+    from ecogen.engines.study import run_study
+    from ecogen.reports.console import show_study
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        work = run_study(study, folder, resume=resume, at_once=at_once or cores, screen=screen)
+        summary = asyncio.run(work)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        screen.print("interrupted; go on with the same command and --resume", style="yellow")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(summary))
+        return
+    for line in show_study(summary):
+        Console().print(line)
+    print(f"report: {folder / 'report.html'}")
 
 
 def _run_here(recipe: recipes.Recipe, folder: Path, resume: bool) -> Summary:

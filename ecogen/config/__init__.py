@@ -30,8 +30,10 @@ from ecogen.config.schema import (
     Tunables,
     Tuning,
 )
+from ecogen.config.sweep import Case, Reference, Row, Study, Sweep, load_study
 
 __all__ = [
+    "Case",
     "Compute",
     "Data",
     "DeviceProfile",
@@ -43,7 +45,11 @@ __all__ = [
     "PlacementRecipe",
     "Pretraining",
     "Recipe",
+    "Reference",
+    "Row",
     "SiteProfile",
+    "Study",
+    "Sweep",
     "TopologyRecipe",
     "TransportRecipe",
     "Tunables",
@@ -53,6 +59,7 @@ __all__ = [
     "compute_of",
     "from_table",
     "load",
+    "load_study",
     "section_from_table",
     "section_table",
     "to_table",

@@ -18,6 +18,9 @@ from ecogen.errors import ConfigError
 SectionType = TypeVar("SectionType")
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+SWEEP = "sweep"
+"""The section that makes a recipe a study."""
+
 _COUNTS = ("edges", "clusters_per_edge", "devices_per_cluster")
 _NUMBERED = re.compile(r"edge-(\d+)(?:\.field|\.cluster-(\d+)\.device-(\d+))?")
 
@@ -32,14 +35,10 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: with every problem and its place.
     """
-    text, name = _read(source)
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
-        raise ConfigError([f"not TOML: {problem}"], name) from problem
-    if not table:
-        raise ConfigError(["it is empty; a recipe says at least its name"], name)
-    return from_table(table, name, _override(table, overrides))
+    table, name = read_table(source)
+    if SWEEP in table:
+        raise ConfigError(["it is a study of many runs; `ecogen run` carries it out, `load_study` reads it"], name)
+    return from_table(table, name, override(table, overrides))
 
 
 def from_table(table: Mapping[str, Any], source: str = "recipe", found: Sequence[str] = ()) -> Recipe:
@@ -82,7 +81,43 @@ def section_from_table(section_type: type[SectionType], table: Mapping[str, Any]
     try:
         return TypeAdapter(section_type).validate_python(table)
     except ValidationError as error:
-        raise ConfigError(explain(error), section_type.__name__) from None
+        raise ConfigError(explain(error, section_type), section_type.__name__) from None
+
+
+def read_table(source: str | Path) -> tuple[dict[str, Any], str]:
+    """The table of a built-in name or a TOML path, unchecked, and a name for messages.
+
+    Raises:
+        ConfigError: if it cannot be read, is no TOML or says nothing.
+    """
+    text, name = _read(source)
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise ConfigError([f"not TOML: {problem}"], name) from problem
+    if not table:
+        raise ConfigError(["it is empty; a recipe says at least its name"], name)
+    return table, name
+
+
+def override(table: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Put values from outside into a recipe's table; returns what is wrong with them.
+
+    Counts go first, and take along what the recipe says of nodes beyond them; what the caller says of such nodes stays,
+    to be refused.
+    """
+    settings, problems = [], []
+    for text in overrides:
+        try:
+            settings.append(_setting(text))
+        except ValueError as problem:
+            problems.append(f"--set: {problem}")
+    counts = [(parts, value) for parts, value in settings if parts[:-1] == ["topology"] and parts[-1] in _COUNTS]
+    blocked = [_put(table, *setting) for setting in counts]
+    if counts and isinstance(table["topology"], dict):
+        _drop_beyond(table)
+    blocked += [_put(table, *setting) for setting in settings if setting not in counts]
+    return problems + [f"--set: {problem}" for problem in blocked if problem]
 
 
 def builtin_names() -> list[str]:
@@ -103,36 +138,16 @@ def _read(source: str | Path) -> tuple[str, str]:
         raise ConfigError([f"cannot read it: {reason}; built-in recipes: {names}"], str(source)) from problem
 
 
-def _override(table: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Put values from outside into a recipe's table; returns what is wrong with them.
-
-    Counts go first, and take along what the recipe says of nodes beyond them; what the caller says of such nodes stays,
-    to be refused.
-    """
-    settings, problems = [], []
-    for override in overrides:
-        try:
-            settings.append(_setting(override))
-        except ValueError as problem:
-            problems.append(f"--set: {problem}")
-    counts = [(parts, value) for parts, value in settings if parts[:-1] == ["topology"] and parts[-1] in _COUNTS]
-    blocked = [_put(table, *setting) for setting in counts]
-    if counts and isinstance(table["topology"], dict):
-        _drop_beyond(table)
-    blocked += [_put(table, *setting) for setting in settings if setting not in counts]
-    return problems + [f"--set: {problem}" for problem in blocked if problem]
-
-
-def _setting(override: str) -> tuple[list[str], Any]:
+def _setting(text: str) -> tuple[list[str], Any]:
     """The parts of the key and the value of `a.b=value`; what is no TOML value is a bare string."""
-    key, equals, text = override.partition("=")
+    key, equals, value_text = text.partition("=")
     if not equals:
-        raise ValueError(f"{override!r} is not KEY=VALUE, for example tuning.rounds=4")
+        raise ValueError(f"{text!r} is not KEY=VALUE, for example tuning.rounds=4")
     try:
-        value = tomllib.loads(f"value = {text}")
+        value = tomllib.loads(f"value = {value_text}")
     except tomllib.TOMLDecodeError:
         value = {}
-    return _parts(key), value["value"] if value.keys() == {"value"} else text
+    return _parts(key), value["value"] if value.keys() == {"value"} else value_text
 
 
 def _put(table: dict[str, Any], parts: Sequence[str], value: Any) -> str:

@@ -46,11 +46,11 @@ def detach(recipe: recipes.Recipe, folder: Path, *, resume: bool) -> None:
     deadline_s = time.monotonic() + _START_S
     while not (folder / RUNNING).exists():
         if process.poll() is not None or time.monotonic() > deadline_s:
-            raise RunError(f"the run did not start: {_why(folder / LOG)}")
+            raise RunError(f"the run did not start: {why(folder / LOG)}")
         time.sleep(0.1)
 
 
-def _why(log: Path) -> str:
+def why(log: Path) -> str:
     """What the last error in a log says, or its last line."""
     text = log.read_text(errors="replace").strip()
     _, found, said = text.rpartition("error: ")

@@ -1,4 +1,6 @@
-"""The process that owns a run which was left in the background: `python -m ecogen.engines.detached RECIPE FOLDER`.
+"""The process that owns a run which no terminal owns: `python -m ecogen.engines.detached RECIPE FOLDER`.
+
+It is left in the background, or is one of a study's.
 
 Each node's process imports the main module again, so this one imports what it needs only when it runs.
 """
@@ -20,14 +22,15 @@ def main(arguments: list[str]) -> int:
     from ecogen import config as recipes
     from ecogen.engines.forking import fork_server
 
-    fork_server()  # before the imports that take long, since it does the same ones
+    path, folder = Path(arguments[0]), Path(arguments[1])
+    recipe = recipes.from_table(json.loads(path.read_text()), str(path))
+    if recipe.engine == "local":
+        fork_server()  # before the imports that take long, since it does the same ones
     from ecogen.engines import session
     from ecogen.engines.run_folder import resume_command
     from ecogen.errors import EcoGenError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    path, folder = Path(arguments[0]), Path(arguments[1])
-    recipe = recipes.from_table(json.loads(path.read_text()), str(path))
     try:
         asyncio.run(session.run(recipe, folder, resume="--resume" in arguments, screen=Console(stderr=True)))
     except EcoGenError as problem:

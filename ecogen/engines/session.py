@@ -102,7 +102,10 @@ async def status(folder: Path) -> list[RenderableType]:
 
 def _runs_in(folder: Path) -> list[Path]:
     """The run folders in a folder that is none itself."""
-    return [] if (folder / RECIPE).exists() else sorted(path.parent for path in folder.glob(f"*/{RECIPE}"))
+    if (folder / RECIPE).exists():
+        return []
+    found = [*folder.glob(f"*/{RECIPE}"), *folder.glob(f"runs/*/*/{RECIPE}")]  # the latter are a study's
+    return sorted(path.parent for path in found)
 
 
 async def predict(folder: Path, images: Sequence[Path], engine: str) -> tuple[Asked, Topology]:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ecogen.accounting.ledger import Bounds
 from ecogen.records import RequestRecord, RoundRecord
+from ecogen.reports.study import StudyRow, StudySummary
 from ecogen.reports.summary import Summary
 from ecogen.reports.tables import Column, Table, hops_tables, word
 from ecogen.reports.wording import DASH, LINK_NAMES, format_grams, format_loss, format_range, format_share, plural
@@ -55,6 +56,24 @@ def show_summary(summary: Summary) -> RenderableType:
     for name, value, remark in _summary_rows(summary):
         grid.add_row(Text(name, style="dim"), Text(value, style="bold"), Text(remark, style="dim"))
     return Group(Text(f"{summary['name']}, seed {summary['seed']}", style="bold"), grid)
+
+
+def show_study(summary: StudySummary) -> list[RenderableType]:
+    """The tables of a study, with what matters most."""
+    parts = {"table": summary["table"], **summary["parts"]}
+    columns = (word("case"), Column("first round"), Column("last round"), Column("reference"), Column("seeds"))
+    return [
+        show_table(Table(part.replace("_", " "), columns, tuple(_study_cells(row) for row in rows)))
+        for part, rows in parts.items()
+        if rows
+    ]
+
+
+def _study_cells(row: StudyRow) -> tuple[str, ...]:
+    reference = row["reference"]
+    said = f"{format_share(reference['first'])} → {format_share(reference['last'])}" if reference else DASH
+    reached = [f"{format_share(row[f'{when}_mean'])} ± {row[f'{when}_sd'] * 100:.1f}" for when in ("first", "last")]  # type: ignore[literal-required]
+    return (row["name"], *reached, said, str(row["seeds"]))
 
 
 def show_request(record: RequestRecord, topology: Topology) -> RenderableType:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from ecogen.accounting.ledger import Ledger
@@ -16,6 +14,7 @@ from ecogen.measurements import EXACT_DB, Inversion, InversionAttack
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.reports import drawing, plots, tables
+from ecogen.reports.page import render_page
 from ecogen.reports.summary import RunFacts, Summary, round_indices, summarise
 from ecogen.reports.timeline import notable_events, start_s, timeline
 from ecogen.reports.toml import to_toml
@@ -30,8 +29,6 @@ from ecogen.reports.wording import (
 from ecogen.storage import write_atomically
 from ecogen.topology import Topology
 from ecogen.units import format_bytes, format_joules, format_seconds
-
-_CONTROL_CHARACTERS = {code: None for code in range(32) if chr(code) not in "\t\n\r"}  # HTML allows no others
 
 
 def write_report(
@@ -55,7 +52,8 @@ def render_report(
 ) -> str:
     """The report as an HTML page."""
     summary = summarise(records, ledger, recipe, topology, facts)
-    page = _template().render(
+    return render_page(
+        "report.html.j2",
         summary=summary,
         recipe=recipe,
         recipe_toml=to_toml(to_table(recipe)),
@@ -72,25 +70,6 @@ def render_report(
         strongest=strongest(facts.inversion),
         exact_db=EXACT_DB,
     )
-    return page.translate(_CONTROL_CHARACTERS)
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {
-        "bytes": format_bytes,
-        "count": format_count,
-        "grams": format_grams,
-        "joules": format_joules,
-        "plural": plural,
-        "range": format_range,
-        "seconds": format_seconds,
-        "share": format_share,
-    }
-    source = (resources.files("ecogen.reports") / "report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
 
 
 def _headline(summary: Summary, ledger: Ledger, recipe: Recipe, facts: RunFacts) -> list[tuple[str, str, str]]:

@@ -56,15 +56,18 @@ def load_splits(data: Data, image_size: int, seed: int) -> Splits:
         DataError: if the data set has too few examples for the splits.
     """
     images, labels = _digits(image_size)
-    if data.train + data.validation >= len(labels):
+    left = len(labels) - data.train - data.validation
+    num_test = data.test or left
+    if not 1 <= num_test <= left:
         raise DataError(
-            f"data.train {data.train} + data.validation {data.validation} leave no test examples of {len(labels)}; "
-            "lower one of them"
+            f"data.train {data.train} + data.validation {data.validation} leave {max(0, left) or 'no'} test examples "
+            f"of {len(labels)}{f', not the {data.test} of data.test' if data.test else ''}; lower one of them"
         )
     order = _stratified_order(labels, np.random.default_rng([seed, _SPLIT_KEY]))
-    bounds = np.cumsum([data.train, data.validation])
-    train, validation, test = (Examples(images[part], labels[part]) for part in np.split(order, bounds))
-    return Splits(train, validation, test, num_labels=int(labels.max()) + 1)
+    kept, test = np.split(order, [len(order) - num_test])
+    parts = (kept[: data.train], kept[len(kept) - data.validation :], test)
+    train, validation, test_examples = (Examples(images[part], labels[part]) for part in parts)
+    return Splits(train, validation, test_examples, num_labels=int(labels.max()) + 1)
 
 
 def partition_examples(

@@ -1,0 +1,123 @@
+"""A recipe with a `[sweep]` is a study: the runs behind a table, one recipe a row, each over the same seeds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ecogen.config.problems import explain
+from ecogen.config.reading import SWEEP, from_table, override, read_table
+from ecogen.config.schema import STRICT, Natural, Recipe, Share
+from ecogen.errors import ConfigError
+
+
+@dataclass(frozen=True, config=STRICT)
+class Reference:
+    """What somebody else reports: accuracy after the first and after the last round."""
+
+    first: Share
+    last: Share
+
+
+@dataclass(frozen=True, config=STRICT)
+class Case:
+    """What a `[[sweep.cases]]` says.
+
+    Attributes:
+        change: what is different from the recipe, as a recipe's sections.
+        part: the part of the table that it stands in.
+        beside: whether classifiers that see all its training images in one place stand beside it.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    change: Mapping[str, Any] = field(default_factory=dict)
+    part: Annotated[str, Field(pattern=r"^[a-z_]+$")] = "table"
+    reference: Reference | None = None
+    beside: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class Sweep:
+    """What a `[sweep]` says; `source` is where the references are from."""
+
+    cases: Annotated[tuple[Case, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A case with its recipe, whose seed is that of each run in turn."""
+
+    case: Case
+    recipe: Recipe
+
+    @property
+    def num_clusters(self) -> int:
+        return self.recipe.topology.edges * self.recipe.topology.clusters_per_edge
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """All rows of a table, and the seeds that each is run with."""
+
+    name: str
+    sweep: Sweep
+    rows: tuple[Row, ...]
+
+
+def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study | None:
+    """The study of a recipe with a `[sweep]`; None if it has none.
+
+    Args:
+        source: a built-in name or a TOML path.
+        overrides: `"a.b=value"` each; they win over what a case changes.
+
+    Raises:
+        ConfigError: with every problem and its place.
+    """
+    table, name = read_table(source)
+    if SWEEP not in table:
+        return None
+    own = [text for text in overrides if text.strip().startswith(f"{SWEEP}.")]
+    problems = override(table, own)
+    try:
+        sweep = TypeAdapter(Sweep).validate_python(table.pop(SWEEP))
+    except ValidationError as error:
+        raise ConfigError([*problems, *(f"{SWEEP}.{problem}" for problem in explain(error, Sweep))], name) from None
+    problems += _named_twice(sweep)
+    if problems:
+        raise ConfigError(problems, name)
+    others = [text for text in overrides if text not in own]
+    rows = tuple(Row(case, _recipe(table, case, others, f"{name}, case {case.name!r}")) for case in sweep.cases)
+    return Study(rows[0].recipe.name, sweep, rows)
+
+
+def _named_twice(sweep: Sweep) -> list[str]:
+    names = [case.name for case in sweep.cases]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    return [f"{SWEEP}.cases: {name!r} is there more than once" for name in twice]
+
+
+def _recipe(table: Mapping[str, Any], case: Case, overrides: Sequence[str], name: str) -> Recipe:
+    changed = _merged(table, case.change)
+    return from_table(changed, name, override(changed, overrides))
+
+
+def _merged(table: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the table with the change in it, section by section."""
+    merged = copy.deepcopy(dict(table))
+    for key, value in change.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged

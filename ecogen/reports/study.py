@@ -1,0 +1,168 @@
+"""A study as one JSON object: what each row of its table reached, over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import correlation, fmean, stdev
+from typing import TypedDict
+
+from ecogen.config import Row, Study
+from ecogen.records import LINK_CLASSES
+from ecogen.reports.summary import Summary
+
+Scores = Mapping[str, float]
+"""Accuracy by the name of a classifier."""
+
+
+class Spread(TypedDict):
+    """Mean and standard deviation over seeds."""
+
+    mean: float
+    sd: float
+
+
+class StudyRow(TypedDict):
+    """One row: accuracies in [0, 1], over seeds; what a run took, as means."""
+
+    name: str
+    clusters: int
+    first_mean: float
+    first_sd: float
+    last_mean: float
+    last_sd: float
+    seeds: int
+    first: list[float]
+    last: list[float]
+    reference: dict[str, float] | None
+    beside: dict[str, Spread]
+    tunable_fraction: float
+    sent_bytes: float
+    energy_j: float
+    wall_s: float
+
+
+class Trend(TypedDict):
+    """Whether more clusters do better, over the rows of the part `table`.
+
+    Attributes:
+        gain: mean last accuracy of the row with most clusters less that of the row with fewest.
+        standard_error: of the gain, the two rows taken as independent.
+        spearman: rank correlation of clusters and last accuracy, over all runs.
+        spearman_by_seed: the same within each seed.
+    """
+
+    gain: float
+    standard_error: float
+    spearman: float
+    spearman_by_seed: list[float]
+
+
+class StudySummary(TypedDict):
+    """The JSON object of a study.
+
+    Attributes:
+        table: the rows over the number of clusters.
+        parts: the other rows, by the part of the table that they stand in.
+        split: of the examples that accuracies are of.
+    """
+
+    name: str
+    seeds: list[int]
+    source: str
+    split: str
+    runs_done: int
+    runs_planned: int
+    table: list[StudyRow]
+    parts: dict[str, list[StudyRow]]
+    trend: Trend | None
+
+
+def summarise_study(
+    study: Study, summaries: Mapping[tuple[str, int], Summary], beside: Mapping[tuple[str, int], Scores]
+) -> StudySummary:
+    """The JSON object of a study, however far it came.
+
+    Args:
+        summaries: by the name of a row's case and the seed, of the runs that have finished.
+        beside: the same for classifiers that saw all training images of a run in one place.
+    """
+    parts: dict[str, list[StudyRow]] = {"table": []}
+    for row in study.rows:
+        done = [(row.case.name, seed) for seed in study.sweep.seeds if (row.case.name, seed) in summaries]
+        if done:
+            others = [beside[key] for key in done if key in beside]
+            parts.setdefault(row.case.part, []).append(_row(row, [summaries[key] for key in done], others))
+    table = parts.pop("table")
+    return {
+        "name": study.name,
+        "seeds": list(study.sweep.seeds),
+        "source": study.sweep.source,
+        "split": study.rows[0].recipe.evaluation.split,
+        "runs_done": len(summaries),
+        "runs_planned": len(study.rows) * len(study.sweep.seeds),
+        "table": table,
+        "parts": parts,
+        "trend": _trend(table),
+    }
+
+
+def _row(row: Row, runs: Sequence[Summary], beside: Sequence[Scores]) -> StudyRow:
+    first = [run["accuracy"]["first"] or 0.0 for run in runs]
+    last = [run["accuracy"]["last"] or 0.0 for run in runs]
+    reference = row.case.reference
+    return {
+        "name": row.case.name,
+        "clusters": row.num_clusters,
+        "first_mean": fmean(first),
+        "first_sd": _sd(first),
+        "last_mean": fmean(last),
+        "last_sd": _sd(last),
+        "seeds": len(runs),
+        "first": first,
+        "last": last,
+        "reference": {"first": reference.first, "last": reference.last} if reference else None,
+        "beside": {name: _spread([scores[name] for scores in beside]) for name in (beside[0] if beside else ())},
+        "tunable_fraction": fmean(run["tunable_fraction"] for run in runs),
+        "sent_bytes": fmean(sum(run["traffic_bytes"][link] for link in LINK_CLASSES) for run in runs),
+        "energy_j": fmean(float(run["energy_j"]["mid"]) for run in runs),
+        "wall_s": fmean(run["wall_s"] for run in runs),
+    }
+
+
+def _trend(rows: Sequence[StudyRow]) -> Trend | None:
+    """None where no number of clusters is compared with another, by two seeds or more."""
+    ordered = sorted(rows, key=lambda row: row["clusters"])
+    if len({row["clusters"] for row in rows}) < 2 or min(row["seeds"] for row in rows) < 2:
+        return None
+    fewest, most = ordered[0], ordered[-1]
+    variance = sum(row["last_sd"] ** 2 / row["seeds"] for row in (fewest, most))
+    return {
+        "gain": most["last_mean"] - fewest["last_mean"],
+        "standard_error": math.sqrt(variance),
+        "spearman": _spearman([(row["clusters"], last) for row in ordered for last in row["last"]]),
+        "spearman_by_seed": [
+            _spearman([(row["clusters"], row["last"][seed]) for row in ordered])
+            for seed in range(min(row["seeds"] for row in ordered))
+        ],
+    }
+
+
+def _spearman(pairs: Sequence[tuple[float, float]]) -> float:
+    """Rank correlation (Spearman 1904): Pearson's of the ranks; 0 where one side is all the same."""
+    sides = [_ranks(side) for side in zip(*pairs, strict=True)]
+    return correlation(*sides) if all(len(set(side)) > 1 for side in sides) else 0.0
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """The mean rank of each value among all, so that equal ones share theirs."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return {"mean": fmean(values), "sd": _sd(values)}
+
+
+def _sd(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,108 @@
+"""A study's figures are those of its runs, and its page says where it loses."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from ecogen.config import Case, Recipe, Reference, Row, Study, Sweep, TopologyRecipe
+from ecogen.reports.console import show_study
+from ecogen.reports.study import StudySummary, summarise_study
+from ecogen.reports.study_page import render_study
+
+LAST = {1: [0.90, 0.92, 0.91], 3: [0.95, 0.93, 0.97]}
+SEEDS = (0, 1, 2)
+
+
+def study_of(*rows: tuple[str, int, str]) -> Study:
+    cases = [
+        Row(
+            Case(name, part=part, reference=Reference(0.8, 0.9) if part == "table" else None, beside=part == "table"),
+            Recipe(topology=TopologyRecipe(edges=1, clusters_per_edge=clusters)),
+        )
+        for name, clusters, part in rows
+    ]
+    return Study("pair", Sweep(tuple(row.case for row in cases), SEEDS, "somebody"), tuple(cases))
+
+
+def run_of(first: float, last: float) -> Any:
+    """As much of a run's summary as a study reads."""
+    sent = {"cloud_edge": 1, "edge_end": 20, "d2d": 300}
+    accuracy = {"first": first, "last": last}
+    return {
+        "accuracy": accuracy,
+        "tunable_fraction": 0.02,
+        "traffic_bytes": sent,
+        "energy_j": {"mid": 7.0},
+        "wall_s": 3.0,
+    }
+
+
+STUDY = study_of(("one <b>", 1, "table"), ("three", 3, "table"), ("head", 3, "ablations"))
+RUNS = {
+    (row.case.name, seed): run_of(LAST[row.num_clusters][seed] - 0.1, LAST[row.num_clusters][seed])
+    for row in STUDY.rows
+    for seed in SEEDS
+}
+BESIDE = {key: {"1-NN": 0.94, "SVM": 0.99} for key in RUNS if key[0] != "head"}
+
+
+@pytest.fixture
+def summary() -> StudySummary:
+    return summarise_study(STUDY, RUNS, BESIDE)
+
+
+def test_means_and_deviations_are_over_seeds(summary: StudySummary) -> None:
+    one, three = summary["table"]
+    assert (one["clusters"], three["clusters"], one["seeds"]) == (1, 3, 3)
+    assert one["last_mean"] == pytest.approx(fmean(LAST[1]))
+    assert three["last_sd"] == pytest.approx(stdev(LAST[3]))
+    assert one["first_mean"] == pytest.approx(fmean(LAST[1]) - 0.1)
+    assert one["reference"] == {"first": 0.8, "last": 0.9}
+    assert one["beside"]["SVM"] == {"mean": pytest.approx(0.99), "sd": pytest.approx(0)}
+    assert one["sent_bytes"] == 321
+    assert [row["name"] for row in summary["parts"]["ablations"]] == ["head"]
+
+
+def test_the_trend_is_the_gain_its_error_and_the_rank_correlation(summary: StudySummary) -> None:
+    trend = summary["trend"]
+    assert trend is not None
+    assert trend["gain"] == pytest.approx(0.04)
+    assert trend["standard_error"] == pytest.approx((stdev(LAST[1]) ** 2 / 3 + stdev(LAST[3]) ** 2 / 3) ** 0.5)
+    assert trend["spearman_by_seed"] == [1.0, 1.0, 1.0]
+    assert trend["spearman"] == pytest.approx(0.8783, abs=1e-4)  # scipy.stats.spearmanr of the same pairs
+
+
+def test_ties_share_their_rank() -> None:
+    same = {key: run_of(0.5, 0.9) for key in RUNS}
+    trend = summarise_study(STUDY, same, {})["trend"]
+    assert trend is not None
+    assert trend["spearman"] == 0
+
+
+def test_a_study_that_was_cut_short_shows_what_is_there() -> None:
+    done = {key: run for key, run in RUNS.items() if key == ("three", 1)}
+    summary = summarise_study(STUDY, done, {})
+    assert (summary["runs_done"], summary["runs_planned"]) == (1, 9)
+    assert [(row["name"], row["seeds"], row["last_sd"]) for row in summary["table"]] == [("three", 1, 0.0)]
+    assert summary["trend"] is None
+    assert "This study was cut short" in render_study(summary)
+    assert "no run has finished yet" in render_study(summarise_study(STUDY, {}, {}))
+
+
+def test_the_page_is_well_formed_loads_nothing_and_says_where_we_lose(summary: StudySummary) -> None:
+    page = render_study(summary)
+    text = "".join(ElementTree.fromstring(page).itertext())
+    assert "http" not in page
+    assert "<b>" not in page
+    assert "1-NN (94.0 %) beats one <b> (91.0 %)" in text
+    assert "SVM (99.0 %) beats three (95.0 %)" in text
+    assert "1-NN (94.0 %) beats three" not in text
+    assert "somebody, last" in text
+
+
+def test_the_terminal_shows_every_part(summary: StudySummary) -> None:
+    assert len(show_study(summary)) == 2
