@@ -122,6 +122,12 @@ def test_unknown_zone(ecogen: EcoGen, recipe_of: RecipeOf, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+def test_an_unknown_strategy(ecogen: EcoGen, tmp_path: Path) -> None:
+    ran = ecogen("run", "digits", "--set", "aggregation.strategy=fedavgg", "--out", tmp_path / "run")
+    refused(ran, "aggregation.strategy: 'fedavgg' is no strategy; did you mean 'fedavg'?")
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_few_examples_are_found_before_anything_is_begun(
     ecogen: EcoGen, recipe_of: RecipeOf, tmp_path: Path
 ) -> None:

@@ -13,10 +13,12 @@ from ecogen.config.reading import (
     to_table,
 )
 from ecogen.config.schema import (
+    Aggregation,
     Compute,
     Data,
     DeviceProfile,
     Evaluation,
+    Faults,
     LinkProfile,
     Model,
     NodeCompute,
@@ -33,11 +35,13 @@ from ecogen.config.schema import (
 from ecogen.config.sweep import Case, Reference, Row, Study, Sweep, load_study
 
 __all__ = [
+    "Aggregation",
     "Case",
     "Compute",
     "Data",
     "DeviceProfile",
     "Evaluation",
+    "Faults",
     "LinkProfile",
     "Model",
     "NodeCompute",

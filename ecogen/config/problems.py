@@ -78,6 +78,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _unknown("topology.devices", topology.devices, built.nodes)
     yield from _unknown("topology.sites", topology.sites, built.sites)
     yield from _unknown("compute.nodes", recipe.compute.nodes, built.nodes)
+    yield from _unknown("faults.update_factor", recipe.faults.update_factor, built.clusters)
 
 
 def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:

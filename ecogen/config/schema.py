@@ -181,6 +181,25 @@ class Tuning:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Aggregation:
+    """How an edge puts its clusters' updates together; the cloud averages those of the edges."""
+
+    strategy: str = "fedavg"  # of `tuning.strategies`, or of a package that offers one
+    faulty: Natural = 1  # trimmed_mean, multi_krum: clusters that may send anything
+    server_rate: Positive = 0.1  # fedadam, fedyogi: the server's learning rate (eta in Reddi et al. 2021)
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Positive = 1e-3
+
+
+@dataclass(frozen=True, config=STRICT)
+class Faults:
+    """What goes wrong on purpose, to see what survives it."""
+
+    update_factor: Mapping[str, float] = field(default_factory=dict)  # by cluster: times its change of the tunables
+
+
+@dataclass(frozen=True, config=STRICT)
 class Evaluation:
     """What is measured besides tuning."""
 
@@ -212,5 +231,7 @@ class Recipe:
     compute: Compute = field(default_factory=Compute)
     tunables: Tunables = field(default_factory=Tunables)
     tuning: Tuning = field(default_factory=Tuning)
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    faults: Faults = field(default_factory=Faults)
     transport: TransportRecipe = field(default_factory=TransportRecipe)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -124,7 +124,8 @@ class DeviceRole:
         data = await context.worker.compute(self._own_data, topology, placement)
         link = topology.links["d2d"]
         routes = [Route(route, shape) for route in rotations(placement, recipe.data.owners)]
-        tuning = DeviceTuning(routes, recipe.tuning, stage, context.worker, self.neighbours, data)
+        factor = recipe.faults.update_factor.get(cluster_id, 1.0)
+        tuning = DeviceTuning(routes, recipe.tuning, stage, context.worker, self.neighbours, data, update_factor=factor)
         serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
         return _Resident(stage, tuning, serving, neighbour_ids)

@@ -108,6 +108,7 @@ class EdgeRole:
             self._outbox.put,
             attempt=self._incarnation * 1_000_000,
             num_owners=recipe.data.owners,
+            aggregation=recipe.aggregation,
         )
 
     async def _fetch_foundation(self) -> Foundation:

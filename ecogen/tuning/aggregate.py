@@ -30,17 +30,25 @@ def aggregate(updates: Sequence[Update]) -> Tunables:
     Raises:
         AggregationError: if names or shapes differ, a value is not finite, or nobody saw an example.
     """
-    total = sum(update.num_examples for update in updates)
-    if not updates or total <= 0:
-        raise AggregationError(f"{len(updates)} updates with {total} examples in all: nothing to average")
     ordered = sorted(updates, key=lambda update: update.sender_id)
-    for update in ordered:
-        _check_shapes(update, ordered[0])
+    total = _check_shapes(ordered)
     averages = {name: _average(name, ordered, total) for name in ordered[0].tunables}
     if not all(_is_finite(average) for average in averages.values()):
-        for update in ordered:  # whatever is not finite in an update is not finite in the average either
-            _check_finite(update)
+        check_updates(ordered)  # whatever is not finite in an update is not finite in the average either
     return averages
+
+
+def check_updates(updates: Sequence[Update]) -> None:
+    """Check that updates can be put together.
+
+    Raises:
+        AggregationError: as `aggregate`.
+    """
+    _check_shapes(updates)
+    for update in updates:
+        for name, tensor in update.tunables.items():
+            if not _is_finite(tensor):
+                raise AggregationError(f"update of {update.sender_id!r} has a value that is not finite in {name!r}")
 
 
 def _average(name: str, updates: Sequence[Update], total: int) -> Tensor:
@@ -56,15 +64,18 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _check_shapes(update: Update, other: Update) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in update.tunables.items()}
-    others = {name: tuple(tensor.shape) for name, tensor in other.tunables.items()}
-    if shapes != others:
-        different = sorted(set(shapes.items()) ^ set(others.items()))[0]
-        raise AggregationError(f"updates of {update.sender_id!r} and {other.sender_id!r} differ at {different[0]!r}")
+def _check_shapes(updates: Sequence[Update]) -> int:
+    """All are of the same tunables; returns how many examples are behind them."""
+    total = sum(update.num_examples for update in updates)
+    if not updates or total <= 0:
+        raise AggregationError(f"{len(updates)} updates with {total} examples in all: nothing to average")
+    others = _shapes(updates[0])
+    for update in updates:
+        if (shapes := _shapes(update)) != others:
+            name = sorted(set(shapes.items()) ^ set(others.items()))[0][0]
+            raise AggregationError(f"updates of {update.sender_id!r} and {updates[0].sender_id!r} differ at {name!r}")
+    return total
 
 
-def _check_finite(update: Update) -> None:
-    for name, tensor in update.tunables.items():
-        if not _is_finite(tensor):
-            raise AggregationError(f"update of {update.sender_id!r} has a value that is not finite in {name!r}")
+def _shapes(update: Update) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in update.tunables.items()}

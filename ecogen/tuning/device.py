@@ -54,6 +54,7 @@ class DeviceTuning:
     Args:
         routes: one for each device of the cluster that owns data.
         data: what the device owns; None where it owns nothing.
+        update_factor: times what it learned is what it answers with: 1, but for a fault on purpose.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class DeviceTuning:
         worker: Worker,
         neighbours: Neighbours,
         data: LocalData | None,
+        *,
+        update_factor: float = 1.0,
     ) -> None:
         self._routes, self._tuning, self._stage, self._worker = list(routes), tuning, stage, worker
-        self._neighbours, self._data = neighbours, data
+        self._neighbours, self._data, self._update_factor = neighbours, data, update_factor
         self._latest = AttemptKey(-1, -1)
         self._current: LocalSteps | None = None
         self._early: list[tuple[Message, Flow]] = []
@@ -87,7 +90,10 @@ class DeviceTuning:
         result = await steps.run()
         owned = len(self._data.examples) if self._data else 0
         body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._stage.memory_bytes))
-        return Message.of(TUNE, body, kind="tunables", tensors=result.tunables)
+        tunables = result.tunables
+        if self._update_factor != 1:
+            tunables = {n: torch.lerp(message.tensors[n], t, self._update_factor) for n, t in tunables.items()}
+        return Message.of(TUNE, body, kind="tunables", tensors=tunables)
 
     def deliver(self, message: Message) -> None:
         """Take a neighbour's message; one that belongs to an attempt not yet begun here waits for it."""

@@ -14,12 +14,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from ecogen.config import Tuning
+from ecogen.config import Aggregation, Tuning
 from ecogen.errors import NodeLostError, RunError, TransportError
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables, tunables_of
@@ -29,13 +29,15 @@ from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Transport
 from ecogen.transport.codec import Packed
-from ecogen.tuning.aggregate import Update, aggregate
+from ecogen.tuning.aggregate import Update
 from ecogen.tuning.messages import SYNC, TUNE, AttemptKey, SyncOrder, TuneOrder, TuneResult
+from ecogen.tuning.strategies import strategy_of
 
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[Mapping[str, Tensor]], float | None]
 
+_MEMORY = "memory of the strategy: "
 _MAX_TRIES = 10  # of one round without any cluster's outcome; a lost device needs one or two
 
 
@@ -47,18 +49,21 @@ class EdgeState:
         next_round: the round to do next.
         unsynced: examples behind the tunables where the cloud has not averaged them yet; None where nothing is due.
         record: of the round that was committed last, so that it is published even if the edge dies before.
+        memory: what the strategy of aggregation keeps from round to round.
     """
 
     tunables: Mapping[str, Tensor]
     next_round: int = 0
     unsynced: int | None = None
     record: RoundRecord | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write it atomically."""
         values = {"next_round": self.next_round, "unsynced": self.unsynced}
         record = to_line(self.record).decode() if self.record else ""
-        save_tensors(path, self.tunables, {"state": json.dumps(values), "record": record})
+        tensors = {**self.tunables, **{_MEMORY + name: tensor for name, tensor in self.memory.items()}}
+        save_tensors(path, tensors, {"state": json.dumps(values), "record": record})
 
     @classmethod
     def load(cls, path: Path) -> EdgeState:
@@ -66,7 +71,9 @@ class EdgeState:
         metadata = load_metadata(path)
         record = from_line(metadata["record"]) if metadata["record"] else None
         assert record is None or isinstance(record, RoundRecord)
-        return cls(load_tensors(path), record=record, **json.loads(metadata["state"]))
+        tensors = load_tensors(path)
+        memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in [*tensors] if name.startswith(_MEMORY)}
+        return cls(tensors, record=record, memory=memory, **json.loads(metadata["state"]))
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class EdgeRounds:
         members: the devices of all its clusters.
         attempt: a number larger than any that an earlier life of this edge used.
         evaluate: accuracy of tunables, run on the compute thread.
+        aggregation: how the clusters' updates become one.
         publish: takes each record.
     """
 
@@ -104,8 +112,10 @@ class EdgeRounds:
         *,
         attempt: int,
         num_owners: int = 1,
+        aggregation: Aggregation,
     ) -> None:
         self.state = state
+        self._strategy, self._aggregation = strategy_of(aggregation), aggregation
         self._path, self._tuning, self._placements, self._members = path, tuning, placements, members
         self._transport, self._worker, self._cloud_id = transport, worker, cloud_id
         self._evaluate, self._publish, self._attempt = evaluate, publish, attempt
@@ -127,17 +137,18 @@ class EdgeRounds:
         began_s = time.perf_counter()
         outcomes = await self._tune_clusters(round_index)
         updates = [outcome.update for outcome in outcomes]
-        tunables, accuracy = await self._worker.compute(self._average, updates)
+        tunables, memory, accuracy = await self._worker.compute(self._average, updates)
         record = self._record(round_index, outcomes, accuracy, time.perf_counter() - began_s)
         unsynced = record.num_examples if self._is_sync_due(round_index) else None
-        await self._commit(EdgeState(tunables, round_index + 1, unsynced, record))
+        await self._commit(EdgeState(tunables, round_index + 1, unsynced, record, memory))
         self._publish(record)
         await self._agree()
 
-    def _average(self, updates: Sequence[Update]) -> tuple[Tunables, float | None]:
-        """On the compute thread: the average, and its accuracy."""
-        tunables = aggregate(updates)
-        return tunables, self._evaluate(tunables)
+    def _average(self, updates: Sequence[Update]) -> tuple[Tunables, Tunables, float | None]:
+        """On the compute thread: what the strategy makes of the updates and keeps, and the accuracy."""
+        ordered = sorted(updates, key=lambda update: update.sender_id)
+        tunables, memory = self._strategy(self.state.tunables, ordered, self.state.memory, self._aggregation)
+        return tunables, memory, self._evaluate(tunables)
 
     # Clusters.
 

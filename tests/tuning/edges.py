@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecogen.config import Tuning
+from ecogen.config import Aggregation, Tuning
 from ecogen.errors import AuthenticationError, EcoGenError
 from ecogen.metering.meter import null_meter
 from ecogen.placement import place
@@ -25,6 +25,7 @@ from ecogen.tuning.rounds import EdgeRounds, EdgeState
 CLUSTERS = {name: place([f"{name}-0", f"{name}-1"], [1], 2) for name in ("near", "far")}
 NAMES = ("vit.layers.0.prompts", "vit.layers.1.prompts", "classifier.bias")
 FIRST_ATTEMPT = 1000
+FEDAVG = Aggregation()
 RECORD = RoundRecord("edge", 2, 0.5, 0.25, 40, ("near",), ("far",), 1.5, (Usage("near-0", "tuning", 1.0, 0.5),), 7.0)
 
 
@@ -113,7 +114,7 @@ class Edge:
         await self.network.join(Peer("cloud", "cloud")).serve(cloud)
         return cloud
 
-    def rounds(self, state: EdgeState | None = None, **tuning: Any) -> EdgeRounds:
+    def rounds(self, state: EdgeState | None = None, aggregation: Aggregation = FEDAVG, **tuning: Any) -> EdgeRounds:
         return EdgeRounds(
             state or EdgeState(tunables(0.0)),
             self.path,
@@ -126,6 +127,7 @@ class Edge:
             lambda tensors: float(tensors["classifier.bias"][0]) / 100,
             self.publish,
             attempt=FIRST_ATTEMPT,
+            aggregation=aggregation,
         )
 
     async def run(self, state: EdgeState | None = None, **tuning: Any) -> EdgeState:

@@ -40,14 +40,18 @@ class SlowWorker(Worker):
 class Device:
     """A node with nothing but a tuning role."""
 
-    def __init__(self, network: MemoryNetwork, node_id: str, executor: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, network: MemoryNetwork, node_id: str, executor: ThreadPoolExecutor, update_factor: float = 1.0
+    ) -> None:
         transport = network.join(Peer(node_id, "end"))
         self.transport, self.node_id = transport, node_id
         self.neighbours = Neighbours(transport, lambda _, m: self.role.deliver(m), lambda e: self.role.lose(e))
         self.worker = SlowWorker(null_meter(node_id), transport.counter, executor)
         data = LocalData(random_batches(1, 12)[0], 0, 0) if node_id == "device-0" else None
         stage = stages_of(CASE)[node_id]
-        self.role = DeviceTuning(CASE.routes, TUNING, stage, self.worker, self.neighbours, data)
+        self.role = DeviceTuning(
+            CASE.routes, TUNING, stage, self.worker, self.neighbours, data, update_factor=update_factor
+        )
 
     async def handle(self, _: Peer, message: Message) -> Message:
         return await self.role.tune(message)
@@ -57,10 +61,10 @@ class Device:
 
 
 @asynccontextmanager
-async def cluster(network: MemoryNetwork | None = None) -> AsyncIterator[dict[str, Device]]:
+async def cluster(network: MemoryNetwork | None = None, update_factor: float = 1.0) -> AsyncIterator[dict[str, Device]]:
     network = network or MemoryNetwork()
     with ThreadPoolExecutor(1) as executor:
-        devices = {node_id: Device(network, node_id, executor) for node_id in CASE.placement.node_ids}
+        devices = {node_id: Device(network, node_id, executor, update_factor) for node_id in CASE.placement.node_ids}
         for device in devices.values():
             await device.transport.serve(device)
         try:
@@ -92,6 +96,16 @@ async def test_what_arrives_while_a_device_takes_its_orders_waits_for_it(slow: s
         devices[slow].worker.pause_s = 0.05
         tunables = await attempt(devices, AttemptKey(0, 2))
     assert all(torch.equal(tunables[name], truth[name]) for name in truth)
+
+
+async def test_a_fault_on_purpose_answers_with_so_many_times_what_was_learned() -> None:
+    async with cluster() as devices:
+        truth = await attempt(devices, AttemptKey(0, 1))
+    async with cluster(update_factor=-10) as devices:
+        wrong = await attempt(devices, AttemptKey(0, 1))
+    begun = random_tunables(CASE)
+    for name, tensor in wrong.items():
+        torch.testing.assert_close(tensor - begun[name], -10 * (truth[name] - begun[name]), rtol=1e-4, atol=1e-4)
 
 
 async def test_what_arrives_before_the_order_waits_for_it() -> None:
