@@ -80,6 +80,20 @@ def test_splits_are_disjoint_and_together_everything() -> None:
     assert splits.num_labels == 10
 
 
+def test_a_number_of_test_examples_gives_the_same_ones_whatever_is_trained_on() -> None:
+    few, many = (load_splits(Data(train=train, validation=147, test=450), 8, 0) for train in (200, 1200))
+    assert torch.equal(few.test.images, many.test.images)
+    assert torch.equal(few.validation.images, many.validation.images)
+    assert torch.equal(few.train.images, many.train.images[:200])
+    assert [len(part) for part in (few.train, few.validation, few.test)] == [200, 147, 450]
+    rows = {
+        tuple(image.flatten().tolist()) for part in (many.train, many.validation, many.test) for image in part.images
+    }
+    assert len(rows) == 1797
+    everything_else = load_splits(Data(train=1200, validation=147), 8, 0)
+    assert torch.equal(everything_else.test.images, many.test.images)
+
+
 def test_each_split_has_about_the_proportions_of_the_whole() -> None:
     splits = load_splits(Data(train=1000, validation=200), 8, 0)
     for part in (splits.train, splits.validation, splits.test):
@@ -103,6 +117,13 @@ def test_images_are_in_minus_one_to_one_and_of_the_size_asked_for() -> None:
 def test_splits_without_test_examples_are_refused() -> None:
     with pytest.raises(DataError, match=r"data.train 1700 \+ data.validation 97 leave no test examples of 1797"):
         load_splits(Data(train=1700, validation=97), 8, 0)
+
+
+def test_more_test_examples_than_are_left_are_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"leave 450 test examples of 1797, not the 451 of data.test; lower one of them"
+    ):
+        load_splits(Data(train=1200, validation=147, test=451), 8, 0)
 
 
 # Pictures of people.
