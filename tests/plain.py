@@ -63,15 +63,19 @@ def fine_tune(
     learning_rate: float,
     weight_decay: float,
     clip_norm: float,
+    proximal: float = 0.0,
+    epsilon: float = 1e-8,
 ) -> list[float]:
-    """AdamW on whole batches; returns the loss of each step."""
+    """AdamW on whole batches, with FedProx's term in what it descends; returns the loss of each step without it."""
     parameters = list(model.tunables.values())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    begun = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=epsilon)
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
         loss = cross_entropy(model.logits(images).float(), labels)
-        loss.backward()
+        away = sum(((p - b) ** 2).sum() for p, b in zip(parameters, begun, strict=True))
+        (loss + proximal / 2 * away).backward()
         if clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()

@@ -173,6 +173,7 @@ class Tuning:
     learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 0.75  # factor a round
     weight_decay: NonNegative = 0.01
     epsilon: Positive = 1e-8  # AdamW's; a larger one makes steps small where gradients are
+    proximal: NonNegative = 0.0  # mu of FedProx: pulls local steps back to where the round began
     clip_norm: NonNegative = 1.0  # 0 turns clipping off
     augmentation: Share = 0.5  # strength of random shifts, rotations and scales on the device
     cloud_every: Natural = 1  # edge rounds between two averagings in the cloud (T_e); 0: edges stay alone

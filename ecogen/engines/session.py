@@ -53,7 +53,7 @@ async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Con
     """
     check_run(folder, recipe, resume=resume)
     check_recipe(recipe)
-    with locked(folder), _ended_in_order():
+    with locked(folder), ended_in_order():
         begin_run(folder, recipe, resume=resume)
         async with launch(recipe, folder=folder) as federation:
             _remember(folder, federation.cloud_address)
@@ -68,7 +68,7 @@ async def watch(cloud_id: str, address: str, certificates: Path, folder: Path, *
     """
     async with attach(cloud_id, address, certificates) as federation:
         check_free(folder)
-        with locked(folder), _ended_in_order():
+        with locked(folder), ended_in_order():
             return await _watch_and_save(federation, folder, screen)
 
 
@@ -185,8 +185,8 @@ class RunProgress:
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end this task as Ctrl-C does, so that nodes are ended in order."""
+def ended_in_order() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end this task as Ctrl-C does, so that what it started is ended in order."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
     names = [name for name in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) is signal.SIG_DFL]

@@ -32,6 +32,7 @@ from ecogen.engines.background import why
 from ecogen.engines.check import check_recipe
 from ecogen.engines.run_folder import RECIPE, SUMMARY, is_running, locked
 from ecogen.engines.saving import REPORT
+from ecogen.engines.session import ended_in_order
 from ecogen.errors import RunError
 from ecogen.reports.study import Scores, StudySummary, summarise_study
 from ecogen.reports.study_page import write_study
@@ -70,7 +71,7 @@ async def run_study(study: recipes.Study, folder: Path, *, resume: bool, at_once
     for row in study.rows:
         check_recipe(row.recipe)
     runs, slots = runs_of(study, folder), asyncio.Semaphore(at_once)
-    with locked(folder), _Bars(len(runs), screen) as bars:
+    with locked(folder), ended_in_order(), _Bars(len(runs), screen) as bars:
         write_atomically(folder / STUDY, json.dumps(_table(study), indent=2))
         await asyncio.to_thread(_obtain_foundations, study, bars)
 

@@ -21,12 +21,17 @@ from ecogen.placement import Segment
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov & Hutter 2019), made anew each round. clip_norm 0 turns clipping off."""
+    """AdamW (Loshchilov & Hutter 2019), made anew each round. clip_norm 0 turns clipping off.
+
+    Attributes:
+        proximal: mu of FedProx (Li et al. 2020, equation 2, https://arxiv.org/abs/1812.06127), 0 for none.
+    """
 
     learning_rate: float
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     epsilon: float = 1e-8
+    proximal: float = 0.0
 
 
 class MicrobatchKey(NamedTuple):
@@ -52,6 +57,7 @@ class Stage:
         self._graphs: dict[MicrobatchKey, tuple[Tensor, Tensor]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._settings = OptimizerSettings(0.0)
+        self._begun: Tunables = {}  # w_t, where a proximal term needs it
 
     def begin(self, tunables: Mapping[str, Tensor], settings: OptimizerSettings | None = None) -> None:
         """Take new tunables and, for tuning, a fresh optimizer; forget everything in flight."""
@@ -61,6 +67,7 @@ class Stage:
         for parameter in parameters:
             parameter.grad = None  # an attempt that was broken off leaves some behind
         self._settings = settings or self._settings
+        self._begun = copy_of(self._named) if self._settings.proximal else {}
         self._optimizer = _adamw(parameters, settings) if settings and parameters else None
 
     @property
@@ -115,6 +122,14 @@ class Stage:
         inputs, outputs = self._graphs.pop(key)
         torch.autograd.backward(outputs, None if grads is None else grads.to(outputs.device, outputs.dtype))
         return inputs.grad
+
+    @torch.no_grad()
+    def pull_back(self, segment: Segment) -> None:
+        """Add the gradient of FedProx's term, mu / 2 |w - w_t|^2, to those of one segment's tunables, once a step."""
+        for name, begun in tunables_of(self._begun, [segment]).items():
+            parameter = self._named[name]
+            pull = self._settings.proximal * (parameter - begun.to(parameter))
+            parameter.grad = pull if parameter.grad is None else parameter.grad + pull
 
     def squared_norm(self, segment: Segment) -> float:
         """The squared norm of the gradients of one segment's tunables."""

@@ -156,4 +156,4 @@ class DeviceTuning:
     def _settings(self, round_index: int) -> OptimizerSettings:
         tuning = self._tuning
         rate = tuning.learning_rate * tuning.learning_rate_decay**round_index
-        return OptimizerSettings(rate, tuning.weight_decay, tuning.clip_norm, tuning.epsilon)
+        return OptimizerSettings(rate, tuning.weight_decay, tuning.clip_norm, tuning.epsilon, tuning.proximal)

@@ -321,8 +321,11 @@ class LocalSteps:
     def _norm_when_complete(self, flow: Flow) -> float:
         """The squared norm of a visit's gradients once its last microbatch is back, 0 before."""
         self._backwards[flow.visit] = self._backwards.get(flow.visit, 0) + 1
-        complete = self._backwards[flow.visit] == flow.num_microbatches
-        return self._stage.squared_norm(self._route(flow).segment(flow.visit)) if complete else 0.0
+        if self._backwards[flow.visit] < flow.num_microbatches:
+            return 0.0
+        segment = self._route(flow).segment(flow.visit)
+        self._stage.pull_back(segment)
+        return self._stage.squared_norm(segment)
 
     def _route(self, flow: Flow, before: int = 0) -> Route:
         """The route of the owner whose turn it is, or was `before`."""
