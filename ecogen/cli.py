@@ -271,6 +271,9 @@ def _run_study(
 ) -> None:
     if detach:
         raise RunError("a study cannot be left in the background; start it with nohup, or in tmux")
+    from ecogen.engines.forking import fork_server
+
+    fork_server()  # before the imports that take long, since it does the same ones
     from ecogen.engines.study import run_study
     from ecogen.reports.console import show_study
 

@@ -28,18 +28,23 @@ from rich.progress import (
 )
 
 from ecogen import config as recipes
+from ecogen.engines import detached
 from ecogen.engines.background import why
 from ecogen.engines.check import check_recipe
+from ecogen.engines.forking import fork_server
 from ecogen.engines.run_folder import RECIPE, SUMMARY, is_running, locked
 from ecogen.engines.saving import REPORT
 from ecogen.engines.session import ended_in_order
 from ecogen.errors import RunError
+from ecogen.node.process import log_to
 from ecogen.reports.study import Scores, StudySummary, summarise_study
 from ecogen.reports.study_page import write_study
 from ecogen.reports.summary import Summary
 from ecogen.storage import make_folder, write_atomically
 from ecogen.tuning.classical import classical_accuracies
 from ecogen.tuning.foundation import MADE_HERE, foundation_folder, obtain_foundation
+
+_JOIN_S = 0.5
 
 STUDY, TABLE, BESIDE, RUNS, LOG, ASKED = "study.json", "table.json", "beside.json", "runs", "run.log", "asked.json"
 
@@ -162,20 +167,24 @@ async def _run_apart(run: Run, name: str) -> None:
         RunError: if it fails.
     """
     write_atomically(run.folder / ASKED, json.dumps(recipes.to_table(run.recipe)))
-    command = ["-m", "ecogen.engines.detached", str(run.folder / ASKED), str(run.folder)]
-    command += ["--resume"] if (run.folder / RECIPE).exists() else []
-    with (run.folder / LOG).open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
-        )
-        try:
-            code = await process.wait()
-        finally:
-            if process.returncode is None:
-                process.terminate()
-                await process.wait()
-    if code:
+    arguments = [str(run.folder / ASKED), str(run.folder), *["--resume"] * (run.folder / RECIPE).exists()]
+    process = fork_server().Process(target=_be_the_run, args=(arguments, run.folder / LOG), name=name)
+    await asyncio.to_thread(process.start)
+    try:
+        while process.is_alive():
+            await asyncio.to_thread(process.join, _JOIN_S)
+    finally:
+        process.terminate()
+        process.join()
+    if process.exitcode:
         raise RunError(f"{name}: {why(run.folder / LOG)}; mend it, then --resume")
+
+
+def _be_the_run(arguments: list[str], log: Path) -> None:
+    """The main function of a run's process."""
+    log.unlink(missing_ok=True)
+    log_to(log)
+    sys.exit(detached.main(arguments))
 
 
 def _obtain_foundations(study: recipes.Study, bars: _Bars) -> None:

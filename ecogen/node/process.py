@@ -103,7 +103,7 @@ def main_of_child(settings: NodeSettings, pipe: Connection, log_level: int) -> N
     """The main function of a forked node: reports its address, or its error, and ends with whoever forked it."""
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # the terminal's are for the launcher, which ends its nodes in order
-    _log_to(settings.folder / LOG)
+    log_to(settings.folder / LOG)
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(message)s")
     try:
         asyncio.run(_run_until_orphaned(settings, pipe))
@@ -124,7 +124,7 @@ def _actionable(problem: Exception, settings: NodeSettings) -> EcoGenError:
     return full or EcoGenError(f"{settings.node_id} failed: {problem!r}; see {settings.folder / LOG}")
 
 
-def _log_to(path: Path) -> None:
+def log_to(path: Path) -> None:
     """Let everything that this process or a library in it prints go to a file, not to the launcher's terminal."""
     logging.raiseExceptions = False  # a full disk should not stop a node for its log
     with contextlib.suppress(OSError):
