@@ -62,9 +62,9 @@ def cpu_pressure() -> float | None:
 
 def cpu_busy_percent(window_s: float = 1.0) -> float | None:
     """Percent of all cores that was in use during the next `window_s`; None where the kernel does not say."""
-    before = _cpu_times()
+    before = cpu_times()
     time.sleep(window_s)
-    after = _cpu_times()
+    after = cpu_times()
     if before is None or after is None or after == before:
         return None
     return 100.0 * (1.0 - (after[0] - before[0]) / (after[1] - before[1]))
@@ -134,7 +134,7 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
     return path
 
 
-def _cpu_times() -> tuple[int, int] | None:
+def cpu_times() -> tuple[int, int] | None:
     """Idle and total time of all cores since boot, in ticks."""
     try:
         ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]

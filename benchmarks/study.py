@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, circumstances, wait_until_quiet, write_result
+from benchmarks.common import RESULTS, circumstances, cpu_times, wait_until_quiet, write_result
 
 Goals = Callable[[Mapping[str, Any]], dict[str, bool]]
 """Whether each goal is met, by its name, from the JSON object of the study."""
@@ -53,13 +53,12 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         f"(sd {row['last_sd']:.4f}), {row['seeds']} seeds"
         for row in rows
     ]
-    text.append(
-        f"{result['wall_s'] / 60:.1f} min, {result['cpu_s'] / 60:.1f} CPU min, foundation model included if made"
-    )
+    cpu = f", {result['cpu_s'] / 60:.1f} CPU min of the whole machine" if result["cpu_s"] else ""
+    text.append(f"{result['wall_s'] / 60:.1f} min{cpu}, foundation model included if made")
     return [*text, *(f"{'reached' if met else 'MISSED'}: {goal}" for goal, met in result["goals"].items())]
 
 
 def _cpu_s() -> float:
-    """CPU time of all processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    """CPU time of the whole machine since boot: a study's runs are no descendants of this process."""
+    idle, total = cpu_times() or (0, 0)
+    return (total - idle) / os.sysconf("SC_CLK_TCK")
