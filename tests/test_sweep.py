@@ -73,12 +73,21 @@ def test_a_study_is_not_taken_for_one_run(path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('name = "two"', 'name = "one"', "sweep.cases: 'one' is there more than once"),
+        ('name = "two"', 'name = "one"', "sweep.cases: 'one', 'one' would share the folder 'one'; name them apart"),
+        ('name = "two"', 'name = "One!"', "sweep.cases: 'one', 'One!' would share the folder 'one'; name them apart"),
+        ('name = "two"', 'name = "±"', "sweep.cases: '±' gives no name for a folder"),
+        ("seeds = [3, 4]", "seeds = [3, 4, 3]", "sweep.seeds: give each seed once, not [3, 4, 3]"),
         ("seeds = [3, 4]", "seeds = []", "sweep.seeds: list should not be empty, not []"),
         ("seeds = [3, 4]", "sedes = [3]", "sweep.sedes: unknown key; did you mean 'seeds'?"),
         ('part = "more"', 'aprt = "more"', "sweep.cases.1.aprt: unknown key; did you mean 'part'?"),
         ("last = 0.75", "last = 75", "sweep.cases.0.reference.last: input should be less than or equal to 1"),
         ("data.train = 400", "data.trian = 400", "case 'two': 1 problem\n  data.trian: unknown key"),
+        (
+            "data.train = 400",
+            "evaluation.split = 'none'",
+            "a study is a table of accuracies; choose 'test' or 'validation' ",
+        ),
+        ("data.train = 400", "faults.update_factor = {'edge-0.cluster-0' = nan}", "input should be a finite number"),
         ("data.train = 400", "tuning = 5", "case 'two': 1 problem\n  tuning: input should be a section"),
     ],
 )
@@ -87,6 +96,12 @@ def test_problems_say_where_they_are(path: Path, old: str, new: str, said: str) 
     with pytest.raises(ConfigError) as caught:
         load_study(path)
     assert said in str(caught.value)
+
+
+def test_a_sweep_that_is_no_section_is_named(path: Path) -> None:
+    path.write_text("sweep = 5\nname = 'pair'")
+    with pytest.raises(ConfigError, match="sweep: input should be a section, not 5"):
+        load_study(path)
 
 
 def test_malformed_overrides_are_refused(path: Path) -> None:

@@ -54,14 +54,18 @@ def problems_of(table: Mapping[str, Any], error: ValidationError) -> list[str]:
     ]
 
 
-def explain(error: ValidationError, section: Any = Recipe) -> list[str]:
-    """Each of pydantic's problems with a section in a sentence; those of a union's branches in one."""
+def explain(error: ValidationError, section: Any = Recipe, *, within: Place = ()) -> list[str]:
+    """Each of pydantic's problems with a section in a sentence; those of a union's branches in one.
+
+    Args:
+        within: where the section is.
+    """
     found: dict[Place, list[Any]] = {}
     for problem in error.errors():
         found.setdefault(_place(problem), []).append(problem)
     # A branch that got further is the one that was meant.
     meant = [place for place in found if not any(other != place and other[: len(place)] == place for other in found)]
-    return [_sentence(place, found[place], section) for place in meant]
+    return [_sentence(place, found[place], section, within) for place in meant]
 
 
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
@@ -124,9 +128,9 @@ def _value(recipe: Recipe, place: str) -> int:
     return int(getattr(getattr(recipe, section), key))
 
 
-def _sentence(place: Place, problems: Sequence[Any], section: Any) -> str:
+def _sentence(place: Place, problems: Sequence[Any], section: Any, within: Place) -> str:
     """One problem, or what each branch of a union has against the same value."""
-    kind, at, key = problems[0]["type"], ".".join(place) or "the whole", place[-1] if place else ""
+    kind, at, key = problems[0]["type"], ".".join((*within, *place)) or "the whole", place[-1] if place else ""
     if kind == "missing":
         return f"{at}: is required"
     is_unknown = kind == "unexpected_keyword_argument"

@@ -20,6 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -197,7 +198,7 @@ class Aggregation:
 class Faults:
     """What goes wrong on purpose, to see what survives it."""
 
-    update_factor: Mapping[str, float] = field(default_factory=dict)  # by cluster: times its change of the tunables
+    update_factor: Mapping[str, Finite] = field(default_factory=dict)  # by cluster: times its change of the tunables
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +64,11 @@ class Row:
     def num_clusters(self) -> int:
         return self.recipe.topology.edges * self.recipe.topology.clusters_per_edge
 
+    @property
+    def slug(self) -> str:
+        """The name of its folder."""
+        return _slug(self.case.name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:
@@ -91,19 +97,34 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study | Non
     try:
         sweep = TypeAdapter(Sweep).validate_python(table.pop(SWEEP))
     except ValidationError as error:
-        raise ConfigError([*problems, *(f"{SWEEP}.{problem}" for problem in explain(error, Sweep))], name) from None
-    problems += _named_twice(sweep)
+        raise ConfigError([*problems, *explain(error, Sweep, within=(SWEEP,))], name) from None
+    problems += [*_mixed_up(sweep)]
     if problems:
         raise ConfigError(problems, name)
     others = [text for text in overrides if text not in own]
     rows = tuple(Row(case, _recipe(table, case, others, f"{name}, case {case.name!r}")) for case in sweep.cases)
+    if unmeasured := [row.case.name for row in rows if row.recipe.evaluation.split == "none"]:
+        text = f"evaluation.split: a study is a table of accuracies; choose 'test' or 'validation' for {unmeasured}"
+        raise ConfigError([text], name)
     return Study(rows[0].recipe.name, sweep, rows)
 
 
-def _named_twice(sweep: Sweep) -> list[str]:
-    names = [case.name for case in sweep.cases]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    return [f"{SWEEP}.cases: {name!r} is there more than once" for name in twice]
+def _mixed_up(sweep: Sweep) -> Iterator[str]:
+    """What would put two runs into one folder."""
+    slugs = [_slug(case.name) for case in sweep.cases]
+    for case, slug in zip(sweep.cases, slugs, strict=True):
+        if not slug:
+            yield f"{SWEEP}.cases: {case.name!r} gives no name for a folder; use letters or digits"
+    for slug in filter(None, dict.fromkeys(slugs)):
+        names = [case.name for case, other in zip(sweep.cases, slugs, strict=True) if other == slug]
+        if len(names) > 1:
+            yield f"{SWEEP}.cases: {', '.join(map(repr, names))} would share the folder {slug!r}; name them apart"
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        yield f"{SWEEP}.seeds: give each seed once, not {list(sweep.seeds)}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _recipe(table: Mapping[str, Any], case: Case, overrides: Sequence[str], name: str) -> Recipe:

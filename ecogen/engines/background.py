@@ -52,6 +52,6 @@ def detach(recipe: recipes.Recipe, folder: Path, *, resume: bool) -> None:
 
 def why(log: Path) -> str:
     """What the last error in a log says, or its last line."""
-    text = log.read_text(errors="replace").strip()
+    text = log.read_text(errors="replace").strip() if log.exists() else ""
     _, found, said = text.rpartition("error: ")
     return said if found else f"{text.splitlines()[-1] if text else 'it says nothing'}; see {log}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +31,12 @@ from ecogen.engines import detached
 from ecogen.engines.background import why
 from ecogen.engines.check import check_recipe
 from ecogen.engines.forking import fork_server
-from ecogen.engines.run_folder import RECIPE, SUMMARY, is_running, locked
+from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, is_running, locked
 from ecogen.engines.saving import REPORT
 from ecogen.engines.session import ended_in_order
-from ecogen.errors import RunError
+from ecogen.errors import ConfigError, RunError
 from ecogen.node.process import log_to
+from ecogen.reports.console import accuracy_line
 from ecogen.reports.study import Scores, StudySummary, summarise_study
 from ecogen.reports.study_page import write_study
 from ecogen.reports.summary import Summary
@@ -105,16 +105,17 @@ def check_study(study: recipes.Study, folder: Path, *, resume: bool) -> None:
         raise RunError(f"{folder} holds runs already; choose another folder with --out, or add --resume to go on")
     if resume and not path.exists():
         raise RunError(f"{folder} holds no study to resume; leave --resume out to begin one there")
-    if resume and _read(path) != _table(study):
+    if resume and _read_study(folder) != _table(study):
         raise RunError(f"{folder} holds a study of other recipes; give the same ones, or another folder with --out")
+    for run in runs_of(study, folder):
+        if (run.folder / RECIPE).exists():
+            check_same(run.recipe, run.folder)
 
 
 def runs_of(study: recipes.Study, folder: Path) -> list[Run]:
     """Every run, seed by seed, so that a study that is cut short has some of every row."""
     return [
-        Run(row, seed, folder / RUNS / re.sub(r"[^a-z0-9]+", "-", row.case.name.lower()).strip("-") / f"seed-{seed}")
-        for seed in study.sweep.seeds
-        for row in study.rows
+        Run(row, seed, folder / RUNS / row.slug / f"seed-{seed}") for seed in study.sweep.seeds for row in study.rows
     ]
 
 
@@ -124,10 +125,13 @@ def load_saved(folder: Path) -> recipes.Study:
     Raises:
         RunError: if study.json is damaged.
     """
-    table = _read(folder / STUDY)
-    sweep = recipes.section_from_table(recipes.Sweep, table["sweep"])
-    rows = [recipes.Row(case, recipes.from_table(table["rows"][case.name])) for case in sweep.cases]
-    return recipes.Study(table["name"], sweep, tuple(rows))
+    table = _read_study(folder)
+    try:
+        sweep = recipes.section_from_table(recipes.Sweep, table["sweep"])
+        rows = [recipes.Row(case, recipes.from_table(table["rows"][case.name])) for case in sweep.cases]
+        return recipes.Study(table["name"], sweep, tuple(rows))
+    except (KeyError, TypeError, ValueError, ConfigError) as problem:
+        raise _damaged(folder, f"{type(problem).__name__}: {problem}") from problem
 
 
 def conclude(study: recipes.Study, folder: Path) -> StudySummary:
@@ -156,7 +160,7 @@ async def _carry_out(run: Run, bars: _Bars) -> None:
         if run.row.case.beside:
             accuracies = await asyncio.to_thread(classical_accuracies, run.recipe)
             write_atomically(run.folder / BESIDE, json.dumps(accuracies))
-        bars.end(name)
+        bars.end(name, _read(run.folder / SUMMARY))
     bars.count()
 
 
@@ -206,6 +210,20 @@ def _read(path: Path) -> Any:
         raise RunError(f"{path} cannot be read ({problem}); remove {path.parent} and --resume") from problem
 
 
+def _read_study(folder: Path) -> Any:
+    try:
+        return json.loads((folder / STUDY).read_text())
+    except (OSError, ValueError) as problem:
+        raise _damaged(folder, problem) from problem
+
+
+def _damaged(folder: Path, problem: object) -> RunError:
+    return RunError(
+        f"{folder / STUDY} does not say what the study is ({problem}); "
+        f"remove that file, then run the recipe again with --out {folder}: the runs in it are used"
+    )
+
+
 def _table(study: recipes.Study) -> dict[str, Any]:
     """What the study is, as plain values."""
     rows = {row.case.name: recipes.to_table(row.recipe) for row in study.rows}
@@ -248,8 +266,9 @@ class _Bars:
         self._going_on.append(name)
         self._show()
 
-    def end(self, name: str) -> None:
+    def end(self, name: str, summary: Summary) -> None:
         self._going_on.remove(name)
+        self._bars.console.print(f"{name}: {accuracy_line(summary)}", highlight=False, markup=False)
         self._show()
 
     def count(self) -> None:

@@ -1,8 +1,7 @@
 """Deep visual prompts (VPT-deep): learned tokens that each block sees and drops again.
 
 Jia et al. 2022, section 3.2: https://arxiv.org/abs/2203.12119. Since the outputs at the prompts' places are
-dropped, prompts never
-cross a cut.
+dropped, prompts never cross a cut.
 
 Shapes: B batch, T tokens with CLS, P prompts, D hidden.
 """

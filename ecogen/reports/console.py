@@ -103,14 +103,19 @@ def show_table(table: Table) -> RichTable:
     return shown
 
 
+def accuracy_line(summary: Summary) -> str:
+    """Accuracy after the first round and after the last."""
+    return f"{format_share(summary['accuracy']['first'])} → {format_share(summary['accuracy']['last'])}"
+
+
 def _summary_rows(summary: Summary) -> list[tuple[str, str, str]]:
     """Name, figure and remark of each line."""
-    accuracy, sent = summary["accuracy"], summary["traffic_bytes"]
+    sent = summary["traffic_bytes"]
     rounds = f"{summary['rounds']} of {plural(summary['rounds_planned'], 'round')}"
     links = ", ".join(f"{name} {format_bytes(sent[link])}" for link, name in LINK_NAMES.items())
     energy_j, emissions_g = _bounds(summary["energy_j"]), _bounds(summary["emissions_g_bounds"])
     return [
-        ("accuracy", f"{format_share(accuracy['first'])} → {format_share(accuracy['last'])}", rounds),
+        ("accuracy", accuracy_line(summary), rounds),
         ("tunable", format_share(summary["tunable_fraction"]), "of the parameters"),
         ("tunables sent", format_bytes(sent["tunables"]), ""),
         ("all sent", format_bytes(sum(sent[link] for link in LINK_NAMES)), links),

@@ -103,13 +103,13 @@ def summarise_study(
         "runs_planned": len(study.rows) * len(study.sweep.seeds),
         "table": table,
         "parts": parts,
-        "trend": _trend(table),
+        "trend": _trend(table, len(study.sweep.seeds)),
     }
 
 
 def _row(row: Row, runs: Sequence[Summary], beside: Sequence[Scores]) -> StudyRow:
-    first = [run["accuracy"]["first"] or 0.0 for run in runs]
-    last = [run["accuracy"]["last"] or 0.0 for run in runs]
+    first = [_measured(run["accuracy"]["first"]) for run in runs]
+    last = [_measured(run["accuracy"]["last"]) for run in runs]
     reference = row.case.reference
     return {
         "name": row.case.name,
@@ -130,10 +130,15 @@ def _row(row: Row, runs: Sequence[Summary], beside: Sequence[Scores]) -> StudyRo
     }
 
 
-def _trend(rows: Sequence[StudyRow]) -> Trend | None:
-    """None where no number of clusters is compared with another, by two seeds or more."""
+def _measured(accuracy: float | None) -> float:
+    assert accuracy is not None, "a study has no case without an evaluation"
+    return accuracy
+
+
+def _trend(rows: Sequence[StudyRow], num_seeds: int) -> Trend | None:
+    """None where no number of clusters is compared with another, each by all seeds and by two or more."""
     ordered = sorted(rows, key=lambda row: row["clusters"])
-    if len({row["clusters"] for row in rows}) < 2 or min(row["seeds"] for row in rows) < 2:
+    if len({row["clusters"] for row in rows}) < 2 or min(row["seeds"] for row in rows) < max(2, num_seeds):
         return None
     fewest, most = ordered[0], ordered[-1]
     variance = sum(row["last_sd"] ** 2 / row["seeds"] for row in (fewest, most))
@@ -142,8 +147,7 @@ def _trend(rows: Sequence[StudyRow]) -> Trend | None:
         "standard_error": math.sqrt(variance),
         "spearman": _spearman([(row["clusters"], last) for row in ordered for last in row["last"]]),
         "spearman_by_seed": [
-            _spearman([(row["clusters"], row["last"][seed]) for row in ordered])
-            for seed in range(min(row["seeds"] for row in ordered))
+            _spearman([(row["clusters"], row["last"][seed]) for row in ordered]) for seed in range(num_seeds)
         ],
     }
 

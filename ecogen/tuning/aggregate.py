@@ -38,6 +38,19 @@ def aggregate(updates: Sequence[Update]) -> Tunables:
     return averages
 
 
+def check_update(update: Update, like: Mapping[str, Tensor]) -> None:
+    """Check that a cluster sent the tunables it was asked for, all of them finite.
+
+    Raises:
+        AggregationError: with the first name that is not right.
+    """
+    for name in sorted(like.keys() | update.tunables.keys()):
+        expected, found = (tuple(t[name].shape) if name in t else "nothing" for t in (like, update.tunables))
+        if expected != found:
+            raise AggregationError(f"update of {update.sender_id!r} has {found} as {name!r} instead of {expected}")
+    _check_finite(update)
+
+
 def check_updates(updates: Sequence[Update]) -> None:
     """Check that updates can be put together.
 
@@ -46,9 +59,13 @@ def check_updates(updates: Sequence[Update]) -> None:
     """
     _check_shapes(updates)
     for update in updates:
-        for name, tensor in update.tunables.items():
-            if not _is_finite(tensor):
-                raise AggregationError(f"update of {update.sender_id!r} has a value that is not finite in {name!r}")
+        _check_finite(update)
+
+
+def _check_finite(update: Update) -> None:
+    for name, tensor in update.tunables.items():
+        if not _is_finite(tensor):
+            raise AggregationError(f"update of {update.sender_id!r} has a value that is not finite in {name!r}")
 
 
 def _average(name: str, updates: Sequence[Update], total: int) -> Tensor:

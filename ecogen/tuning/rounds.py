@@ -1,10 +1,8 @@
 """The edge's round loop: order the clusters to tune, average what comes back, evaluate, and agree with the cloud.
 
-A round is a pure function of the tunables it begins with, the data and the seed, and its outcome is committed
-to disk before
-anybody hears of it. So an edge that was killed goes on from its last round, and a cluster that was lost is
-simply not in
-the average.
+A round is a pure function of the tunables it begins with, the data and the seed, and its outcome is committed to disk
+before anybody hears of it. So an edge that was killed goes on from its last round, and a cluster that was lost, or
+that sent what is no number, is simply not in the average.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ecogen.config import Aggregation, Tuning
-from ecogen.errors import NodeLostError, RunError, TransportError
+from ecogen.errors import AggregationError, NodeLostError, RunError, TransportError
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables, tunables_of
 from ecogen.placement import Placement, Segment, neighbours_of, segments_held
@@ -29,7 +27,7 @@ from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Transport
 from ecogen.transport.codec import Packed
-from ecogen.tuning.aggregate import Update
+from ecogen.tuning.aggregate import Update, check_update
 from ecogen.tuning.messages import SYNC, TUNE, AttemptKey, SyncOrder, TuneOrder, TuneResult
 from ecogen.tuning.strategies import strategy_of
 
@@ -178,7 +176,7 @@ class EdgeRounds:
         )
 
     async def _attempt_cluster(self, cluster_id: str, key: AttemptKey) -> Outcome | None:
-        """One attempt, or None if a device was lost meanwhile: that is a normal event."""
+        """One attempt, or None if a device was lost or sent what cannot be put together: that is a normal event."""
         placement = self._placements[cluster_id]
         try:
             async with asyncio.timeout(self._tuning.round_timeout_s), asyncio.TaskGroup() as group:
@@ -189,7 +187,13 @@ class EdgeRounds:
         except ExceptionGroup as problems:
             await self._lose(cluster_id, key, transport_errors(problems))
             return None
-        return _outcome(cluster_id, [order.result() for order in orders])
+        outcome = _outcome(cluster_id, [order.result() for order in orders])
+        try:
+            await self._worker.compute(check_update, outcome.update, self.state.tunables)
+        except AggregationError as problem:
+            await self._lose(cluster_id, key, [problem])
+            return None
+        return outcome
 
     async def _order(self, node_id: str, placement: Placement, key: AttemptKey) -> Message:
         held = tuple(segments_held(placement, self._num_owners, node_id))

@@ -47,6 +47,7 @@ def test_every_run_has_a_folder_and_the_table_is_of_them(ecogen: EcoGen, path: P
     folder = tmp_path / "study"
     ran = ecogen("run", path, "--out", folder, "--json")
     assert ran.code == 0, ran.err
+    assert "1 cluster, seed 1: " in ran.err
     one, full = ran.figures["table"][0], ran.figures["parts"]["ablations"][0]
     assert ran.figures == json.loads((folder / "table.json").read_text())
     of_one = [accuracies(folder / "runs" / "1-cluster" / f"seed-{seed}") for seed in (0, 1)]
@@ -77,6 +78,17 @@ def test_a_run_that_fails_is_named_with_its_reason(ecogen: EcoGen, path: Path, t
     assert ran.code == 2
     assert "1 cluster, seed 0: " in ran.err
     assert "then --resume" in ran.err
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"sweep": 5}'])
+def test_a_damaged_study_is_no_loss(ecogen: EcoGen, path: Path, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "study.json").write_text(text)
+    ran = ecogen("report", folder)
+    assert ran.code == 2
+    assert "does not say what the study is" in ran.err
+    assert "remove that file, then run the recipe again" in ran.err
 
 
 @pytest.mark.parametrize("more", [["--detach"], ["--set", "sweep.seeds=[]"], ["--resume"]])

@@ -93,6 +93,11 @@ def test_a_study_that_was_cut_short_shows_what_is_there() -> None:
     assert "no run has finished yet" in render_study(summarise_study(STUDY, {}, {}))
 
 
+def test_there_is_no_trend_until_every_seed_has_run() -> None:
+    done = {key: run for key, run in RUNS.items() if key != ("three", 0)}
+    assert summarise_study(STUDY, done, {})["trend"] is None
+
+
 def test_the_page_is_well_formed_loads_nothing_and_says_where_we_lose(summary: StudySummary) -> None:
     page = render_study(summary)
     text = "".join(ElementTree.fromstring(page).itertext())

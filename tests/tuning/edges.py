@@ -43,7 +43,7 @@ def values(tensors: Mapping[str, Tensor]) -> set[float]:
 class Device:
     """Adds a number to what it is sent; the first of a cluster owns its examples."""
 
-    def __init__(self, node_id: str, step: float, num_examples: int) -> None:
+    def __init__(self, node_id: str, step: float | Tensor, num_examples: int) -> None:
         self.node_id, self.step, self.num_examples = node_id, step, num_examples
         self.orders: list[TuneOrder] = []
         self.names: set[str] = set()
@@ -130,9 +130,9 @@ class Edge:
             aggregation=aggregation,
         )
 
-    async def run(self, state: EdgeState | None = None, **tuning: Any) -> EdgeState:
+    async def run(self, state: EdgeState | None = None, aggregation: Aggregation = FEDAVG, **tuning: Any) -> EdgeState:
         """Run all rounds; gives the state in the end, which should be the one on disk."""
-        rounds = self.rounds(state, **tuning)
+        rounds = self.rounds(state, aggregation, **tuning)
         async with asyncio.timeout(5):
             await rounds.run()
         return rounds.state

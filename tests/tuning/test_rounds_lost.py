@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from ecogen.config import Aggregation
 from ecogen.errors import CheckpointError, NodeLostError, ProtocolError, RunError
 from ecogen.tuning.messages import SyncOrder
 from ecogen.tuning.rounds import EdgeState
@@ -71,6 +74,18 @@ async def test_a_cluster_that_takes_too_long_is_left_out_and_may_try_the_next_ro
     assert edge.details("cluster_failed") == ["not done in 0.05 s"]
     assert [record.missing for record in edge.round_records] == [("far",), ()]
     assert len(edge.members.ready_ids) == 4
+
+
+@pytest.mark.parametrize("step", [math.nan, math.inf, torch.ones(3, 1)], ids=["nan", "inf", "another shape"])
+@pytest.mark.parametrize("strategy", ["fedavg", "median"])
+async def test_a_cluster_that_sends_what_cannot_be_averaged_is_left_out(
+    edge: Edge, step: float | torch.Tensor, strategy: str
+) -> None:
+    edge.devices["far-1"].step = step
+    state = await edge.run(rounds=2, aggregation=Aggregation(strategy=strategy))
+    assert values(state.tunables) == {2.0}
+    assert [record.missing for record in edge.round_records] == [("far",)] * 2
+    assert "update of 'far' has" in edge.details("cluster_failed")[0]
 
 
 async def test_a_round_that_all_clusters_failed_is_tried_again_from_the_same_tunables(edge: Edge) -> None:
