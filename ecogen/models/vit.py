@@ -28,12 +28,15 @@ class SegmentedViT(nn.Module):
     Attributes:
         whole: the transformers model with holes for what others hold, so that names, indices and PEFT see
             the whole model.
+        sends_all_tokens: whether a head on another node is sent every token, as plain split learning does, though it
+            looks at CLS only.
     """
 
     def __init__(self, whole: ViTForImageClassification, segments: Sequence[Segment]) -> None:
         super().__init__()
         self.whole = whole
         self.segments = tuple(segments)
+        self.sends_all_tokens = False
 
     def forward(self, inputs: Tensor, segment: Segment) -> Tensor:
         """Run one held segment.
@@ -42,15 +45,17 @@ class SegmentedViT(nn.Module):
             inputs: pixels [B, C, H, W] where the segment has the embedding, else activations [B, T, D].
 
         Returns:
-            Logits [B, L] where the segment has the head, else activations [B, T, D].
+            Logits [B, L] where the segment has the head, else activations: [B, T, D], of which only CLS, [B, 1, D],
+            goes to a head that is alone.
         """
         hidden = self.whole.vit.embeddings(inputs) if segment.has_embedding else inputs
         for index in segment.blocks:
             hidden = self.whole.vit.layers[index](hidden)
-        if not segment.has_head:
-            return hidden
-        logits: Tensor = self.whole.classifier(self.whole.vit.layernorm(hidden)[:, 0])
-        return logits
+        if segment.has_head:
+            logits: Tensor = self.whole.classifier(self.whole.vit.layernorm(hidden[:, :1])[:, 0])
+            return logits
+        is_last = segment.stop == len(self.whole.vit.layers)
+        return hidden[:, :1] if is_last and not self.sends_all_tokens else hidden
 
 
 def empty_vit(config: ViTConfig, segments: Sequence[Segment]) -> SegmentedViT:

@@ -105,9 +105,13 @@ def tunable_bytes(shape: ModelShape, segment: Segment) -> int:
     return shape.bytes_per_parameter * num_tunables(shape, segment)
 
 
-def activation_bytes(shape: ModelShape) -> int:
-    """Bytes of one example's activations on a cut, T D; its gradients are as large. Prompts never cross a cut."""
-    return shape.bytes_per_parameter * shape.num_tokens * shape.hidden_size
+def activation_bytes(shape: ModelShape, cut: int) -> int:
+    """Bytes of one example's activations on a cut: T D, or D above the last block, where the head needs CLS only.
+
+    Its gradients are as large. Prompts never cross a cut.
+    """
+    tokens = shape.num_tokens if cut < shape.num_blocks else 1
+    return shape.bytes_per_parameter * tokens * shape.hidden_size
 
 
 def memory_bytes(shape: ModelShape, segments: Sequence[Segment], examples_in_flight: int, *, tunes: bool = True) -> int:
@@ -130,9 +134,9 @@ def kept_activations(shape: ModelShape, segment: Segment) -> int:
     A tuned block keeps (T + P)(8 D + I): both norms' inputs, the adapters' input, queries, keys, values, attention's
     output and its log-sum-exp (at most D), and what enters GELU. Frozen linear layers keep nothing, linear layers
     that train their inputs: D + I more, and the patches. Attention probabilities are recomputed by the fused kernel.
-    The head keeps 2 T D for its norm.
+    The head keeps 2 D for its norm of CLS.
     """
-    head = 2 * shape.num_tokens * shape.hidden_size
+    head = 2 * shape.hidden_size
     trains_below = shape.backbone == "all" and shape.first_tunable_block == 0
     patches = segment.has_embedding * trains_below * (shape.num_tokens - 1) * shape.patch_dim
     return patches + num_tuned_blocks(shape, segment) * _activations_of_block(shape) + segment.has_head * head

@@ -80,19 +80,22 @@ class _Problem:
         flops = sum(cost.forward_flops(self.shape, segment) for segment in segments)
         if self.tunes:
             flops += sum(cost.backward_flops(self.shape, segment) for segment in segments)
-        sent = self.link.seconds(self.microbatch_size * cost.activation_bytes(self.shape))
         compute_s = self.microbatch_size * flops / self.devices[index].device.flops_per_s
-        return compute_s + self._num_sent(index, start) * sent
+        return compute_s + sum(self._crossing_s(cut) for cut in self._cuts_sent_over(index, start, stop))
 
-    def _num_sent(self, index: int, start: int) -> int:
-        """Messages a microbatch: activations to the next stage, gradients to the one before where it needs them."""
+    def _crossing_s(self, cut: int) -> float:
+        return self.link.seconds(self.microbatch_size * cost.activation_bytes(self.shape, cut))
+
+    def _cuts_sent_over(self, index: int, start: int, stop: int) -> list[int]:
+        """A message each: activations to the next stage, gradients to the one before where it needs them."""
         is_alone = len(self.devices) == 1
         returns_to_start = self.labels == "start" and not is_alone
         is_followed = index < len(self.devices) - 1 or returns_to_start
         lowest = self.shape.lowest_tunable_block
         gradients_down = index > 0 and lowest < start
         gradients_of_head = index == 0 and returns_to_start and lowest < self.shape.num_blocks
-        return is_followed + self.tunes * (gradients_down + gradients_of_head)
+        gradients = [start] * gradients_down + [self.shape.num_blocks] * gradients_of_head
+        return [stop] * is_followed + gradients * self.tunes
 
 
 def plan(

@@ -149,10 +149,11 @@ def test_memory_is_parameters_states_and_activations() -> None:
     parameters = cost.num_parameters(TUNED, WHOLE) + cost.num_adapter_parameters(TUNED, WHOLE)
     assert held == 4 * (parameters + 3 * cost.num_tunables(TUNED, WHOLE))
     in_block = (17 + 8) * (8 * 64 + 128)
-    in_flight = 4 * 20 * (3 * in_block + 2 * 17 * 64 + in_block)
+    in_flight = 4 * 20 * (3 * in_block + 2 * 64 + in_block)
     assert cost.memory_bytes(TUNED, [WHOLE], 20) == held + in_flight
     assert cost.memory_bytes(TUNED, [WHOLE], 0, tunes=False) == 4 * parameters
 
 
 def test_activations_on_a_cut_carry_no_prompts() -> None:
-    assert cost.activation_bytes(TUNED) == cost.activation_bytes(FROZEN) == 4 * 17 * 64
+    assert cost.activation_bytes(TUNED, 1) == cost.activation_bytes(FROZEN, 1) == 4 * 17 * 64
+    assert cost.activation_bytes(TUNED, TUNED.num_blocks) == 4 * 64

@@ -81,8 +81,9 @@ def test_one_device_costs_what_the_formula_says() -> None:
 
 def test_a_stage_pays_for_what_it_sends() -> None:
     devices = nodes([10**9] * 2, [1e18] * 2)
-    hop_s = LINK.seconds(cost.activation_bytes(SHAPE))
-    assert plan(SHAPE, devices, LINK, "start", cuts=[3]).stage_s == pytest.approx((2 * hop_s, 2 * hop_s), rel=1e-5)
+    hop_s, head_s = LINK.seconds(cost.activation_bytes(SHAPE, 3)), LINK.seconds(cost.activation_bytes(SHAPE, 6))
+    u_shaped_s = hop_s + head_s
+    assert plan(SHAPE, devices, LINK, "start", cuts=[3]).stage_s == pytest.approx((u_shaped_s, u_shaped_s), rel=1e-5)
     assert plan(SHAPE, devices, LINK, "end", cuts=[3]).stage_s == pytest.approx((hop_s, hop_s), rel=1e-5)
     serving = plan(SHAPE, devices, LINK, "end", cuts=[3], tunes=False)
     assert serving.stage_s == pytest.approx((hop_s, 0), rel=1e-5, abs=1e-9)
