@@ -31,6 +31,8 @@ from ecogen.config.schema import (
     TransportRecipe,
     Tunables,
     Tuning,
+    Wire,
+    WireType,
 )
 from ecogen.config.sweep import Case, Reference, Row, Study, Sweep, load_study
 
@@ -58,6 +60,8 @@ __all__ = [
     "TransportRecipe",
     "Tunables",
     "Tuning",
+    "Wire",
+    "WireType",
     "build_topology",
     "builtin_names",
     "compute_of",

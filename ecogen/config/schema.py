@@ -25,6 +25,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 DtypeName = Literal["float32", "bfloat16"]
+WireType = Literal["float32", "bfloat16", "int8"]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -177,6 +178,9 @@ class Tuning:
     proximal: NonNegative = 0.0  # mu of FedProx: pulls local steps back to where the round began
     clip_norm: NonNegative = 1.0  # 0 turns clipping off
     augmentation: Share = 0.5  # strength of random shifts, rotations and scales on the device
+    augmentation_views: Natural = 0  # how many images each example has, epoch by epoch in turn; 0: always a new one
+    prefix_memory_mib: NonNegative = 64.0  # of activations from below the tunables, kept so as not to be sent again
+    prefix_disk_mib: NonNegative = 1024.0  # of those for which memory has no room
     cloud_every: Natural = 1  # edge rounds between two averagings in the cloud (T_e); 0: edges stay alone
     round_timeout_s: Positive = 600.0
     rejoin_timeout_s: Positive = 120.0
@@ -219,6 +223,19 @@ class TransportRecipe:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Wire:
+    """What tuning sends between devices, and in which numeric types; int8 has a scale for each token.
+
+    `tokens = "all"` and `gradients_to = "start"`, with no room for prefixes, are plain split learning, to compare with.
+    """
+
+    activations: WireType = "float32"
+    gradients: WireType = "float32"
+    tokens: Literal["needed", "all"] = "needed"  # to a head on its own: CLS, or all
+    gradients_to: Literal["tunables", "start"] = "tunables"  # the lowest tunable block, or down to the start device
+
+
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """A complete run."""
 
@@ -235,5 +252,6 @@ class Recipe:
     tuning: Tuning = field(default_factory=Tuning)
     aggregation: Aggregation = field(default_factory=Aggregation)
     faults: Faults = field(default_factory=Faults)
+    wire: Wire = field(default_factory=Wire)
     transport: TransportRecipe = field(default_factory=TransportRecipe)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +20,24 @@ from ecogen.models.tunables import attach_tunables
 from ecogen.models.vit import load_vit, parameter_names
 from ecogen.node.context import BOOKS, INSTALL, OPERATOR, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.placement import Placement, Segment, neighbours_of, rotations, segments_held
+from ecogen.planning.cost import ModelShape, activation_bytes
 from ecogen.records import RequestRecord
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.runtime.membership import attend
 from ecogen.runtime.neighbours import Neighbours
+from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import Stage
 from ecogen.serving.request import REQUEST_METHODS, DeviceServing
 from ecogen.topology import Tier, Topology
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_pictures, load_splits, partition_examples
 from ecogen.tuning.device import DeviceTuning, LocalData
-from ecogen.tuning.local import Route
 from ecogen.tuning.messages import FLOW_METHODS, TUNE, placement_from_table
+from ecogen.tuning.prefix import why_not_kept
+from ecogen.tuning.route import Route
+from ecogen.units import MIB
+
+logger = logging.getLogger(__name__)
 
 ASK = "ask"
 
@@ -121,11 +128,22 @@ class DeviceRole:
         topology = recipes.build_topology(recipe.topology)
         cluster_id = topology.cluster_of(context.node_id).cluster_id
         shape = model_shape(config, recipe.tunables)
-        data = await context.worker.compute(self._own_data, topology, placement)
+        data = await context.worker.compute(self._own_data, topology, placement, welcome.digest, shape)
         link = topology.links["d2d"]
-        routes = [Route(route, shape) for route in rotations(placement, recipe.data.owners)]
+        goes_down = recipe.wire.gradients_to == "start"
+        routes = [Route(route, shape, goes_down) for route in rotations(placement, recipe.data.owners)]
         factor = recipe.faults.update_factor.get(cluster_id, 1.0)
-        tuning = DeviceTuning(routes, recipe.tuning, stage, context.worker, self.neighbours, data, update_factor=factor)
+        tuning = DeviceTuning(
+            routes,
+            recipe.tuning,
+            stage,
+            context.worker,
+            self.neighbours,
+            data,
+            wire=recipe.wire,
+            cache=self._cache(routes, shape),
+            update_factor=factor,
+        )
         serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
         return _Resident(stage, tuning, serving, neighbour_ids)
@@ -147,9 +165,21 @@ class DeviceRole:
     def _load(self, config: ViTConfig, segments: list[Segment], tensors: dict[str, Tensor]) -> Stage:
         model = load_vit(config, segments, tensors)
         attach_tunables(model, self._recipe.tunables)
+        model.sends_all_tokens = self._recipe.wire.tokens == "all"
         return Stage(model, device=self._context.device, dtype=self._context.dtype)
 
-    def _own_data(self, topology: Topology, placement: Placement) -> LocalData | None:
+    def _cache(self, routes: list[Route], shape: ModelShape) -> PrefixCache | None:
+        """Room for prefix activations where this device has the lowest tunable of a route and they can be kept."""
+        tuning = self._recipe.tuning
+        if why_not_kept(tuning, self._recipe.wire, shape):
+            return None
+        if self._context.node_id not in (route.node_id(route.lowest) for route in routes):
+            return None
+        row_bytes = activation_bytes(shape, shape.lowest_tunable_block)
+        memory_bytes, disk_bytes = (int(mib * MIB) for mib in (tuning.prefix_memory_mib, tuning.prefix_disk_mib))
+        return PrefixCache(self._context.folder / "prefix.f32", row_bytes, memory_bytes, disk_bytes)
+
+    def _own_data(self, topology: Topology, placement: Placement, digest: str, shape: ModelShape) -> LocalData | None:
         """This device's partition, where it owns data: an equal part of its cluster's."""
         recipe = self._recipe
         owners = placement.node_ids[: recipe.data.owners]
@@ -163,7 +193,11 @@ class DeviceRole:
         place = topology.clusters_of(cluster.edge_id).index(cluster)
         own = parts[topology.edge_ids.index(cluster.edge_id)][place][owner_index :: len(owners)]
         cluster_index = list(topology.clusters).index(cluster.cluster_id)
-        return LocalData(splits.train[own], recipe.seed, cluster_index, owner_index)
+        data = LocalData(splits.train[own], recipe.seed, cluster_index, owner_index)
+        if reason := why_not_kept(recipe.tuning, recipe.wire, shape):
+            logger.info("activations from below the tunables are sent in every epoch: %s", reason)
+            return data.with_views(recipe.tuning, None)
+        return data.with_views(recipe.tuning, f"{digest} {shape.lowest_tunable_block} {recipe.wire.activations}")
 
     # What others ask for.
 

@@ -26,17 +26,22 @@ _SPLIT_KEY, _PARTITION_KEY = 1, 2  # so that the same seed draws different numbe
 
 @dataclass(frozen=True)
 class Examples:
-    """Images [N, C, H, W] in [-1, 1] and labels [N]."""
+    """Images [N, C, H, W] in [-1, 1] and labels [N].
+
+    Attributes:
+        keys: of the images, where they come again and again [N].
+    """
 
     images: Tensor
     labels: Tensor
+    keys: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: Sequence[int] | Indices | Tensor) -> Examples:
         chosen = torch.as_tensor(np.asarray(indices))
-        return Examples(self.images[chosen], self.labels[chosen])
+        return Examples(self.images[chosen], self.labels[chosen], None if self.keys is None else self.keys[chosen])
 
 
 @dataclass(frozen=True)

@@ -4,48 +4,74 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ecogen.config import Tuning
+from ecogen.config import Tuning, Wire
 from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables, tunables_of
 from ecogen.runtime.neighbours import Neighbours
+from ecogen.runtime.prefix_cache import PrefixCache, prefix_keys
 from ecogen.runtime.stage import OptimizerSettings, Stage
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message
 from ecogen.tuning.augment import augment
 from ecogen.tuning.data import Examples
-from ecogen.tuning.local import LocalSteps, Route
-from ecogen.tuning.messages import TUNE, AttemptKey, Flow, TuneOrder, TuneResult
+from ecogen.tuning.local import LocalSteps
+from ecogen.tuning.messages import BACKWARD, FORWARD, TUNE, AttemptKey, Flow, TuneOrder, TuneResult
+from ecogen.tuning.route import Route
 
 logger = logging.getLogger(__name__)
 
-_ORDER_KEY, _AUGMENT_KEY = 3, 4
+_ORDER_KEY, _AUGMENT_KEY, _VIEW_KEY = 3, 4, 5
 
 _MAX_EARLY = 256  # a cluster has at most two messages a credit under way
 
 
 @dataclass(frozen=True)
 class LocalData:
-    """The training examples that a device owns, and how its local epochs go through them."""
+    """The training examples that a device owns, and how its local epochs go through them.
+
+    Attributes:
+        views: the images that each example has, epoch by epoch in turn; empty where every epoch draws new ones.
+    """
 
     examples: Examples
     seed: int
     cluster_index: int
     owner_index: int = 0
+    views: Sequence[Examples] = ()
+
+    def with_views(self, tuning: Tuning, prefix: str | None) -> LocalData:
+        """The same with images that come again, where the recipe has them; with keys for a prefix of that version."""
+        count = tuning.augmentation_views if tuning.augmentation else 1
+        return replace(self, views=[self._view(tuning, index, prefix) for index in range(count)])
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Of all images that come again, where their prefix activations are to be kept [N]."""
+        keys = [view.keys for view in self.views if view.keys is not None]
+        return torch.cat(keys) if keys else None
 
     def batches(self, tuning: Tuning, round_index: int, epoch: int) -> Iterator[Examples]:
         """The batches of one local epoch: a pure function of the seed, the round, the device and the epoch."""
         key = [self.seed, round_index, self.cluster_index, self.owner_index, epoch]
         order = np.random.default_rng([*key, _ORDER_KEY]).permutation(len(self.examples))
-        generator = torch.Generator().manual_seed(int(np.random.default_rng([*key, _AUGMENT_KEY]).integers(2**62)))
+        generator = _generator([*key, _AUGMENT_KEY])
+        number = round_index * tuning.local_epochs + epoch
+        view = self.views[number % len(self.views)] if self.views else None
         for begin in range(0, len(order), tuning.batch_size):
-            batch = self.examples[order[begin : begin + tuning.batch_size]]
-            yield Examples(augment(batch.images, tuning.augmentation, generator), batch.labels)
+            chosen = order[begin : begin + tuning.batch_size]
+            yield view[chosen] if view else _augmented(self.examples[chosen], tuning, generator)
+
+    def _view(self, tuning: Tuning, index: int, prefix: str | None) -> Examples:
+        generator = _generator([self.seed, self.cluster_index, self.owner_index, index, _VIEW_KEY])
+        view = _augmented(self.examples, tuning, generator)
+        return view if prefix is None else replace(view, keys=prefix_keys(view.images, prefix))
 
 
 class DeviceTuning:
@@ -54,6 +80,8 @@ class DeviceTuning:
     Args:
         routes: one for each device of the cluster that owns data.
         data: what the device owns; None where it owns nothing.
+        wire: the types in which it sends activations and gradients.
+        cache: where it keeps prefix activations; None where none are kept.
         update_factor: times what it learned is what it answers with: 1, but for a fault on purpose.
     """
 
@@ -66,10 +94,15 @@ class DeviceTuning:
         neighbours: Neighbours,
         data: LocalData | None,
         *,
+        wire: Wire | None = None,
+        cache: PrefixCache | None = None,
         update_factor: float = 1.0,
     ) -> None:
         self._routes, self._tuning, self._stage, self._worker = list(routes), tuning, stage, worker
         self._neighbours, self._data, self._update_factor = neighbours, data, update_factor
+        wire = wire or Wire()
+        self._wire_types = {FORWARD: wire.activations, BACKWARD: wire.gradients}
+        self._cache = cache
         self._latest = AttemptKey(-1, -1)
         self._current: LocalSteps | None = None
         self._early: list[tuple[Message, Flow]] = []
@@ -89,7 +122,7 @@ class DeviceTuning:
         steps = self._begin(order.key)
         result = await steps.run()
         owned = len(self._data.examples) if self._data else 0
-        body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._stage.memory_bytes))
+        body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._memory_bytes))
         tunables = result.tunables
         if self._update_factor != 1:
             tunables = {n: torch.lerp(message.tensors[n], t, self._update_factor) for n, t in tunables.items()}
@@ -132,6 +165,9 @@ class DeviceTuning:
             num_epochs=self._tuning.local_epochs,
             batches=batches,
             num_microbatches=self._tuning.microbatches,
+            wire_types=self._wire_types,
+            own_keys=data.keys if data else None,
+            cache=self._cache,
             collect=self._own_tunables,
         )
         if self._lost is not None:
@@ -141,6 +177,10 @@ class DeviceTuning:
             if flow.key == key:
                 self._current.deliver(message, flow)
         return self._current
+
+    @property
+    def _memory_bytes(self) -> int:
+        return self._stage.memory_bytes + (self._cache.memory_bytes if self._cache else 0)
 
     def _own_tunables(self) -> Tunables:
         """The tunables that end with this device: those of the first segment with the last owner only."""
@@ -157,3 +197,11 @@ class DeviceTuning:
         tuning = self._tuning
         rate = tuning.learning_rate * tuning.learning_rate_decay**round_index
         return OptimizerSettings(rate, tuning.weight_decay, tuning.clip_norm, tuning.epsilon, tuning.proximal)
+
+
+def _augmented(examples: Examples, tuning: Tuning, generator: torch.Generator) -> Examples:
+    return Examples(augment(examples.images, tuning.augmentation, generator), examples.labels)
+
+
+def _generator(key: Sequence[int]) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2**62)))

@@ -7,6 +7,9 @@ the cycle of a U-shaped route cannot block itself.
 Gradients are clipped by their norm over the whole chain: its square is summed along the way back with a batch's
 gradients and travels forward with the next batch's activations, which is when each device takes its optimizer step.
 
+Below the lowest tunable, activations are the same in every epoch. A device that is given a `PrefixCache` keeps them,
+and the owner sends them only once: `want` asks for room, `hold` tells the keys that are there.
+
 Several devices may own data. They take turns as the start, one epoch a turn; who hands over sends the tunables of the
 first segment and the head with their optimizer states, so that all turns together are one optimization.
 """
@@ -19,55 +22,39 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import torch
 from torch import Tensor
 
+from ecogen.config import WireType
 from ecogen.errors import NodeLostError
 from ecogen.models.tunables import Tunables
-from ecogen.placement import Placement, Segment
-from ecogen.planning.cost import ModelShape, backward_flops, forward_flops
 from ecogen.records import Kind
+from ecogen.runtime.compression import TENSOR
 from ecogen.runtime.neighbours import Neighbours
-from ecogen.runtime.stage import MicrobatchKey, Stage
+from ecogen.runtime.prefix_cache import PrefixCache
+from ecogen.runtime.stage import Stage
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message
 from ecogen.tuning.data import Examples
-from ecogen.tuning.messages import BACKWARD, FINISH, FORWARD, HAND_OVER, LABELS, RETURNED, AttemptKey, Flow
+from ecogen.tuning.messages import (
+    BACKWARD,
+    FINISH,
+    FORWARD,
+    HAND_OVER,
+    KEEP,
+    KEYS,
+    LABELS,
+    RECALL,
+    ROOM,
+    WANT,
+    AttemptKey,
+    Flow,
+)
+from ecogen.tuning.prefix import KnownPrefixes
+from ecogen.tuning.route import Route
+from ecogen.tuning.visits import LocalResult, Visits, at
 
 _KINDS: dict[str, Kind] = {FORWARD: "activations", BACKWARD: "gradients"}
-
-
-@dataclass(frozen=True)
-class Route:
-    """A placement, and what tuning must know of it."""
-
-    placement: Placement
-    shape: ModelShape
-
-    @property
-    def last(self) -> int:
-        """The index of the visit with the head."""
-        return len(self.placement) - 1
-
-    @property
-    def lowest(self) -> int:
-        """The first visit that holds a tunable; no gradient flows below it."""
-        block = self.shape.lowest_tunable_block
-        return next((i for i, visit in enumerate(self.placement) if visit.segment.stop > block), self.last)
-
-    def segment(self, visit: int) -> Segment:
-        return self.placement.visits[visit].segment
-
-    def node_id(self, visit: int) -> str:
-        return self.placement.visits[visit].node_id
-
-
-@dataclass(frozen=True, slots=True)
-class LocalResult:
-    """What a device knows in the end: the number of local steps, their mean loss, and what it answers with."""
-
-    num_steps: int
-    loss: float | None
-    tunables: Tunables
 
 
 @dataclass(order=True, slots=True)
@@ -77,7 +64,7 @@ class _Task:
     priority: tuple[bool, int]
     method: str = field(compare=False)
     flow: Flow = field(compare=False)
-    tensor: Tensor | None = field(compare=False)
+    tensors: Mapping[str, Tensor] = field(compare=False)
 
 
 class LocalSteps:
@@ -88,6 +75,9 @@ class LocalSteps:
         num_epochs: turns that each owner has.
         batches: on an owner, the batches of each of its turns; None elsewhere.
         num_microbatches: into how many a batch is cut, at most.
+        wire_types: of what this device sends, by method; float32 where nothing is said.
+        own_keys: on an owner whose prefix activations should be kept: of all its examples.
+        cache: where this device keeps those of others.
         collect: what this device answers with, called after the last step on the compute thread.
     """
 
@@ -102,12 +92,18 @@ class LocalSteps:
         num_epochs: int,
         batches: Callable[[int], Iterator[Examples]] | None = None,
         num_microbatches: int = 1,
+        wire_types: Mapping[str, WireType] | None = None,
+        own_keys: Tensor | None = None,
+        cache: PrefixCache | None = None,
         collect: Callable[[], Tunables] = dict,
     ) -> None:
         self.key, self.routes = key, list(routes)
         self._num_turns = num_epochs * len(self.routes)
         self._stage, self._worker, self._neighbours = stage, worker, neighbours
-        self._batches, self._num_microbatches, self._collect = batches, num_microbatches, collect
+        self._batches, self._num_microbatches, self._own_keys = batches, num_microbatches, own_keys
+        types = wire_types or {}
+        own_id = neighbours.node_id
+        self._visits = Visits(routes, own_id, stage, worker.meter, wire_types=types, cache=cache, collect=collect)
         self._inbox: list[_Task] = []
         self._arrived = asyncio.Event()
         self._arrivals = 0
@@ -116,9 +112,9 @@ class LocalSteps:
         self._turns: asyncio.Queue[tuple[Flow, Mapping[str, Tensor]]] = asyncio.Queue()
         self._returned: asyncio.Queue[Flow] = asyncio.Queue()
         self._labels: dict[tuple[int, int], Tensor] = {}
-        self._unlabelled: dict[tuple[int, int], tuple[Flow, Tensor]] = {}
-        self._backwards: dict[int, int] = {}  # visit -> microbatches of this step that came back
-        self._step = 0
+        self._unlabelled: dict[tuple[int, int], tuple[Flow, Mapping[str, Tensor]]] = {}
+        self._hold: asyncio.Queue[Mapping[str, Tensor]] = asyncio.Queue()
+        self._known: KnownPrefixes | None = None
         self._end: asyncio.Future[LocalResult] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> LocalResult:
@@ -144,14 +140,14 @@ class LocalSteps:
     def deliver(self, message: Message, flow: Flow) -> None:
         """Take a message of this attempt from a neighbour; never waits."""
         match message.method:
-            case "forward" | "backward":
-                self._push(message.method, flow, message.tensors["tensor"])
+            case "forward" | "backward" | "want" | "finish":
+                self._push(message.method, flow, message.tensors)
             case "labels":
-                self._give_labels(flow, message.tensors["tensor"])
+                self._give_labels(flow, message.tensors[TENSOR])
             case "returned":
                 self._take_back(flow)
-            case "finish":
-                self._push(FINISH, flow, None)
+            case "hold":
+                self._hold.put_nowait(message.tensors)
             case "hand_over":
                 self._turns.put_nowait((flow, message.tensors))
 
@@ -171,11 +167,20 @@ class LocalSteps:
                 continue
             flow, state = await self._turns.get()
             await self._worker.compute(self._stage.take_over, state)
+            if self._own_keys is not None and self._known is None:
+                self._known = await self._ask_for_room(turn, self._own_keys)
             flow = await self._take_turn(turn, flow, batches(turn // len(self.routes)))
             if turn + 1 == self._num_turns:
                 await self._finish(flow)
             else:
                 await self._hand_over(flow)
+
+    async def _ask_for_room(self, turn: int, keys: Tensor) -> KnownPrefixes:
+        """Have the device with the lowest tunable reserve room, and say what it has already."""
+        flow = Flow(self.key, 0, turn)
+        self._send(WANT, self._route(flow).lowest, flow, {ROOM: torch.tensor(len(set(keys.tolist())))})
+        held = await self._hold.get()
+        return KnownPrefixes(held[KEYS], int(held[ROOM]), keys)
 
     async def _take_turn(self, turn: int, flow: Flow, batches: Iterator[Examples]) -> Flow:
         """Run the local steps of one turn; returns where the next one begins."""
@@ -191,7 +196,7 @@ class LocalSteps:
         if self._owner_id(flow.turn) == self._own_id:
             self._turns.put_nowait((flow, {}))
             return
-        state = await self._worker.compute(self._give_up, flow)
+        state = await self._worker.compute(self._visits.give_up, flow)
         message = Message.of(HAND_OVER, flow, kind="tunables", tensors=state)
         self._outbox.put_nowait((self._owner_id(flow.turn), message))
 
@@ -201,7 +206,7 @@ class LocalSteps:
         for node_id in self._node_ids - {self._own_id}:
             self._outbox.put_nowait((node_id, Message.of(FINISH, finish)))
         await self._outbox.join()
-        self._push(FINISH, finish, None)
+        self._push(FINISH, finish, {})
 
     async def _local_step(self, turn: int, step: int, batch: Examples, squared_norm: float) -> tuple[float, float]:
         """Send one batch through the chain; returns its mean loss and its gradients' squared norm."""
@@ -209,10 +214,24 @@ class LocalSteps:
         for index, part in enumerate(parts):
             await self._credits.acquire()
             flow = Flow(self.key, step, turn, index, 0, len(batch), len(parts), squared_norm)
-            self._send(LABELS, self._route(flow).last, flow, part.labels)
-            self._push(FORWARD, flow, part.images)
+            self._launch(flow, part)
         returned = [await self._returned.get() for _ in parts]
         return sum(flow.loss for flow in returned), sum(flow.squared_norm for flow in returned)
+
+    def _launch(self, flow: Flow, part: Examples) -> None:
+        """Send a microbatch off: images into the first visit, or keys to where their activations are."""
+        route = self._route(flow)
+        if self._known is None or part.keys is None:
+            self._send(LABELS, route.last, flow, {TENSOR: part.labels})
+            self._push(FORWARD, flow, {TENSOR: part.images})
+            return
+        examples, fresh, kept, recalled = self._known.divide(part)
+        self._send(LABELS, route.last, flow, {TENSOR: examples.labels})
+        keys = {name: tensor for name, tensor in ((KEEP, kept), (RECALL, recalled)) if len(tensor)}
+        if fresh:
+            self._push(FORWARD, flow, {TENSOR: examples.images[:fresh], **keys})
+        else:
+            self._send(FORWARD, route.lowest, at(flow, route.lowest), keys)
 
     def _take_back(self, flow: Flow) -> None:
         self._credits.release()
@@ -220,14 +239,15 @@ class LocalSteps:
 
     # Every device: an inbox, a loop that computes, a loop that sends.
 
-    def _push(self, method: str, flow: Flow, tensor: Tensor | None) -> None:
+    def _push(self, method: str, flow: Flow, tensors: Mapping[str, Tensor]) -> None:
         place = (flow.step, flow.microbatch)
-        if method == FORWARD and flow.visit == self._route(flow).last and place not in self._labels:
-            assert tensor is not None
-            self._unlabelled[place] = (flow, tensor)
-            return
+        if method == FORWARD and flow.visit == self._route(flow).last:
+            if place not in self._labels:
+                self._unlabelled[place] = (flow, tensors)
+                return
+            tensors = {**tensors, LABELS: self._labels.pop(place)}
         self._arrivals += 1
-        heapq.heappush(self._inbox, _Task((method != BACKWARD, self._arrivals), method, flow, tensor))
+        heapq.heappush(self._inbox, _Task((method != BACKWARD, self._arrivals), method, flow, tensors))
         self._arrived.set()
 
     def _give_labels(self, flow: Flow, labels: Tensor) -> None:
@@ -240,7 +260,7 @@ class LocalSteps:
         while True:
             while self._inbox:
                 task = heapq.heappop(self._inbox)
-                outcome = await self._worker.compute(self._execute, task)
+                outcome = await self._worker.compute(self._visits.execute, task.method, task.flow, task.tensors)
                 if isinstance(outcome, LocalResult):
                     self._end.set_result(outcome)
                     return
@@ -254,82 +274,19 @@ class LocalSteps:
             await self._neighbours.send(node_id, message)
             self._outbox.task_done()
 
-    def _send(self, method: str, visit: int, flow: Flow, tensor: Tensor | None) -> None:
+    def _send(self, method: str, visit: int, flow: Flow, tensors: Mapping[str, Tensor]) -> None:
         """Pass a microbatch on to a visit: to a neighbour, or to this node itself."""
         node_id = self._route(flow).node_id(visit)
-        tensors = {} if tensor is None else {"tensor": tensor}
-        message = Message.of(method, flow, kind=_KINDS.get(method, "control"), tensors=tensors)
+        kind = _KINDS.get(method, "control") if TENSOR in tensors else "control"
+        message = Message.of(method, flow, kind=kind, tensors=tensors)
         if node_id == self._own_id:
             self.deliver(message, flow)
         else:
             self._outbox.put_nowait((node_id, message))
 
-    # On the compute thread.
-
-    def _execute(self, task: _Task) -> tuple[str, int, Flow, Tensor | None] | LocalResult:
-        """Compute one task; returns what to send and to which visit, or the result at the end."""
-        self._step_up_to(task.flow)
-        if task.method == FINISH:
-            return LocalResult(task.flow.step, task.flow.loss if task.flow.step else None, self._collect())
-        if task.method == BACKWARD:
-            return self._backward(task.flow, task.tensor)
-        assert task.tensor is not None
-        return self._forward(task.flow, task.tensor)
-
-    def _step_up_to(self, flow: Flow) -> None:
-        """Take the optimizer step before this one, unless it is taken."""
-        if flow.step > self._step:
-            self._stage.step(flow.squared_norm)
-            self._step = flow.step
-            self._backwards.clear()
-
-    def _give_up(self, flow: Flow) -> dict[str, Tensor]:
-        self._step_up_to(flow)
-        visits = zip(self._route(flow, before=1).placement, self._route(flow).placement, strict=True)
-        moved = [before.segment for before, after in visits if before.node_id != after.node_id]
-        return {name: tensor for segment in moved for name, tensor in self._stage.hand_over(segment).items()}
-
-    def _forward(self, flow: Flow, inputs: Tensor) -> tuple[str, int, Flow, Tensor | None]:
-        route = self._route(flow)
-        visit, segment = flow.visit, route.segment(flow.visit)
-        self._worker.meter.add_flops(forward_flops(route.shape, segment) * len(inputs))
-        key = MicrobatchKey(flow.step, flow.microbatch, visit)
-        if visit == route.last:
-            labels = self._labels.pop((flow.step, flow.microbatch))
-            loss = self._stage.loss(key, segment, inputs, labels, flow.batch_size, input_grads=visit > route.lowest)
-            return self._backward(_at(flow, visit, loss=loss, squared_norm=0.0), None, len(inputs))
-        if visit < route.lowest:
-            outputs = self._stage.infer(segment, inputs)
-        else:
-            outputs = self._stage.forward(key, segment, inputs, input_grads=visit > route.lowest)
-        return FORWARD, visit + 1, _at(flow, visit + 1), outputs.cpu()
-
-    def _backward(
-        self, flow: Flow, grads: Tensor | None, num_examples: int | None = None
-    ) -> tuple[str, int, Flow, Tensor | None]:
-        route = self._route(flow)
-        visit, segment = flow.visit, route.segment(flow.visit)
-        examples = len(grads) if grads is not None else num_examples or 0
-        self._worker.meter.add_flops(backward_flops(route.shape, segment) * examples)
-        input_grads = self._stage.backward(MicrobatchKey(flow.step, flow.microbatch, visit), grads)
-        flow = _at(flow, visit, squared_norm=flow.squared_norm + self._norm_when_complete(flow))
-        if visit > route.lowest:
-            assert input_grads is not None
-            return BACKWARD, visit - 1, _at(flow, visit - 1), input_grads.cpu()
-        return RETURNED, 0, _at(flow, 0), None
-
-    def _norm_when_complete(self, flow: Flow) -> float:
-        """The squared norm of a visit's gradients once its last microbatch is back, 0 before."""
-        self._backwards[flow.visit] = self._backwards.get(flow.visit, 0) + 1
-        if self._backwards[flow.visit] < flow.num_microbatches:
-            return 0.0
-        segment = self._route(flow).segment(flow.visit)
-        self._stage.pull_back(segment)
-        return self._stage.squared_norm(segment)
-
-    def _route(self, flow: Flow, before: int = 0) -> Route:
-        """The route of the owner whose turn it is, or was `before`."""
-        return self.routes[(flow.turn - before) % len(self.routes)]
+    def _route(self, flow: Flow) -> Route:
+        """The route of the owner whose turn it is."""
+        return self.routes[flow.turn % len(self.routes)]
 
     def _owner_id(self, turn: int) -> str:
         return self.routes[turn % len(self.routes)].placement.start_id
@@ -347,16 +304,6 @@ class LocalSteps:
             self._end.set_exception(problem)
 
 
-def _at(flow: Flow, visit: int, **changes: float) -> Flow:
-    """The same microbatch at another visit."""
-    return msgspec.structs.replace(flow, visit=visit, **changes)
-
-
 def _microbatches(batch: Examples, count: int) -> list[Examples]:
     """The batch in at most `count` parts of nearly equal size, in order."""
-    parts = zip(
-        batch.images.tensor_split(min(count, len(batch))),
-        batch.labels.tensor_split(min(count, len(batch))),
-        strict=True,
-    )
-    return [Examples(images, labels) for images, labels in parts]
+    return [batch[part] for part in torch.arange(len(batch)).tensor_split(min(count, len(batch)))]

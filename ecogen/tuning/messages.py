@@ -12,7 +12,9 @@ from ecogen.records import Usage
 TUNE, SYNC = "tune", "sync"
 FORWARD, BACKWARD, RETURNED, LABELS, FINISH = "forward", "backward", "returned", "labels", "finish"
 HAND_OVER = "hand_over"
-FLOW_METHODS = frozenset({FORWARD, BACKWARD, RETURNED, LABELS, FINISH, HAND_OVER})
+KEEP, RECALL, KEYS, ROOM = "keep", "recall", "keys", "room"  # what tensors beside the activations are
+WANT, HOLD = "want", "hold"  # room for prefix activations, and what there is of both
+FLOW_METHODS = frozenset({FORWARD, BACKWARD, RETURNED, LABELS, FINISH, HAND_OVER, WANT, HOLD})
 
 
 class AttemptKey(msgspec.Struct, frozen=True, order=True):

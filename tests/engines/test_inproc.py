@@ -17,9 +17,36 @@ from ecogen.models.checkpoint import open_foundation
 from ecogen.models.tunables import get_tunables
 from ecogen.tuning.data import Examples, load_splits, partition_examples
 from tests.plain import PlainModel, fine_tune
-from tests.runs import run
+from tests.runs import Finished, run
 
 RecipeOf = Callable[..., Recipe]
+
+
+async def test_frozen_blocks_are_sent_through_once_and_never_again(recipe_of: RecipeOf, tmp_path: Path) -> None:
+    """What crosses between devices in each round, in bytes of activations and gradients."""
+    sections = {"topology": {"clusters_per_edge": 1, "devices_per_cluster": 3}, "tunables": {"first_block": 1}}
+    tuning = {"rounds": 3, "local_epochs": 2, "augmentation": 0.5}
+    kept = await run(recipe_of(**sections, tuning=tuning | {"augmentation_views": 2}), tmp_path / "kept")
+    none = {"prefix_memory_mib": 0, "prefix_disk_mib": 0}
+    sent = await run(recipe_of(**sections, tuning=tuning | {"augmentation_views": 2} | none), tmp_path / "sent")
+    assert all(torch.equal(kept.tunables[name], tensor) for name, tensor in sent.tunables.items())
+    row = 4 * 5 * 16  # five tokens of width 16
+    assert sent_in_rounds(sent) == [row * 48 * 2 * 3 + 4 * 16 * 48 * 2 * 2] * 3
+    assert sent_in_rounds(kept)[0] == sent_in_rounds(sent)[0] + 8 * 48 * 2  # a key each
+    assert sent_in_rounds(kept)[1:] == [row * 48 * 2 * 2 + 4 * 16 * 48 * 2 * 2] * 2
+
+
+def sent_in_rounds(finished: Finished) -> list[int]:
+    """Payload bytes of activations and gradients in each round of the edge, before any request is served."""
+    return [
+        sum(
+            traffic.payload_bytes
+            for usage in record.usages
+            for traffic in usage.traffic
+            if traffic.kind in ("activations", "gradients")
+        )
+        for record in finished.rounds("edge-0")
+    ]
 
 
 def start_values(recipe: Recipe) -> dict[str, Tensor]:

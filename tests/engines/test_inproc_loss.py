@@ -74,11 +74,24 @@ async def test_a_round_ends_with_the_other_clusters_and_the_lost_device_comes_ba
     assert not list(duplicates(finished.records))
 
 
-@pytest.mark.parametrize("lost", ["edge-0.cluster-0.device-0", MIDDLE, "edge-0.cluster-0.device-2"])
+@pytest.mark.parametrize(
+    ("lost", "first_block"),
+    [
+        ("edge-0.cluster-0.device-0", 0),
+        (MIDDLE, 0),
+        ("edge-0.cluster-0.device-2", 0),
+        ("edge-0.cluster-0.device-0", 1),  # which has the middle device keep what block 0 gives
+        (MIDDLE, 1),
+    ],
+)
 async def test_an_only_cluster_is_waited_for_and_its_round_done_again_as_if_nothing_had_been(
-    recipe_of: RecipeOf, tmp_path: Path, lost: str
+    recipe_of: RecipeOf, tmp_path: Path, lost: str, first_block: int
 ) -> None:
-    recipe = recipe_of(topology={"clusters_per_edge": 1, "devices_per_cluster": 3}, tuning={"rounds": 3})
+    recipe = recipe_of(
+        topology={"clusters_per_edge": 1, "devices_per_cluster": 3},
+        tuning={"rounds": 3},
+        tunables={"first_block": first_block},
+    )
     undisturbed = await run(recipe, tmp_path / "undisturbed")
     network = RecordingNetwork(delay=slow)
     async with running(recipe, tmp_path / "disturbed", network) as (federation, engine):

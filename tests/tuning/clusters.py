@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from ecogen.config import Tunables as Spec
+from ecogen.config import WireType
 from ecogen.errors import NodeLostError
 from ecogen.metering.meter import null_meter
 from ecogen.models.profile import model_shape
@@ -23,13 +24,16 @@ from ecogen.models.tunables import attach_tunables, named_tunables, tunables_of
 from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
 from ecogen.placement import Placement, Segment, neighbours_of, place, rotations, segments_held
 from ecogen.runtime.neighbours import Neighbours
+from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import OptimizerSettings, Stage
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.transport.memory import MemoryNetwork
 from ecogen.tuning.data import Examples
-from ecogen.tuning.local import LocalResult, LocalSteps, Route
+from ecogen.tuning.local import LocalSteps
 from ecogen.tuning.messages import AttemptKey, Flow
+from ecogen.tuning.route import Route
+from ecogen.tuning.visits import LocalResult
 from tests.tiny import IMAGE, tiny_config, tiny_vit
 
 KEY = AttemptKey(0, 1)
@@ -44,6 +48,7 @@ class Case:
     labels: str = "start"
     spec: Spec = field(default_factory=lambda: Spec(prompts=2, lora_rank=2))
     owners: int = 1
+    goes_down: bool = False
 
     @property
     def config(self) -> ViTConfig:
@@ -57,7 +62,7 @@ class Case:
     @property
     def routes(self) -> list[Route]:
         shape = model_shape(self.config, self.spec)
-        return [Route(placement, shape) for placement in rotations(self.placement, self.owners)]
+        return [Route(placement, shape, self.goes_down) for placement in rotations(self.placement, self.owners)]
 
     def held_by(self, node_id: str) -> list[Segment]:
         return segments_held(self.placement, self.owners, node_id)
@@ -166,6 +171,8 @@ async def tune_cluster(
     num_microbatches: int = 1,
     num_epochs: int = 1,
     stages: Mapping[str, Stage] | None = None,
+    wire_types: Mapping[str, WireType] | None = None,
+    caches: Mapping[str, PrefixCache] | None = None,
     timeout_s: float = 30.0,
     keeps_errors: bool = False,
 ) -> Tuned:
@@ -173,6 +180,7 @@ async def tune_cluster(
 
     Args:
         batches: in the order of the local steps; owners take turns over them, `num_epochs` turns each.
+        caches: by node, of prefix activations; the batches have keys then.
     """
     network, stages = network or MemoryNetwork(), stages or stages_of(case)
     turns = deal(batches, num_epochs * case.owners)
@@ -184,7 +192,14 @@ async def tune_cluster(
             index = case.placement.node_ids.index(node_id)
             own = partial(_turn_of, turns, case.owners, index) if index < case.owners else None
             make = partial(LocalSteps, KEY, case.routes, stages[node_id], device.worker, device.neighbours)
-            device.steps = make(num_epochs=num_epochs, batches=own, num_microbatches=num_microbatches)
+            device.steps = make(
+                num_epochs=num_epochs,
+                batches=own,
+                num_microbatches=num_microbatches,
+                wire_types=wire_types,
+                own_keys=torch.cat([batch.keys for batch in batches]) if caches and own else None,
+                cache=caches[node_id] if caches else None,
+            )
         try:
             async with asyncio.timeout(timeout_s):
                 for node_id, device in devices.items():

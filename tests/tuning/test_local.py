@@ -185,6 +185,18 @@ def test_no_gradient_crosses_a_cut_below_the_lowest_tunable(labels: str, spec: S
     assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-6
 
 
+@pytest.mark.parametrize("labels", ["start", "end"])
+@pytest.mark.parametrize("spec", [Spec(prompts=1, lora_rank=1, first_block=3), Spec(prompts=0, lora_rank=0)])
+def test_in_plain_split_learning_gradients_cross_every_cut_and_nothing_else_is_different(
+    labels: str, spec: Spec
+) -> None:
+    network = RecordingNetwork()
+    plain = tune(Case(4, (1, 2), labels, spec, goes_down=True), network=network)
+    visits = [visit.node_id for visit in Case(4, (1, 2), labels).placement]
+    assert network.links("backward") == set(zip(visits[1:], visits[:-1], strict=True))
+    assert largest_difference(plain.tunables, tune(Case(4, (1, 2), labels, spec)).tunables) < 1e-12
+
+
 def test_in_a_u_shape_labels_and_images_cross_no_link() -> None:
     network = RecordingNetwork()
     tune(Case(3, (1, 2), "start"), network=network)
