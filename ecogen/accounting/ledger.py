@@ -110,6 +110,14 @@ class Ledger:
             bills[index] += amount
         return dict(bills)
 
+    def sent_by_round(self) -> dict[int, int]:
+        """Payload and header bytes of the rounds."""
+        sent: dict[int, int] = defaultdict(int)
+        for entry in self.entries:
+            if entry.round_index is not None:
+                sent[entry.round_index] += entry.sent_bytes
+        return dict(sent)
+
     @property
     def outside_rounds(self) -> Bill:
         """Pre-training, delivery, evaluation and serving."""

@@ -46,11 +46,18 @@ class Case:
 
 @dataclass(frozen=True, config=STRICT)
 class Sweep:
-    """What a `[sweep]` says; `source` is where the references are from."""
+    """What a `[sweep]` says.
+
+    Attributes:
+        source: where the references are from.
+        target: the accuracy at which the rows of a part are compared by what it took to reach it; None: 99 % of the
+            best row's last.
+    """
 
     cases: Annotated[tuple[Case, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     source: str = ""
+    target: Share | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ecogen.accounting.ledger import Bounds
 from ecogen.records import RequestRecord, RoundRecord
-from ecogen.reports.study import StudyRow, StudySummary
+from ecogen.reports.study import Greenest, StudyRow, StudySummary
 from ecogen.reports.summary import Summary
 from ecogen.reports.tables import Column, Table, hops_tables, word
 from ecogen.reports.wording import DASH, LINK_NAMES, format_grams, format_loss, format_range, format_share, plural
@@ -59,14 +59,20 @@ def show_summary(summary: Summary) -> RenderableType:
 
 
 def show_study(summary: StudySummary) -> list[RenderableType]:
-    """The tables of a study, with what matters most."""
+    """The tables of a study, with what matters most, and who was the greenest."""
     parts = {"table": summary["table"], **summary["parts"]}
     columns = (word("case"), Column("first round"), Column("last round"), Column("reference"), Column("seeds"))
-    return [
+    tables: list[RenderableType] = [
         show_table(Table(part.replace("_", " "), columns, tuple(_study_cells(row) for row in rows)))
         for part, rows in parts.items()
         if rows
     ]
+    return [*tables, *(Text(_green_line(part, found)) for part, found in summary["greenest"].items())]
+
+
+def _green_line(part: str, found: Greenest) -> str:
+    who = f"the greenest is {found['case']}" if found["case"] else "nobody reached it"
+    return f"{part.replace('_', ' ')}: to {format_share(found['target'])}, {who}"
 
 
 def _study_cells(row: StudyRow) -> tuple[str, ...]:

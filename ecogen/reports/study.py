@@ -22,6 +22,23 @@ class Spread(TypedDict):
     sd: float
 
 
+class ToTarget(TypedDict):
+    """What a row took to reach the target, as means over its runs: up to the first round whose mean accuracy does."""
+
+    rounds: int
+    energy_j: dict[str, float]
+    sent_bytes: float
+    wall_s: float
+
+
+class Greenest(TypedDict):
+    """Of a part whose rows have as many clusters: the accuracy that they are compared at, and who reached it with the
+    least energy; None where nobody did."""
+
+    target: float
+    case: str | None
+
+
 class StudyRow(TypedDict):
     """One row: accuracies in [0, 1], over seeds; what a run took, as means."""
 
@@ -40,6 +57,7 @@ class StudyRow(TypedDict):
     sent_bytes: float
     energy_j: float
     wall_s: float
+    to_target: ToTarget | None
 
 
 class Trend(TypedDict):
@@ -65,6 +83,7 @@ class StudySummary(TypedDict):
         table: the rows over the number of clusters.
         parts: the other rows, by the part of the table that they stand in.
         split: of the examples that accuracies are of.
+        greenest: by part.
     """
 
     name: str
@@ -76,6 +95,7 @@ class StudySummary(TypedDict):
     table: list[StudyRow]
     parts: dict[str, list[StudyRow]]
     trend: Trend | None
+    greenest: dict[str, Greenest]
 
 
 def summarise_study(
@@ -93,6 +113,14 @@ def summarise_study(
         if done:
             others = [beside[key] for key in done if key in beside]
             parts.setdefault(row.case.part, []).append(_row(row, [summaries[key] for key in done], others))
+    runs_of = {
+        row.case.name: [run for (name, _), run in summaries.items() if name == row.case.name] for row in study.rows
+    }
+    greenest = {
+        part: _compare(rows, runs_of, study.sweep.target)
+        for part, rows in parts.items()
+        if len(rows) > 1 and len({row["clusters"] for row in rows}) == 1
+    }
     table = parts.pop("table")
     return {
         "name": study.name,
@@ -104,7 +132,39 @@ def summarise_study(
         "table": table,
         "parts": parts,
         "trend": _trend(table, len(study.sweep.seeds)),
+        "greenest": greenest,
     }
+
+
+def _compare(rows: Sequence[StudyRow], runs_of: Mapping[str, Sequence[Summary]], asked: float | None) -> Greenest:
+    """Write into each row what it took to reach the target; returns who took least."""
+    target = 0.99 * max(row["last_mean"] for row in rows) if asked is None else asked
+    for row in rows:
+        row["to_target"] = _to_target(runs_of[row["name"]], target)
+    reached = [row for row in rows if row["to_target"]]
+    return {"target": target, "case": min(reached, key=energy_to_target)["name"] if reached else None}
+
+
+def _to_target(runs: Sequence[Summary], target: float) -> ToTarget | None:
+    """None where the mean accuracy of no round reaches it; runs that ended early count up to their last round."""
+    for index in range(max(len(run["spent"]) for run in runs)):
+        shares = [run["accuracy"]["per_round"][: index + 1] for run in runs]
+        measured = [[share for share in own if share is not None] for own in shares]
+        if all(measured) and fmean(own[-1] for own in measured) >= target:
+            spent = [run["spent"][: index + 1][-1] for run in runs]
+            energy_j = {key: fmean(one["energy_j"][key] for one in spent) for key in ("low", "mid", "high")}
+            return {
+                "rounds": index + 1,
+                "energy_j": energy_j,
+                "sent_bytes": fmean(one["sent_bytes"] for one in spent),
+                "wall_s": fmean(one["wall_s"] for one in spent),
+            }
+    return None
+
+
+def energy_to_target(row: StudyRow) -> float:
+    """Of a row: joules, infinite where it never reached the target."""
+    return row["to_target"]["energy_j"]["mid"] if row["to_target"] else math.inf
 
 
 def _row(row: Row, runs: Sequence[Summary], beside: Sequence[Scores]) -> StudyRow:
@@ -127,6 +187,7 @@ def _row(row: Row, runs: Sequence[Summary], beside: Sequence[Scores]) -> StudyRo
         "sent_bytes": fmean(sum(run["traffic_bytes"][link] for link in LINK_CLASSES) for run in runs),
         "energy_j": fmean(float(run["energy_j"]["mid"]) for run in runs),
         "wall_s": fmean(run["wall_s"] for run in runs),
+        "to_target": None,
     }
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ecogen.reports.page import render_page
 from ecogen.reports.plots import WIDTH
-from ecogen.reports.study import StudyRow, StudySummary
+from ecogen.reports.study import StudyRow, StudySummary, energy_to_target
 from ecogen.reports.svg import INK, MUTED, SERIES, render
 from ecogen.reports.tables import Column, Table, word
 from ecogen.reports.wording import DASH, format_share
@@ -41,6 +41,10 @@ def render_study(summary: StudySummary) -> str:
         summary=summary,
         figures=figures,
         tables=[_table(part, part_rows) for part, part_rows in parts.items() if part_rows],
+        greenest=[
+            (found["case"], _green_table(part, found["target"], parts[part]))
+            for part, found in summary["greenest"].items()
+        ],
         wins=_wins([row for part_rows in parts.values() for row in part_rows]),
     )
 
@@ -118,6 +122,32 @@ def _cells(row: StudyRow, others: Sequence[str], has_reference: bool) -> tuple[s
     cells += [format_share(row["beside"][name]["mean"]) if name in row["beside"] else DASH for name in others]
     cells += [format_share(row["tunable_fraction"]), format_bytes(row["sent_bytes"])]
     return (*cells, format_joules(row["energy_j"]), format_seconds(row["wall_s"]))
+
+
+def _green_table(part: str, target: float, rows: Sequence[StudyRow]) -> Table:
+    """What each row took to reach the target, the greenest first."""
+    columns = (
+        word("case"),
+        Column("rounds"),
+        Column("energy", "modelled"),
+        Column("least"),
+        Column("most"),
+        Column("sent"),
+        Column("time"),
+    )
+    cells = tuple(_green_cells(row) for row in sorted(rows, key=energy_to_target))
+    return Table(
+        f"{part.replace('_', ' ').capitalize()}: to {format_share(target)}, the greenest first", columns, cells
+    )
+
+
+def _green_cells(row: StudyRow) -> tuple[str, ...]:
+    to_target = row["to_target"]
+    if to_target is None:
+        return (row["name"], "never", *[DASH] * 5)
+    energy_j = [format_joules(to_target["energy_j"][key]) for key in ("mid", "low", "high")]
+    took = format_bytes(to_target["sent_bytes"]), format_seconds(to_target["wall_s"])
+    return (row["name"], str(to_target["rounds"]), *energy_j, *took)
 
 
 def _points(deviation: float) -> str:

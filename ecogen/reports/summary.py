@@ -56,6 +56,17 @@ class Recovered(TypedDict):
     label_accuracy: float | None
 
 
+class Spent(TypedDict):
+    """What tuning took from its start to the end of a round: all nodes, without pre-training, delivery and serving.
+
+    `wall_s` is the sum over rounds of the slowest edge's.
+    """
+
+    energy_j: dict[str, float]
+    sent_bytes: int
+    wall_s: float
+
+
 class Summary(TypedDict):
     """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled.
 
@@ -68,6 +79,7 @@ class Summary(TypedDict):
     rounds: int
     rounds_planned: int
     accuracy: Accuracy
+    spent: list[Spent]
     tunable_fraction: float
     traffic_bytes: dict[str, int]
     energy_j: dict[str, float | str]
@@ -91,6 +103,7 @@ def summarise(
         "rounds": len(round_indices(records)),
         "rounds_planned": recipe.tuning.rounds,
         "accuracy": accuracy(records, topology),
+        "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,
         "traffic_bytes": traffic_bytes(ledger),
         "energy_j": {**_bounds(total.energy_j), "method": ledger.method},
@@ -133,6 +146,20 @@ def accuracy(records: Sequence[Record], topology: Topology) -> Accuracy:
         "per_round": per_round,
         "per_edge": per_edge,
     }
+
+
+def spent(records: Sequence[Record], ledger: Ledger, topology: Topology) -> list[Spent]:
+    """What tuning had taken by the end of each round that has a record."""
+    bills, sent = ledger.by_round(), ledger.sent_by_round()
+    walls = {edge: history(records, edge, lambda r: r.wall_s) for edge in topology.edge_ids}
+    energy_j, num_bytes, wall_s = Bounds(0.0, 0.0, 0.0), 0, 0.0
+    lines: list[Spent] = []
+    for place, index in enumerate(round_indices(records)):
+        energy_j += bills[index].energy_j if index in bills else Bounds(0.0, 0.0, 0.0)
+        num_bytes += sent.get(index, 0)
+        wall_s += max((edge[place] or 0.0 for edge in walls.values()), default=0.0)
+        lines.append({"energy_j": _bounds(energy_j), "sent_bytes": num_bytes, "wall_s": wall_s})
+    return lines
 
 
 def traffic_bytes(ledger: Ledger) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 from xml.etree import ElementTree
@@ -31,9 +32,12 @@ def study_of(*rows: tuple[str, int, str]) -> Study:
 def run_of(first: float, last: float) -> Any:
     """As much of a run's summary as a study reads."""
     sent = {"cloud_edge": 1, "edge_end": 20, "d2d": 300}
-    accuracy = {"first": first, "last": last}
+    accuracy = {"first": first, "last": last, "per_round": [first, last]}
+    energy_j = {"low": 1.0, "mid": 2.0, "high": 3.0}
+    spent = [{"energy_j": {k: n * j for k, j in energy_j.items()}, "sent_bytes": 10 * n, "wall_s": n} for n in (1, 2)]
     return {
         "accuracy": accuracy,
+        "spent": spent,
         "tunable_fraction": 0.02,
         "traffic_bytes": sent,
         "energy_j": {"mid": 7.0},
@@ -96,6 +100,28 @@ def test_a_study_that_was_cut_short_shows_what_is_there() -> None:
 def test_there_is_no_trend_until_every_seed_has_run() -> None:
     done = {key: run for key, run in RUNS.items() if key != ("three", 0)}
     assert summarise_study(STUDY, done, {})["trend"] is None
+
+
+def test_the_greenest_is_who_reached_the_accuracy_with_least_energy() -> None:
+    study = study_of(("quick", 3, "kinds"), ("slow", 3, "kinds"), ("never", 3, "kinds"))
+    reached = {"quick": (0.9, 0.92), "slow": (0.8, 0.93), "never": (0.5, 0.6)}
+    runs = {(name, seed): run_of(*reached[name]) for name in reached for seed in SEEDS}
+    runs["slow", 0]["spent"][1]["energy_j"]["mid"] = 9.0
+    summary = summarise_study(replace(study, sweep=replace(study.sweep, target=0.9)), runs, {})
+    quick, slow, never = (row["to_target"] for row in summary["parts"]["kinds"])
+    assert quick == {"rounds": 1, "energy_j": {"low": 1, "mid": 2, "high": 3}, "sent_bytes": 10, "wall_s": 1}
+    assert slow is not None
+    assert (slow["rounds"], slow["energy_j"]["mid"]) == (2, pytest.approx((9 + 4 + 4) / 3))
+    assert never is None
+    assert summary["greenest"] == {"kinds": {"target": 0.9, "case": "quick"}}
+    page = "".join(ElementTree.fromstring(render_study(summary)).itertext())
+    assert "Kinds: to 90.0 %, the greenest first" in page
+    higher = summarise_study(study, runs, {})
+    assert higher["greenest"]["kinds"] == {"target": pytest.approx(0.99 * 0.93), "case": "slow"}
+
+
+def test_rows_of_other_numbers_of_clusters_are_not_compared_by_energy(summary: StudySummary) -> None:
+    assert summary["greenest"] == {}
 
 
 def test_the_page_is_well_formed_loads_nothing_and_says_where_we_lose(summary: StudySummary) -> None:
