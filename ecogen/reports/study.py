@@ -55,6 +55,7 @@ class StudyRow(TypedDict):
     beside: dict[str, Spread]
     tunable_fraction: float
     sent_bytes: float
+    d2d_bytes: float
     energy_j: float
     wall_s: float
     to_target: ToTarget | None
@@ -185,6 +186,7 @@ def _row(row: Row, runs: Sequence[Summary], beside: Sequence[Scores]) -> StudyRo
         "beside": {name: _spread([scores[name] for scores in beside]) for name in (beside[0] if beside else ())},
         "tunable_fraction": fmean(run["tunable_fraction"] for run in runs),
         "sent_bytes": fmean(sum(run["traffic_bytes"][link] for link in LINK_CLASSES) for run in runs),
+        "d2d_bytes": fmean(run["traffic_bytes"]["d2d"] for run in runs),
         "energy_j": fmean(float(run["energy_j"]["mid"]) for run in runs),
         "wall_s": fmean(run["wall_s"] for run in runs),
         "to_target": None,

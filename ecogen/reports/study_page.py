@@ -103,7 +103,13 @@ def _table(part: str, rows: Sequence[StudyRow]) -> Table:
     columns += [Column("sd"), Column("least"), Column("seeds")]
     columns += [Column("reference", "first"), Column("reference", "last")] if has_reference else []
     columns += [Column(name, "in one place") for name in others]
-    columns += [Column("tunable"), Column("sent", "a run"), Column("energy", "modelled"), Column("time", "a run")]
+    columns += [
+        Column("tunable"),
+        Column("sent", "a run"),
+        Column("of it D2D"),
+        Column("energy", "modelled"),
+        Column("time", "a run"),
+    ]
     return Table(
         part.replace("_", " ").capitalize(), tuple(columns), tuple(_cells(row, others, has_reference) for row in rows)
     )
@@ -120,7 +126,7 @@ def _cells(row: StudyRow, others: Sequence[str], has_reference: bool) -> tuple[s
     ]
     cells += [format_share(reference.get(key)) for key in ("first", "last")] if has_reference else []
     cells += [format_share(row["beside"][name]["mean"]) if name in row["beside"] else DASH for name in others]
-    cells += [format_share(row["tunable_fraction"]), format_bytes(row["sent_bytes"])]
+    cells += [format_share(row["tunable_fraction"]), format_bytes(row["sent_bytes"]), format_bytes(row["d2d_bytes"])]
     return (*cells, format_joules(row["energy_j"]), format_seconds(row["wall_s"]))
 
 

@@ -67,7 +67,7 @@ def test_means_and_deviations_are_over_seeds(summary: StudySummary) -> None:
     assert one["first_mean"] == pytest.approx(fmean(LAST[1]) - 0.1)
     assert one["reference"] == {"first": 0.8, "last": 0.9}
     assert one["beside"]["SVM"] == {"mean": pytest.approx(0.99), "sd": pytest.approx(0)}
-    assert one["sent_bytes"] == 321
+    assert (one["sent_bytes"], one["d2d_bytes"]) == (321, 300)
     assert [row["name"] for row in summary["parts"]["ablations"]] == ["head"]
 
 

@@ -57,6 +57,16 @@ def test_energy_and_emissions_are_the_ledgers(summary: Summary, ledger: Ledger) 
     assert summary["emissions_g"] == summary["emissions_g_bounds"]["mid"] == ledger.total.emissions_g.mid
 
 
+def test_what_rounds_took_adds_up_to_the_ledgers_rounds(summary: Summary, ledger: Ledger) -> None:
+    bills = list(ledger.by_round().values())
+    assert len(summary["spent"]) == summary["rounds"]
+    for key in ("low", "mid", "high"):
+        assert summary["spent"][-1]["energy_j"][key] == pytest.approx(sum(getattr(b.energy_j, key) for b in bills))
+    sent = sum(entry.sent_bytes for entry in ledger.entries if entry.round_index is not None)
+    assert summary["spent"][-1]["sent_bytes"] == sent
+    assert [spent["wall_s"] for spent in summary["spent"]] == sorted(spent["wall_s"] for spent in summary["spent"])
+
+
 def test_the_summary_reads_the_facts(summary: Summary, facts: RunFacts) -> None:
     assert summary["tunable_fraction"] == 21_642 / 801_546
     assert (summary["wall_s"], summary["engine"]) == (facts.wall_s, "inproc")
