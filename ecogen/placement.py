@@ -83,9 +83,29 @@ class Placement:
         """The nodes in order of their first visit."""
         return list(dict.fromkeys(visit.node_id for visit in self.visits))
 
+    @property
+    def in_flight(self) -> int:
+        """How many microbatches are under way at once, at most."""
+        return most_in_flight(len(self.node_ids), returns=self.returns)
+
+    @property
+    def returns(self) -> bool:
+        """Whether the route ends where it starts, at a head that is alone."""
+        return len(self.visits) > 1 and not len(self.visits[-1].segment)
+
     def segments_of(self, node_id: str) -> list[Segment]:
         """What one node holds, in the order of its visits."""
         return [visit.segment for visit in self.visits if visit.node_id == node_id]
+
+
+def most_in_flight(num_devices: int, *, returns: bool) -> int:
+    """How many microbatches should be under way for no device to wait: one a device, as in 1F1B, or 2 S + 1.
+
+    Where the route returns to its start for the head, a microbatch comes by there once more before any of it goes
+    back, so with S under way the last device waits while the start is at another: 0.75 of the pipeline's bound with two
+    devices and eight microbatches, 0.99 with five under way (a simulation with stages of equal time).
+    """
+    return 2 * num_devices + 1 if returns else num_devices
 
 
 def start_from(placement: Placement, owner_id: str) -> Placement:

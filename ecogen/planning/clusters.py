@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ecogen.config import Recipe, build_topology
 from ecogen.errors import PlacementError
-from ecogen.placement import Placement, segments_held
+from ecogen.placement import Placement, most_in_flight, segments_held
 from ecogen.planning.cost import ModelShape, memory_bytes
 from ecogen.planning.search import plan
 from ecogen.topology import Cluster, Topology
@@ -23,6 +23,8 @@ def place_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, Placement]:
 
 def _place(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Cluster) -> Placement:
     size = -(-recipe.tuning.batch_size // recipe.tuning.microbatches)
+    returns = recipe.placement.labels == "start" and len(cluster.node_ids) > 1
+    in_flight = min(recipe.tuning.microbatches, most_in_flight(len(cluster.node_ids), returns=returns))
     placement = plan(
         shape,
         [topology.nodes[node_id] for node_id in cluster.node_ids],
@@ -30,11 +32,11 @@ def _place(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Clust
         recipe.placement.labels,
         cuts=None if recipe.placement.cuts == "auto" else recipe.placement.cuts,
         microbatch_size=size,
-        microbatches=len(cluster.node_ids),
+        microbatches=in_flight,
     ).placement
     for node_id in placement.node_ids[: recipe.data.owners]:
         held = segments_held(placement, recipe.data.owners, node_id)
-        needed = memory_bytes(shape, held, size * len(cluster.node_ids))
+        needed = memory_bytes(shape, held, size * in_flight)
         _check_owner(node_id, needed, topology.nodes[node_id].device.memory_bytes)
     return placement
 

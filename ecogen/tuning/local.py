@@ -1,8 +1,8 @@
 """The local steps of one cluster, as one of its devices lives them: microbatches flow through the route, 1F1B.
 
-The start device issues credits: as many microbatches are in flight as there are stages, and a returned one makes room
-for the next. What arrives goes into an inbox at once, backward before forward; one loop computes and another sends, so
-the cycle of a U-shaped route cannot block itself.
+The start device issues credits: so many microbatches are in flight as keep all stages busy (`Placement.in_flight`), and
+a returned one makes room for the next. What arrives goes into an inbox at once, backward before forward; one loop
+computes and another sends, so the cycle of a U-shaped route cannot block itself.
 
 Gradients are clipped by their norm over the whole chain: its square is summed along the way back with a batch's
 gradients and travels forward with the next batch's activations, which is when each device takes its optimizer step.
@@ -59,9 +59,9 @@ _KINDS: dict[str, Kind] = {FORWARD: "activations", BACKWARD: "gradients"}
 
 @dataclass(order=True, slots=True)
 class _Task:
-    """A microbatch that waits for its computation: backward first, then in order of arrival."""
+    """A microbatch that waits for its computation, in the order of `priority`: rank and arrival."""
 
-    priority: tuple[bool, int]
+    priority: tuple[int, int]
     method: str = field(compare=False)
     flow: Flow = field(compare=False)
     tensors: Mapping[str, Tensor] = field(compare=False)
@@ -108,7 +108,7 @@ class LocalSteps:
         self._arrived = asyncio.Event()
         self._arrivals = 0
         self._outbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
-        self._credits = asyncio.Semaphore(max(len(route.placement.node_ids) for route in routes))
+        self._credits = asyncio.Semaphore(max(route.placement.in_flight for route in routes))
         self._turns: asyncio.Queue[tuple[Flow, Mapping[str, Tensor]]] = asyncio.Queue()
         self._returned: asyncio.Queue[Flow] = asyncio.Queue()
         self._labels: dict[tuple[int, int], Tensor] = {}
@@ -247,8 +247,15 @@ class LocalSteps:
                 return
             tensors = {**tensors, LABELS: self._labels.pop(place)}
         self._arrivals += 1
-        heapq.heappush(self._inbox, _Task((method != BACKWARD, self._arrivals), method, flow, tensors))
+        heapq.heappush(self._inbox, _Task((self._rank(method, flow), self._arrivals), method, flow, tensors))
         self._arrived.set()
+
+    def _rank(self, method: str, flow: Flow) -> int:
+        """A head that is alone first: it is short, and all others wait for what it sends back. Then backward."""
+        route = self._route(flow)
+        if method == FORWARD and route.placement.returns and flow.visit == route.last:
+            return 0
+        return 1 if method == BACKWARD else 2
 
     def _give_labels(self, flow: Flow, labels: Tensor) -> None:
         place = (flow.step, flow.microbatch)
