@@ -38,9 +38,13 @@ class LocalData:
     cluster_index: int
     owner_index: int = 0
 
-    def batches(self, tuning: Tuning, round_index: int, epoch: int) -> Iterator[Examples]:
-        """The batches of one local epoch: a pure function of the seed, the round, the device and the epoch."""
-        key = [self.seed, round_index, self.cluster_index, self.owner_index, epoch]
+    def batches(self, tuning: Tuning, draw: int, epoch: int) -> Iterator[Examples]:
+        """The batches of one local epoch: a pure function of the seed, the draw, the device and the epoch.
+
+        Args:
+            draw: the round; where clusters do not wait for each other, how many attempts of this one were counted.
+        """
+        key = [self.seed, draw, self.cluster_index, self.owner_index, epoch]
         order = np.random.default_rng([*key, _ORDER_KEY]).permutation(len(self.examples))
         generator = torch.Generator().manual_seed(int(np.random.default_rng([*key, _AUGMENT_KEY]).integers(2**62)))
         for begin in range(0, len(order), tuning.batch_size):
@@ -71,6 +75,7 @@ class DeviceTuning:
         self._routes, self._tuning, self._stage, self._worker = list(routes), tuning, stage, worker
         self._neighbours, self._data, self._update_factor = neighbours, data, update_factor
         self._latest = AttemptKey(-1, -1)
+        self._ordered: AttemptKey | None = None  # the latest, unless it was broken off
         self._current: LocalSteps | None = None
         self._early: list[tuple[Message, Flow]] = []
         self._lost: NodeLostError | None = None  # since the latest order
@@ -84,9 +89,14 @@ class DeviceTuning:
         """
         order = message.read(TuneOrder)
         self._fence(order.key)
+        await self.break_off()
+        if order.key == self._latest:
+            self._ordered = order.key
         await self._neighbours.connect(order.addresses)
+        self._check_ordered(order.key)
         await self._worker.compute(self._stage.begin, message.tensors, self._settings(order.key.round_index))
-        steps = self._begin(order.key)
+        self._check_ordered(order.key)
+        steps = self._begin(order.key, order.key.round_index if order.draw is None else order.draw)
         result = await steps.run()
         owned = len(self._data.examples) if self._data else 0
         body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._stage.memory_bytes))
@@ -94,6 +104,16 @@ class DeviceTuning:
         if self._update_factor != 1:
             tunables = {n: torch.lerp(message.tensors[n], t, self._update_factor) for n, t in tunables.items()}
         return Message.of(TUNE, body, kind="tunables", tensors=tunables)
+
+    async def break_off(self) -> None:
+        """End the attempt under way, if one is: who ordered it has gone on, and its stage is needed."""
+        self._ordered = None
+        if self._current is not None:
+            await self._current.break_off()
+
+    def _check_ordered(self, key: AttemptKey) -> None:
+        if self._ordered != key:
+            raise ProtocolError(f"attempt {key} was broken off before it began")
 
     def deliver(self, message: Message) -> None:
         """Take a neighbour's message; one that belongs to an attempt not yet begun here waits for it."""
@@ -120,9 +140,9 @@ class DeviceTuning:
             self._current.fail(error)
         self._lost = error
 
-    def _begin(self, key: AttemptKey) -> LocalSteps:
+    def _begin(self, key: AttemptKey, draw: int) -> LocalSteps:
         data = self._data
-        batches = None if data is None else partial(data.batches, self._tuning, key.round_index)
+        batches = None if data is None else partial(data.batches, self._tuning, draw)
         self._current = LocalSteps(
             key,
             self._routes,
@@ -150,8 +170,7 @@ class DeviceTuning:
     def _fence(self, key: AttemptKey) -> None:
         if key <= self._latest:
             raise ProtocolError(f"attempt {key} is fenced off: attempt {self._latest} came before it")
-        self._latest = key
-        self._current = self._lost = None
+        self._latest, self._lost = key, None
 
     def _settings(self, round_index: int) -> OptimizerSettings:
         tuning = self._tuning
