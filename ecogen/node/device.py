@@ -27,6 +27,7 @@ from ecogen.runtime.stage import Stage
 from ecogen.serving.request import REQUEST_METHODS, DeviceServing
 from ecogen.topology import Tier, Topology
 from ecogen.transport.base import Message, Peer, Stream
+from ecogen.tuning.controls import Controls
 from ecogen.tuning.data import load_pictures, load_splits, partition_examples
 from ecogen.tuning.device import DeviceTuning, LocalData
 from ecogen.tuning.local import Route
@@ -126,7 +127,17 @@ class DeviceRole:
         link = topology.links["d2d"]
         routes = [Route(route, shape) for route in rotations(placement, recipe.data.owners)]
         factor = recipe.faults.update_factor.get(cluster_id, 1.0)
-        tuning = DeviceTuning(routes, recipe.tuning, stage, context.worker, self.neighbours, data, update_factor=factor)
+        controls = Controls(context.folder / "controls.safetensors")
+        tuning = DeviceTuning(
+            routes,
+            recipe.tuning,
+            stage,
+            context.worker,
+            self.neighbours,
+            data,
+            update_factor=factor,
+            controls=controls if recipe.aggregation.strategy == "scaffold" else None,
+        )
         serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
         return _Resident(stage, tuning, serving, neighbour_ids)

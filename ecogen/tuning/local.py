@@ -119,6 +119,7 @@ class LocalSteps:
         self._unlabelled: dict[tuple[int, int], tuple[Flow, Tensor]] = {}
         self._backwards: dict[int, int] = {}  # visit -> microbatches of this step that came back
         self._step = 0
+        self._final_sums: Mapping[str, Tensor] = {}
         self._end: asyncio.Future[LocalResult] = asyncio.get_running_loop().create_future()
         self._loops: list[asyncio.Task[None]] = []
 
@@ -164,6 +165,7 @@ class LocalSteps:
             case "returned":
                 self._take_back(flow)
             case "finish":
+                self._final_sums = message.tensors
                 self._push(FINISH, flow, None)
             case "hand_over":
                 self._turns.put_nowait((flow, message.tensors))
@@ -211,8 +213,14 @@ class LocalSteps:
     async def _finish(self, flow: Flow) -> None:
         """Tell all devices that this was the last step, and its gradients' norm."""
         finish = msgspec.structs.replace(flow, loss=flow.loss / max(1, flow.step))
+        owners = {route.placement.start_id: route for route in self.routes}
         for node_id in self._node_ids - {self._own_id}:
-            self._outbox.put_nowait((node_id, Message.of(FINISH, finish)))
+            sums: dict[str, Tensor] = {}
+            if node_id in owners:  # it holds a copy of what only the start device tunes
+                moved = _moved(owners[self._own_id], owners[node_id])
+                sums = await self._worker.compute(self._stage.hand_over_sums, moved)
+            message = Message.of(FINISH, finish, kind="tunables" if sums else "control", tensors=sums)
+            self._outbox.put_nowait((node_id, message))
         await self._outbox.join()
         self._push(FINISH, finish, None)
 
@@ -283,6 +291,7 @@ class LocalSteps:
         """Compute one task; returns what to send and to which visit, or the result at the end."""
         self._step_up_to(task.flow)
         if task.method == FINISH:
+            self._stage.take_over(self._final_sums)
             return LocalResult(task.flow.step, task.flow.loss if task.flow.step else None, self._collect())
         if task.method == BACKWARD:
             return self._backward(task.flow, task.tensor)
@@ -298,8 +307,7 @@ class LocalSteps:
 
     def _give_up(self, flow: Flow) -> dict[str, Tensor]:
         self._step_up_to(flow)
-        visits = zip(self._route(flow, before=1).placement, self._route(flow).placement, strict=True)
-        moved = [before.segment for before, after in visits if before.node_id != after.node_id]
+        moved = _moved(self._route(flow, before=1), self._route(flow))
         return {name: tensor for segment in moved for name, tensor in self._stage.hand_over(segment).items()}
 
     def _forward(self, flow: Flow, inputs: Tensor) -> tuple[str, int, Flow, Tensor | None]:
@@ -337,7 +345,7 @@ class LocalSteps:
         if self._backwards[flow.visit] < flow.num_microbatches:
             return 0.0
         segment = self._route(flow).segment(flow.visit)
-        self._stage.pull_back(segment)
+        self._stage.correct(segment)
         return self._stage.squared_norm(segment)
 
     def _route(self, flow: Flow, before: int = 0) -> Route:
@@ -358,6 +366,12 @@ class LocalSteps:
     def _pass_on_failure(self, loop: asyncio.Task[None]) -> None:
         if not loop.cancelled() and (problem := loop.exception()) and not self._end.done():
             self._end.set_exception(problem)
+
+
+def _moved(before: Route, after: Route) -> list[Segment]:
+    """The segments that are at another node when another owner is the start."""
+    visits = zip(before.placement, after.placement, strict=True)
+    return [one.segment for one, other in visits if one.node_id != other.node_id]
 
 
 def _at(flow: Flow, visit: int, **changes: float) -> Flow:
