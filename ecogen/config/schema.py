@@ -22,6 +22,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Slowness = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 DtypeName = Literal["float32", "bfloat16"]
@@ -171,6 +172,7 @@ class Tuning:
     local_epochs: Natural = 2
     batch_size: Count = 25
     microbatches: Count = 2
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # of local steps; SGD has no momentum, as in FedAvg and SCAFFOLD
     learning_rate: Positive = 8e-3
     learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 0.75  # factor a round
     weight_decay: NonNegative = 0.01
@@ -192,10 +194,12 @@ class Aggregation:
 
     strategy: str = "fedavg"  # of `tuning.strategies`, or of a package that offers one
     faulty: Natural = 1  # trimmed_mean, multi_krum: clusters that may send anything
-    server_rate: Positive = 0.1  # fedadam, fedyogi: the server's learning rate (eta in Reddi et al. 2021)
+    # The server's learning rate (eta in Reddi et al. 2021); 0: the strategy's own, 0.1 with fedadam and fedyogi, or 1.
+    server_rate: NonNegative = 0.0
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
+    buffer: Natural = 0  # updates that an edge goes on with, whosoever they are (FedBuff); 0: clusters wait for all
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -203,6 +207,7 @@ class Faults:
     """What goes wrong on purpose, to see what survives it."""
 
     update_factor: Mapping[str, Finite] = field(default_factory=dict)  # by cluster: times its change of the tunables
+    slow: Mapping[str, Slowness] = field(default_factory=dict)  # by device: times as long its computations take
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -30,6 +30,7 @@ from ecogen.runtime.stage import Stage
 from ecogen.serving.request import REQUEST_METHODS, DeviceServing
 from ecogen.topology import Tier, Topology
 from ecogen.transport.base import Message, Peer, Stream
+from ecogen.tuning.controls import Controls
 from ecogen.tuning.data import load_pictures, load_splits, partition_examples
 from ecogen.tuning.device import DeviceTuning, LocalData
 from ecogen.tuning.messages import FLOW_METHODS, TUNE, placement_from_table
@@ -124,6 +125,7 @@ class DeviceRole:
         placement = placement_from_table(welcome.placement)
         segments = segments_held(placement, recipe.data.owners, context.node_id)
         tensors = await self._backbone(config, segments, welcome.digest)
+        context.worker.slowness = recipe.faults.slow.get(context.node_id, 1.0)
         stage = await context.worker.compute(self._load, config, segments, tensors)
         topology = recipes.build_topology(recipe.topology)
         cluster_id = topology.cluster_of(context.node_id).cluster_id
@@ -133,6 +135,7 @@ class DeviceRole:
         goes_down = recipe.wire.gradients_to == "start"
         routes = [Route(route, shape, goes_down) for route in rotations(placement, recipe.data.owners)]
         factor = recipe.faults.update_factor.get(cluster_id, 1.0)
+        controls = Controls(context.folder / "controls.safetensors")
         tuning = DeviceTuning(
             routes,
             recipe.tuning,
@@ -143,6 +146,7 @@ class DeviceRole:
             wire=recipe.wire,
             cache=self._cache(routes, shape),
             update_factor=factor,
+            controls=controls if recipe.aggregation.strategy == "scaffold" else None,
         )
         serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
@@ -206,6 +210,7 @@ class DeviceRole:
 
     async def _install(self, _: Peer, message: Message) -> Message:
         """Take the tunables to serve with, and meet the neighbours."""
+        await self._held.tuning.break_off()
         await self.neighbours.connect(message.read(Install).addresses)
         await self._context.worker.compute(self._held.stage.begin, message.tensors)
         return Message.of(INSTALL)

@@ -20,10 +20,13 @@ from ecogen.config import Aggregation
 from ecogen.errors import ConfigError
 from ecogen.models.tunables import Tunables
 from ecogen.tuning.aggregate import Update, aggregate, check_updates
+from ecogen.tuning.messages import CONTROL
 
 logger = logging.getLogger(__name__)
 
 GROUP = "ecogen.strategies"
+
+_EXAMPLES = "examples of "
 
 
 class Strategy(Protocol):
@@ -65,8 +68,11 @@ def strategy_of(spec: Aggregation) -> Strategy:
 def fedavg(
     before: Mapping[str, Tensor], updates: Sequence[Update], memory: Mapping[str, Tensor], spec: Aggregation
 ) -> tuple[Tunables, Tunables]:
-    """The mean, weighted by examples: McMahan et al. 2017, Algorithm 1, https://arxiv.org/abs/1602.05629"""
-    return aggregate(updates), {}
+    """The mean, weighted by examples: McMahan et al. 2017, Algorithm 1, https://arxiv.org/abs/1602.05629
+
+    With a server rate other than 1 it is gone towards by so much: w + rate (mean(w_i) - w), Reddi et al. 2021's FedAvg.
+    """
+    return _towards(before, aggregate(updates), spec), {}
 
 
 def median(
@@ -123,6 +129,27 @@ def fedyogi(
     )
 
 
+def scaffold(
+    before: Mapping[str, Tensor], updates: Sequence[Update], memory: Mapping[str, Tensor], spec: Aggregation
+) -> tuple[Tunables, Tunables]:
+    """SCAFFOLD's server: Karimireddy et al. 2020, Algorithm 1, https://arxiv.org/abs/1910.06378
+
+    x <- x + rate mean(w_i - x); c <- c + sum_i k_i dc_i / k. Clusters weigh as their examples k_i (the paper's weigh
+    alike), and k are the examples of all that have answered so far: so c stays the mean of all c_i.
+    """
+    known = {name: float(tensor) for name, tensor in memory.items() if name.startswith(_EXAMPLES)}
+    told = {_EXAMPLES + update.sender_id: float(update.num_examples) for update in updates}
+    known_examples, total = sum(known.values()), sum((known | told).values())
+    controls: Tunables = {}
+    for name, value in before.items():
+        c = memory.get(CONTROL + name, torch.zeros(value.shape, dtype=torch.float64)) * known_examples
+        for update in updates:
+            c = c + update.num_examples * update.control_change[name].double()
+        controls[CONTROL + name] = c / total
+    counts = {name: torch.tensor(count, dtype=torch.float64) for name, count in (known | told).items()}
+    return _towards(before, aggregate(updates), spec), controls | counts
+
+
 STRATEGIES: Mapping[str, Strategy] = {
     "fedavg": fedavg,
     "median": median,
@@ -130,7 +157,13 @@ STRATEGIES: Mapping[str, Strategy] = {
     "multi_krum": multi_krum,
     "fedadam": fedadam,
     "fedyogi": fedyogi,
+    "scaffold": scaffold,
 }
+
+
+def _towards(before: Mapping[str, Tensor], mean: Tunables, spec: Aggregation) -> Tunables:
+    rate = spec.server_rate or 1.0
+    return mean if rate == 1 else {name: torch.lerp(before[name], mean[name], rate) for name in mean}
 
 
 def _adaptive(
@@ -143,12 +176,13 @@ def _adaptive(
     """d = mean(w_i) - w; m <- b1 m + (1 - b1) d; v as given, from tau^2; w <- w + rate m / (sqrt(v) + tau)."""
     after: Tunables = {}
     moments: Tunables = {}
+    rate = spec.server_rate or 0.1
     for name, mean in aggregate(updates).items():
         value = before[name].double()
         change = mean.double() - value
         m = spec.beta_1 * memory.get(f"m:{name}", torch.zeros(())) + (1 - spec.beta_1) * change
         v = second_moment(memory.get(f"v:{name}", torch.full_like(change, spec.tau**2)), change)
-        after[name] = (value + spec.server_rate * m / (v.sqrt() + spec.tau)).to(before[name].dtype)
+        after[name] = (value + rate * m / (v.sqrt() + spec.tau)).to(before[name].dtype)
         moments |= {f"m:{name}": m, f"v:{name}": v}
     return after, moments
 
