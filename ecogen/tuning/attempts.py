@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
+from torch import Tensor
 
 from ecogen.config import Tuning
 from ecogen.errors import AggregationError, NodeLostError, RunError, TransportError
@@ -22,6 +23,7 @@ from ecogen.transport.codec import Packed
 from ecogen.tuning.aggregate import Update, check_update
 from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.messages import TUNE, AttemptKey, TuneOrder, TuneResult, split_controls, with_controls
+from ecogen.tuning.ranks import LoraRanks
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,15 @@ class Outcome:
     usages: tuple[Usage, ...]
 
 
+@dataclass
+class _Cache:
+    """What was made of the state that was ordered last: its tunables by LoRA rank, and packed by who holds them."""
+
+    state: EdgeState | None
+    cuts: dict[int, Tunables] = field(default_factory=dict)
+    parts: dict[tuple[tuple[Segment, ...], int | None], Packed] = field(default_factory=dict)
+
+
 class Attempts:
     """Has clusters tune, each attempt under a number of its own.
 
@@ -47,6 +58,7 @@ class Attempts:
         members: the devices of all its clusters.
         publish: takes each record.
         last: a number larger than that of any attempt in an earlier life of this edge.
+        ranks: of LoRA, where clusters have their own.
     """
 
     def __init__(
@@ -60,14 +72,14 @@ class Attempts:
         *,
         last: int,
         num_owners: int = 1,
+        ranks: LoraRanks | None = None,
     ) -> None:
         self.cluster_ids = list(placements)
         self._tuning, self._placements, self._members = tuning, placements, members
         self._transport, self._worker, self._publish = transport, worker, publish
-        self._last, self._num_owners = last, num_owners
+        self._last, self._num_owners, self._ranks = last, num_owners, ranks
         self._failed: set[str] = set()
-        self._parts: dict[tuple[Segment, ...], Packed] = {}  # of the state that was ordered last, by who holds them
-        self._parts_of: EdgeState | None = None
+        self._cache = _Cache(None)
         self._last_problem = ""
 
     # Which clusters there are.
@@ -103,12 +115,12 @@ class Attempts:
             state: what it begins with.
             draw: keys the random numbers.
         """
-        placement = self._placements[cluster_id]
+        placement, begun = self._placements[cluster_id], await self.begin_of(cluster_id, state)
         counted = state.counted[cluster_id].attempt if cluster_id in state.counted else None
         try:
             async with asyncio.timeout(self._tuning.round_timeout_s), asyncio.TaskGroup() as group:
                 replies = [
-                    group.create_task(self._order(node_id, placement, TuneOrder(key, {}, draw, counted), state))
+                    group.create_task(self._order(node_id, cluster_id, TuneOrder(key, {}, draw, counted), state))
                     for node_id in placement.node_ids
                 ]
         except TimeoutError:
@@ -119,29 +131,49 @@ class Attempts:
             return None
         outcome = _outcome(cluster_id, key, [reply.result() for reply in replies])
         try:
-            await self._worker.compute(check_update, outcome.update, state.tunables)
+            await self._worker.compute(check_update, outcome.update, begun)
         except AggregationError as problem:
             await self._lose(cluster_id, key, [problem])
             return None
         return outcome
 
-    async def _order(self, node_id: str, placement: Placement, order: TuneOrder, state: EdgeState) -> Message:
+    async def begin_of(self, cluster_id: str, state: EdgeState) -> Mapping[str, Tensor]:
+        """What a cluster begins with: the state's tunables, where it has a LoRA rank of its own cut to that."""
+        rank = self._rank_of(cluster_id)
+        if rank is None or self._ranks is None:
+            return state.tunables
+        cuts = self._cache_of(state).cuts
+        if rank not in cuts:
+            cuts[rank] = await self._worker.compute(self._ranks.cut, state.tunables, rank)
+        return cuts[rank]
+
+    def _rank_of(self, cluster_id: str) -> int | None:
+        return None if self._ranks is None else self._ranks.of_clusters.get(cluster_id)
+
+    def _cache_of(self, state: EdgeState) -> _Cache:
+        if self._cache.state is not state:
+            self._cache = _Cache(state)
+        return self._cache
+
+    async def _order(self, node_id: str, cluster_id: str, order: TuneOrder, state: EdgeState) -> Message:
+        placement, rank = self._placements[cluster_id], self._rank_of(cluster_id)
+        begun = await self.begin_of(cluster_id, state)
         addresses = self._members.locate(neighbours_of(placement, self._num_owners, node_id))
-        tensors = self._part(state, tuple(segments_held(placement, self._num_owners, node_id)))
+        tensors = self._part(state, begun, rank, tuple(segments_held(placement, self._num_owners, node_id)))
         order = msgspec.structs.replace(order, addresses=addresses)
         message = Message.of(TUNE, order, kind="tunables", tensors=tensors)
         return await self._transport.call(node_id, message)
 
-    def _part(self, state: EdgeState, held: tuple[Segment, ...]) -> Packed:
-        """What those are sent who hold some segments, packed once for all of them."""
-        if state is not self._parts_of:
-            self._parts, self._parts_of = {}, state
-        if held not in self._parts:
+    def _part(
+        self, state: EdgeState, begun: Mapping[str, Tensor], rank: int | None, held: tuple[Segment, ...]
+    ) -> Packed:
+        """What those are sent who hold some segments, packed once for all of them that have the rank."""
+        parts = self._cache_of(state).parts
+        if (held, rank) not in parts:
             _, controls = split_controls(state.memory)
             sent = {name: control.to(state.tunables[name].dtype) for name, control in controls.items()}
-            parts = (tunables_of(tensors, held) for tensors in (state.tunables, sent))
-            self._parts[held] = Packed(with_controls(*parts))
-        return self._parts[held]
+            parts[held, rank] = Packed(with_controls(*(tunables_of(tensors, held) for tensors in (begun, sent))))
+        return parts[held, rank]
 
     async def _lose(self, cluster_id: str, key: AttemptKey, problems: Sequence[BaseException]) -> None:
         detail = "; ".join(sorted({str(problem) or type(problem).__name__ for problem in problems}))

@@ -152,7 +152,7 @@ class DeviceTuning:
         result = await steps.run()
         owned = len(self._data.examples) if self._data else 0
         body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._memory_bytes))
-        tunables = result.tunables
+        answer = result.tunables
         if self._update_factor != 1:
             answer = {n: torch.lerp(tunables[n], t, self._update_factor) for n, t in answer.items()}
         if self._controls is not None:

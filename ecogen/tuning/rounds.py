@@ -9,6 +9,7 @@ other, and what a round's updates are is told in `tuning/buffer.py`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from ecogen.config import Aggregation, Tuning
 from ecogen.errors import NodeLostError
-from ecogen.models.tunables import Tunables
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RoundRecord
 from ecogen.runtime.membership import Members
@@ -30,7 +30,10 @@ from ecogen.tuning.attempts import MAX_TRIES, Attempts, Outcome
 from ecogen.tuning.buffer import Buffer
 from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.messages import SYNC, SyncOrder
+from ecogen.tuning.ranks import LoraRanks, Together
 from ecogen.tuning.strategies import strategy_of
+
+logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[Mapping[str, Tensor]], float | None]
 
@@ -44,6 +47,7 @@ class EdgeRounds:
         attempt: a number larger than any that an earlier life of this edge used.
         evaluate: accuracy of tunables, run on the compute thread.
         aggregation: how the clusters' updates become one.
+        ranks: how LoRA's do, where ranks differ or products are averaged.
         publish: takes each record.
     """
 
@@ -63,14 +67,16 @@ class EdgeRounds:
         attempt: int,
         num_owners: int = 1,
         aggregation: Aggregation,
+        ranks: LoraRanks | None = None,
     ) -> None:
         self.state = state
         self._strategy, self._aggregation = strategy_of(aggregation), aggregation
         self._path, self._tuning, self._placements = path, tuning, placements
         self._transport, self._worker, self._cloud_id = transport, worker, cloud_id
         self._evaluate, self._publish = evaluate, publish
+        self._ranks = ranks
         self._attempts = Attempts(
-            tuning, placements, members, transport, worker, publish, last=attempt, num_owners=num_owners
+            tuning, placements, members, transport, worker, publish, last=attempt, num_owners=num_owners, ranks=ranks
         )
         self._buffer: Buffer | None = None
         if aggregation.buffer:
@@ -92,19 +98,25 @@ class EdgeRounds:
         began_s = time.perf_counter()
         outcomes = await (self._buffer.take() if self._buffer else self._tune_clusters(round_index))
         updates = [outcome.update for outcome in outcomes]
-        tunables, memory, accuracy = await self._worker.compute(self._average, updates)
-        record = self._record(round_index, outcomes, accuracy, time.perf_counter() - began_s)
+        (tunables, memory, error), accuracy = await self._worker.compute(self._average, updates)
+        if error is not None:
+            logger.info("round %d: LoRA misses the mean of its products by %.2g of it", round_index + 1, error)
+        record = self._record(round_index, outcomes, accuracy, error, time.perf_counter() - began_s)
         unsynced = record.num_examples if self._is_sync_due(round_index) else None
         counted = self.state.count((outcome.update.sender_id, outcome.key.attempt) for outcome in outcomes)
         await self._commit(EdgeState(tunables, round_index + 1, unsynced, record, memory, counted))
         self._publish(record)
         await self._agree()
 
-    def _average(self, updates: Sequence[Update]) -> tuple[Tunables, Tunables, float | None]:
+    def _average(self, updates: Sequence[Update]) -> tuple[Together, float | None]:
         """On the compute thread: what the strategy makes of the updates and keeps, and the accuracy."""
         ordered = sorted(updates, key=lambda update: update.sender_id)
-        tunables, memory = self._strategy(self.state.tunables, ordered, self.state.memory, self._aggregation)
-        return tunables, memory, self._evaluate(tunables)
+        before, memory = self.state.tunables, self.state.memory
+        if self._ranks is None:
+            together = Together(*self._strategy(before, ordered, memory, self._aggregation))
+        else:
+            together = self._ranks.put_together(before, ordered, memory, self._strategy, self._aggregation)
+        return together, self._evaluate(together.tunables)
 
     # Clusters.
 
@@ -125,6 +137,10 @@ class EdgeRounds:
             if not await self._attempts.wait_for(lambda: bool(self.formed()), self._tuning.rejoin_timeout_s):
                 raise self._attempts.nobody_came(round_index)
         raise self._attempts.all_failed(round_index, MAX_TRIES)
+
+    async def begin_of(self, cluster_id: str) -> Mapping[str, Tensor]:
+        """What a cluster would begin with now: the tunables, cut to its LoRA rank."""
+        return await self._attempts.begin_of(cluster_id, self.state)
 
     def formed(self) -> list[str]:
         """The clusters whose devices are all here and ready."""
@@ -165,7 +181,12 @@ class EdgeRounds:
         self.state = state
 
     def _record(
-        self, round_index: int, outcomes: Sequence[Outcome], accuracy: float | None, wall_s: float
+        self,
+        round_index: int,
+        outcomes: Sequence[Outcome],
+        accuracy: float | None,
+        lora_error: float | None,
+        wall_s: float,
     ) -> RoundRecord:
         examples = {outcome.update.sender_id: outcome.update.num_examples for outcome in outcomes}
         at_work = self._buffer.at_work if self._buffer else examples.keys()
@@ -182,6 +203,7 @@ class EdgeRounds:
             wall_s,
             (*usages, self._worker.usage("tuning")),
             time.time(),
+            lora_error,
         )
 
     @property
