@@ -98,6 +98,16 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ("[pretraining]\nstep = 3", "pretraining.step: unknown key; did you mean 'steps'?"),
         ("[model]\nhidden_size = 6\nnum_heads = 2", "model.hidden_size: input should be a multiple of 4, not 6"),
         ("[faults.update_factor]\n'edge-0.cluster-9' = 2", "faults.update_factor.edge-0.cluster-9: no such name in"),
+        ("[faults.slow]\n'edge-0.cluster-0.device-9' = 2", "faults.slow.edge-0.cluster-0.device-9: no such name in"),
+        ("[faults.slow]\nedge-0 = 2", "faults.slow.edge-0: no such name in"),
+        (
+            "[faults.slow]\n'edge-0.cluster-0.device-0' = 0.5",
+            "faults.slow.edge-0.cluster-0.device-0: input should be greater than or equal to 1, not 0.5",
+        ),
+        (
+            "[faults.slow]\n'edge-0.cluster-0.device-0' = inf",
+            "faults.slow.edge-0.cluster-0.device-0: input should be a finite number, not inf",
+        ),
         ("[evaluation]\ninversion = 'maybe'", "evaluation.inversion: input should be true or false, not 'maybe'"),
         ("seed = 9223372036854775808", "seed: input should be less than 9223372036854775808"),
         ("name = '..'", "name: string should match pattern"),

@@ -83,6 +83,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _unknown("topology.sites", topology.sites, built.sites)
     yield from _unknown("compute.nodes", recipe.compute.nodes, built.nodes)
     yield from _unknown("faults.update_factor", recipe.faults.update_factor, built.clusters)
+    yield from _unknown("faults.slow", recipe.faults.slow, {n: n for c in built.clusters.values() for n in c.node_ids})
 
 
 def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:

@@ -22,6 +22,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Slowness = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 DtypeName = Literal["float32", "bfloat16"]
@@ -203,6 +204,7 @@ class Faults:
     """What goes wrong on purpose, to see what survives it."""
 
     update_factor: Mapping[str, Finite] = field(default_factory=dict)  # by cluster: times its change of the tunables
+    slow: Mapping[str, Slowness] = field(default_factory=dict)  # by device: times as long its computations take
 
 
 @dataclass(frozen=True, config=STRICT)

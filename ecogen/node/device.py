@@ -124,6 +124,7 @@ class DeviceRole:
         placement = placement_from_table(welcome.placement)
         segments = segments_held(placement, recipe.data.owners, context.node_id)
         tensors = await self._backbone(config, segments, welcome.digest)
+        context.worker.slowness = recipe.faults.slow.get(context.node_id, 1.0)
         stage = await context.worker.compute(self._load, config, segments, tensors)
         topology = recipes.build_topology(recipe.topology)
         cluster_id = topology.cluster_of(context.node_id).cluster_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -25,8 +26,10 @@ class Worker:
     Args:
         counter: what this node sent.
         executor: threads to compute on, where nodes share a process: they share its executor too, one thread a
-        core, and
-            each still computes one thing at a time. None makes a thread of its own.
+            core, and each still computes one thing at a time. None makes a thread of its own.
+
+    Attributes:
+        slowness: so many times as long as it takes is each computation made to take: 1, but for a fault on purpose.
     """
 
     def __init__(self, meter: Meter, counter: TrafficCounter, executor: Executor | None = None) -> None:
@@ -34,6 +37,7 @@ class Worker:
         self._counter = counter
         self._owned = None if executor else ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._executor = executor or self._owned
+        self.slowness = 1.0
         self._turn = asyncio.Lock()
         self._given_up = False
 
@@ -41,15 +45,23 @@ class Worker:
         """The function's result, computed on the compute thread when its turn comes."""
         async with self._turn:
             loop = asyncio.get_running_loop()
-            work = loop.run_in_executor(self._executor, lambda: self.meter.run(function, *args, **kwargs))
+            work = loop.run_in_executor(self._executor, lambda: self._timed(function, *args, **kwargs))
             try:
-                return await asyncio.shield(work)
+                result, took_s = await asyncio.shield(work)
+                if self.slowness > 1:  # the turn is kept, but not the thread, which may be other nodes' as well
+                    await asyncio.sleep((self.slowness - 1) * took_s)
+                return result
             except asyncio.CancelledError:
                 self._given_up = True
                 await asyncio.wait([work])  # the thread cannot be stopped: keep the turn until it is done
                 work.exception()  # seen, so that asyncio does not warn
                 self._given_up = False
                 raise
+
+    def _timed(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, float]:
+        """On the compute thread: the function's result, and the seconds that it took."""
+        began_s = time.perf_counter()
+        return self.meter.run(function, *args, **kwargs), time.perf_counter() - began_s
 
     def check_given_up(self) -> None:
         """For a long computation to call now and then, on its thread: ends it if nobody waits for it any more.

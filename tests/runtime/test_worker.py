@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -44,6 +45,23 @@ async def test_a_long_computation_ends_soon_after_it_is_given_up(worker: Worker)
         with pytest.raises(asyncio.CancelledError):
             await task
     assert await worker.compute(lambda: "the next one is not given up") == "the next one is not given up"
+
+
+async def test_a_slow_worker_takes_so_many_times_as_long_and_keeps_no_thread_from_others() -> None:
+    """As nodes that share a process share their threads."""
+
+    async def duration_s(worker: Worker, *, times: int) -> float:
+        began_s = time.perf_counter()
+        for _ in range(times):
+            await worker.compute(time.sleep, 0.01)
+        return time.perf_counter() - began_s
+
+    with ThreadPoolExecutor(1) as executor:
+        slow, other = (Worker(null_meter(name), TrafficCounter(), executor) for name in ("slow", "other"))
+        slow.slowness = 10.0
+        slow_s, other_s = await asyncio.gather(duration_s(slow, times=2), duration_s(other, times=2))
+    assert slow_s >= 0.2
+    assert other_s < slow_s / 2
 
 
 async def test_what_a_computation_raises_reaches_its_caller(worker: Worker) -> None:
