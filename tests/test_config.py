@@ -98,6 +98,15 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ("[pretraining]\nstep = 3", "pretraining.step: unknown key; did you mean 'steps'?"),
         ("[model]\nhidden_size = 6\nnum_heads = 2", "model.hidden_size: input should be a multiple of 4, not 6"),
         ("[faults.update_factor]\n'edge-0.cluster-9' = 2", "faults.update_factor.edge-0.cluster-9: no such name in"),
+        (
+            "[aggregation]\nbuffer = 4",
+            "aggregation.buffer: 4 is more than topology.clusters_per_edge 3",
+        ),
+        (
+            "[aggregation]\nbuffer = 2\nstrategy = 'median'",
+            "aggregation.buffer: median needs 0, not 2: one cluster may have several updates in a buffer",
+        ),
+        ("[aggregation]\nserver_rate = -1", "aggregation.server_rate: input should be greater than or equal to 0"),
         ("[faults.slow]\n'edge-0.cluster-0.device-9' = 2", "faults.slow.edge-0.cluster-0.device-9: no such name in"),
         ("[faults.slow]\nedge-0 = 2", "faults.slow.edge-0: no such name in"),
         (

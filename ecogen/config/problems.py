@@ -28,6 +28,13 @@ _WORDS = {
 }
 """What the types of pydantic's problems are called here, where its own words are those of Python."""
 
+_MORE_THAN_ONE = "one cluster may have several updates in a buffer, and so outvote the others"
+_UNBUFFERED = {
+    **dict.fromkeys(("median", "trimmed_mean", "multi_krum"), _MORE_THAN_ONE),
+    "scaffold": "a cluster begins its next attempt before its control variate of the last one is committed",
+}
+"""Strategies that need all clusters' updates of the same round, and why."""
+
 _DEPTH = 8  # of nested sections, of which each may go for want of a value in it
 
 
@@ -71,6 +78,7 @@ def explain(error: ValidationError, section: Any = Recipe, *, within: Place = ()
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What is wrong between values that are right by themselves."""
     yield from _of_sizes(recipe)
+    yield from _of_aggregation(recipe)
     tunables, topology = recipe.tunables, recipe.topology
     if not (tunables.prompts or tunables.lora_rank or tunables.head or tunables.backbone != "frozen"):
         places = ("tunables.prompts", "tunables.lora_rank", "tunables.head", "tunables.backbone")
@@ -84,6 +92,14 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _unknown("compute.nodes", recipe.compute.nodes, built.nodes)
     yield from _unknown("faults.update_factor", recipe.faults.update_factor, built.clusters)
     yield from _unknown("faults.slow", recipe.faults.slow, {n: n for c in built.clusters.values() for n in c.node_ids})
+
+
+def _of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
+    aggregation = recipe.aggregation
+    reason = _UNBUFFERED.get(aggregation.strategy)
+    if aggregation.buffer and reason:
+        text = f"aggregation.buffer: {aggregation.strategy} needs 0, not {aggregation.buffer}: {reason}"
+        yield Contradiction(("aggregation.buffer", "aggregation.strategy"), text)
 
 
 def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:
@@ -110,6 +126,7 @@ def _of_sizes(recipe: Recipe) -> Iterator[Contradiction]:
         ("tuning.microbatches", "tuning.batch_size"),
         ("data.owners", "topology.devices_per_cluster"),
         ("tunables.first_block", "model.num_blocks"),
+        ("aggregation.buffer", "topology.clusters_per_edge"),
     ):
         if _value(recipe, less) > _value(recipe, more):
             text = f"{less}: {_value(recipe, less)} is more than {more} {_value(recipe, more)}"

@@ -193,10 +193,12 @@ class Aggregation:
 
     strategy: str = "fedavg"  # of `tuning.strategies`, or of a package that offers one
     faulty: Natural = 1  # trimmed_mean, multi_krum: clusters that may send anything
-    server_rate: Positive = 0.1  # fedadam, fedyogi: the server's learning rate (eta in Reddi et al. 2021)
+    # The server's learning rate (eta in Reddi et al. 2021); 0: the strategy's own, 0.1 with fedadam and fedyogi, or 1.
+    server_rate: NonNegative = 0.0
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
+    buffer: Natural = 0  # updates that an edge goes on with, whosoever they are (FedBuff); 0: clusters wait for all
 
 
 @dataclass(frozen=True, config=STRICT)

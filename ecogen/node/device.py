@@ -207,6 +207,7 @@ class DeviceRole:
 
     async def _install(self, _: Peer, message: Message) -> Message:
         """Take the tunables to serve with, and meet the neighbours."""
+        await self._held.tuning.break_off()
         await self.neighbours.connect(message.read(Install).addresses)
         await self._context.worker.compute(self._held.stage.begin, message.tensors)
         return Message.of(INSTALL)

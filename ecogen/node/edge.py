@@ -41,10 +41,11 @@ from ecogen.storage import write_atomically
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_splits
+from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.foundation import fetch_foundation
 from ecogen.tuning.messages import placement_table
-from ecogen.tuning.rounds import EdgeRounds, EdgeState
+from ecogen.tuning.rounds import EdgeRounds
 
 
 class EdgeRole:

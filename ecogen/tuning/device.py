@@ -57,9 +57,13 @@ class LocalData:
         keys = [view.keys for view in self.views if view.keys is not None]
         return torch.cat(keys) if keys else None
 
-    def batches(self, tuning: Tuning, round_index: int, epoch: int) -> Iterator[Examples]:
-        """The batches of one local epoch: a pure function of the seed, the round, the device and the epoch."""
-        key = [self.seed, round_index, self.cluster_index, self.owner_index, epoch]
+    def batches(self, tuning: Tuning, draw: int, epoch: int) -> Iterator[Examples]:
+        """The batches of one local epoch: a pure function of the seed, the draw, the device and the epoch.
+
+        Args:
+            draw: the round; where clusters do not wait for each other, how many attempts of this one were counted.
+        """
+        key = [self.seed, draw, self.cluster_index, self.owner_index, epoch]
         order = np.random.default_rng([*key, _ORDER_KEY]).permutation(len(self.examples))
         generator = _generator([*key, _AUGMENT_KEY])
         number = round_index * tuning.local_epochs + epoch
@@ -104,6 +108,7 @@ class DeviceTuning:
         self._wire_types = {FORWARD: wire.activations, BACKWARD: wire.gradients}
         self._cache = cache
         self._latest = AttemptKey(-1, -1)
+        self._ordered: AttemptKey | None = None  # the latest, unless it was broken off
         self._current: LocalSteps | None = None
         self._early: list[tuple[Message, Flow]] = []
         self._lost: NodeLostError | None = None  # since the latest order
@@ -117,9 +122,14 @@ class DeviceTuning:
         """
         order = message.read(TuneOrder)
         self._fence(order.key)
+        await self.break_off()
+        if order.key == self._latest:
+            self._ordered = order.key
         await self._neighbours.connect(order.addresses)
+        self._check_ordered(order.key)
         await self._worker.compute(self._stage.begin, message.tensors, self._settings(order.key.round_index))
-        steps = self._begin(order.key)
+        self._check_ordered(order.key)
+        steps = self._begin(order.key, order.key.round_index if order.draw is None else order.draw)
         result = await steps.run()
         owned = len(self._data.examples) if self._data else 0
         body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._memory_bytes))
@@ -127,6 +137,16 @@ class DeviceTuning:
         if self._update_factor != 1:
             tunables = {n: torch.lerp(message.tensors[n], t, self._update_factor) for n, t in tunables.items()}
         return Message.of(TUNE, body, kind="tunables", tensors=tunables)
+
+    async def break_off(self) -> None:
+        """End the attempt under way, if one is: who ordered it has gone on, and its stage is needed."""
+        self._ordered = None
+        if self._current is not None:
+            await self._current.break_off()
+
+    def _check_ordered(self, key: AttemptKey) -> None:
+        if self._ordered != key:
+            raise ProtocolError(f"attempt {key} was broken off before it began")
 
     def deliver(self, message: Message) -> None:
         """Take a neighbour's message; one that belongs to an attempt not yet begun here waits for it."""
@@ -153,9 +173,9 @@ class DeviceTuning:
             self._current.fail(error)
         self._lost = error
 
-    def _begin(self, key: AttemptKey) -> LocalSteps:
+    def _begin(self, key: AttemptKey, draw: int) -> LocalSteps:
         data = self._data
-        batches = None if data is None else partial(data.batches, self._tuning, key.round_index)
+        batches = None if data is None else partial(data.batches, self._tuning, draw)
         self._current = LocalSteps(
             key,
             self._routes,
@@ -190,8 +210,7 @@ class DeviceTuning:
     def _fence(self, key: AttemptKey) -> None:
         if key <= self._latest:
             raise ProtocolError(f"attempt {key} is fenced off: attempt {self._latest} came before it")
-        self._latest = key
-        self._current = self._lost = None
+        self._latest, self._lost = key, None
 
     def _settings(self, round_index: int) -> OptimizerSettings:
         tuning = self._tuning

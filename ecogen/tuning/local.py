@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ecogen.config import WireType
-from ecogen.errors import NodeLostError
+from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables
 from ecogen.records import Kind
 from ecogen.runtime.compression import TENSOR
@@ -116,6 +116,7 @@ class LocalSteps:
         self._hold: asyncio.Queue[Mapping[str, Tensor]] = asyncio.Queue()
         self._known: KnownPrefixes | None = None
         self._end: asyncio.Future[LocalResult] = asyncio.get_running_loop().create_future()
+        self._loops: list[asyncio.Task[None]] = []
 
     async def run(self) -> LocalResult:
         """Take part until the start device has finished all its batches.
@@ -123,19 +124,31 @@ class LocalSteps:
         Raises:
             NodeLostError: if a device of the cluster is lost meanwhile.
         """
-        loops = [asyncio.create_task(loop) for loop in (self._compute_loop(), self._send_loop())]
+        self._loops = [asyncio.create_task(loop) for loop in (self._compute_loop(), self._send_loop())]
         if self._batches is not None:
-            loops.append(asyncio.create_task(self._start_loop(self._batches)))
+            self._loops.append(asyncio.create_task(self._start_loop(self._batches)))
             if self._owner_id(0) == self._own_id:
                 self._turns.put_nowait((Flow(self.key, 0), {}))
-        for loop in loops:
+        for loop in self._loops:
             loop.add_done_callback(self._pass_on_failure)
         try:
             return await self._end
         finally:
-            for loop in loops:
+            await self._stop()
+
+    async def break_off(self) -> None:
+        """End the attempt, and wait until nothing of it computes any more."""
+        if not self._end.done():
+            self._end.set_exception(ProtocolError(f"attempt {self.key} was broken off"))
+        await self._stop()
+
+    async def _stop(self) -> None:
+        """Cancel the loops, once only: cancelled again, one would leave behind what computes on the thread."""
+        for loop in self._loops:
+            if not loop.cancelling():
                 loop.cancel()
-            await asyncio.gather(*loops, return_exceptions=True)
+        if self._loops:
+            await asyncio.wait(self._loops)
 
     def deliver(self, message: Message, flow: Flow) -> None:
         """Take a message of this attempt from a neighbour; never waits."""

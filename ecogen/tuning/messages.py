@@ -32,10 +32,14 @@ class TuneOrder(msgspec.Struct, frozen=True):
 
     Attributes:
         addresses: where its neighbours on the route are.
+        draw: keys the random numbers of the attempt; None for the round.
+        counted: the last attempt of this cluster that is in the edge's tunables; None where none is.
     """
 
     key: AttemptKey
     addresses: dict[str, str]
+    draw: int | None = None
+    counted: int | None = None
 
 
 class TuneResult(msgspec.Struct, frozen=True):

@@ -65,8 +65,11 @@ def strategy_of(spec: Aggregation) -> Strategy:
 def fedavg(
     before: Mapping[str, Tensor], updates: Sequence[Update], memory: Mapping[str, Tensor], spec: Aggregation
 ) -> tuple[Tunables, Tunables]:
-    """The mean, weighted by examples: McMahan et al. 2017, Algorithm 1, https://arxiv.org/abs/1602.05629"""
-    return aggregate(updates), {}
+    """The mean, weighted by examples: McMahan et al. 2017, Algorithm 1, https://arxiv.org/abs/1602.05629
+
+    With a server rate other than 1 it is gone towards by so much: w + rate (mean(w_i) - w), Reddi et al. 2021's FedAvg.
+    """
+    return _towards(before, aggregate(updates), spec), {}
 
 
 def median(
@@ -133,6 +136,11 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
+def _towards(before: Mapping[str, Tensor], mean: Tunables, spec: Aggregation) -> Tunables:
+    rate = spec.server_rate or 1.0
+    return mean if rate == 1 else {name: torch.lerp(before[name], mean[name], rate) for name in mean}
+
+
 def _adaptive(
     before: Mapping[str, Tensor],
     updates: Sequence[Update],
@@ -143,12 +151,13 @@ def _adaptive(
     """d = mean(w_i) - w; m <- b1 m + (1 - b1) d; v as given, from tau^2; w <- w + rate m / (sqrt(v) + tau)."""
     after: Tunables = {}
     moments: Tunables = {}
+    rate = spec.server_rate or 0.1
     for name, mean in aggregate(updates).items():
         value = before[name].double()
         change = mean.double() - value
         m = spec.beta_1 * memory.get(f"m:{name}", torch.zeros(())) + (1 - spec.beta_1) * change
         v = second_moment(memory.get(f"v:{name}", torch.full_like(change, spec.tau**2)), change)
-        after[name] = (value + spec.server_rate * m / (v.sqrt() + spec.tau)).to(before[name].dtype)
+        after[name] = (value + rate * m / (v.sqrt() + spec.tau)).to(before[name].dtype)
         moments |= {f"m:{name}": m, f"v:{name}": v}
     return after, moments
 

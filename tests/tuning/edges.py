@@ -19,8 +19,9 @@ from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.transport.memory import MemoryNetwork
+from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.messages import SYNC, TUNE, SyncOrder, SyncResult, TuneOrder, TuneResult
-from ecogen.tuning.rounds import EdgeRounds, EdgeState
+from ecogen.tuning.rounds import EdgeRounds
 
 CLUSTERS = {name: place([f"{name}-0", f"{name}-1"], [1], 2) for name in ("near", "far")}
 NAMES = ("vit.layers.0.prompts", "vit.layers.1.prompts", "classifier.bias")

@@ -10,8 +10,8 @@ import pytest
 from ecogen.errors import ProtocolError, StorageError
 from ecogen.records import RoundRecord
 from ecogen.transport.base import Message, Peer
+from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.messages import SyncOrder
-from ecogen.tuning.rounds import EdgeState
 from tests.runs import until
 from tests.tuning.edges import RECORD, Cloud, Edge, tunables, values
 

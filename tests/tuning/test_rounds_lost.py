@@ -12,8 +12,8 @@ import torch
 
 from ecogen.config import Aggregation
 from ecogen.errors import CheckpointError, NodeLostError, ProtocolError, RunError
+from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.messages import SyncOrder
-from ecogen.tuning.rounds import EdgeState
 from tests.runs import until
 from tests.tuning.edges import FIRST_ATTEMPT, RECORD, Edge, tunables, values
 

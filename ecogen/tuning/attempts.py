@@ -1,0 +1,192 @@
+"""An edge's orders to its clusters: one attempt of a cluster gives an outcome, or fails since somebody was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from ecogen.config import Tuning
+from ecogen.errors import AggregationError, NodeLostError, RunError, TransportError
+from ecogen.models.tunables import Tunables, tunables_of
+from ecogen.placement import Placement, Segment, neighbours_of, segments_held
+from ecogen.records import EventRecord, Record, Usage
+from ecogen.runtime.membership import Members
+from ecogen.runtime.worker import Worker
+from ecogen.transport.base import Message, Transport
+from ecogen.transport.codec import Packed
+from ecogen.tuning.aggregate import Update, check_update
+from ecogen.tuning.edge_state import EdgeState
+from ecogen.tuning.messages import TUNE, AttemptKey, TuneOrder, TuneResult
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 10
+"""Of a round without any cluster's outcome; a lost device needs one or two."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one attempt of one cluster gave."""
+
+    key: AttemptKey
+    update: Update
+    loss: float | None
+    usages: tuple[Usage, ...]
+
+
+class Attempts:
+    """Has clusters tune, each attempt under a number of its own.
+
+    Args:
+        placements: of each cluster at this edge, by its id.
+        members: the devices of all its clusters.
+        publish: takes each record.
+        last: a number larger than that of any attempt in an earlier life of this edge.
+    """
+
+    def __init__(
+        self,
+        tuning: Tuning,
+        placements: Mapping[str, Placement],
+        members: Members,
+        transport: Transport,
+        worker: Worker,
+        publish: Callable[[Record], None],
+        *,
+        last: int,
+        num_owners: int = 1,
+    ) -> None:
+        self.cluster_ids = list(placements)
+        self._tuning, self._placements, self._members = tuning, placements, members
+        self._transport, self._worker, self._publish = transport, worker, publish
+        self._last, self._num_owners = last, num_owners
+        self._failed: set[str] = set()
+        self._parts: dict[tuple[Segment, ...], Packed] = {}  # of the state that was ordered last, by who holds them
+        self._parts_of: EdgeState | None = None
+        self._last_problem = ""
+
+    # Which clusters there are.
+
+    def formed(self) -> list[str]:
+        """The clusters whose devices are all here and ready."""
+        return [cluster_id for cluster_id in self.cluster_ids if self.is_formed(cluster_id)]
+
+    def is_formed(self, cluster_id: str) -> bool:
+        return self._members.are_ready(self._placements[cluster_id].node_ids)
+
+    async def wait_for(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait until the condition holds, looked at whenever a device comes or goes; False after the timeout."""
+        return await self._members.wait_for(condition, timeout_s)
+
+    def announce_formed(self, formed: Sequence[str], round_index: int) -> None:
+        """Say which clusters are back that had failed."""
+        for cluster_id in sorted(self._failed.intersection(formed)):
+            self._publish(EventRecord("cluster_formed", cluster_id, round_index, "formed again", time.time()))
+        self._failed.difference_update(formed)
+
+    # One attempt.
+
+    def next_key(self, round_index: int) -> AttemptKey:
+        """The key of a new attempt, which fences off all before it."""
+        self._last += 1
+        return AttemptKey(round_index, self._last)
+
+    async def attempt(self, cluster_id: str, key: AttemptKey, state: EdgeState, draw: int) -> Outcome | None:
+        """One attempt, or None if a device was lost or sent what cannot be put together: that is a normal event.
+
+        Args:
+            state: what it begins with.
+            draw: keys the random numbers.
+        """
+        placement = self._placements[cluster_id]
+        counted = state.counted[cluster_id].attempt if cluster_id in state.counted else None
+        try:
+            async with asyncio.timeout(self._tuning.round_timeout_s), asyncio.TaskGroup() as group:
+                replies = [
+                    group.create_task(self._order(node_id, placement, TuneOrder(key, {}, draw, counted), state))
+                    for node_id in placement.node_ids
+                ]
+        except TimeoutError:
+            await self._lose(cluster_id, key, [TimeoutError(f"not done in {self._tuning.round_timeout_s:g} s")])
+            return None
+        except ExceptionGroup as problems:
+            _check_cancelled(problems)
+            await self._lose(cluster_id, key, transport_errors(problems))
+            return None
+        outcome = _outcome(cluster_id, key, [reply.result() for reply in replies])
+        try:
+            await self._worker.compute(check_update, outcome.update, state.tunables)
+        except AggregationError as problem:
+            await self._lose(cluster_id, key, [problem])
+            return None
+        return outcome
+
+    async def _order(self, node_id: str, placement: Placement, order: TuneOrder, state: EdgeState) -> Message:
+        addresses = self._members.locate(neighbours_of(placement, self._num_owners, node_id))
+        tensors = self._part(state, tuple(segments_held(placement, self._num_owners, node_id)))
+        order = msgspec.structs.replace(order, addresses=addresses)
+        message = Message.of(TUNE, order, kind="tunables", tensors=tensors)
+        return await self._transport.call(node_id, message)
+
+    def _part(self, state: EdgeState, held: tuple[Segment, ...]) -> Packed:
+        """What those are sent who hold some segments, packed once for all of them."""
+        if state is not self._parts_of:
+            self._parts, self._parts_of = {}, state
+        if held not in self._parts:
+            self._parts[held] = Packed(tunables_of(state.tunables, held))
+        return self._parts[held]
+
+    async def _lose(self, cluster_id: str, key: AttemptKey, problems: Sequence[BaseException]) -> None:
+        detail = "; ".join(sorted({str(problem) or type(problem).__name__ for problem in problems}))
+        logger.warning("round %d: cluster %s failed: %s", key.round_index + 1, cluster_id, detail)
+        for problem in problems:
+            if isinstance(problem, NodeLostError):
+                await self._members.lose(problem.node_id, str(problem))
+        self._failed.add(cluster_id)
+        self._last_problem = detail
+        self._publish(EventRecord("cluster_failed", cluster_id, key.round_index, detail, time.time()))
+
+    # None at all.
+
+    def nobody_came(self, round_index: int) -> RunError:
+        """What ends the run where no cluster is formed for too long."""
+        return self._give_up(round_index, f"none came back within {self._tuning.rejoin_timeout_s:g} s")
+
+    def all_failed(self, round_index: int, num_tries: int) -> RunError:
+        """What ends the run where all that is tried fails."""
+        return self._give_up(round_index, f"{num_tries} tries failed, the last one since {self._last_problem}")
+
+    def _give_up(self, round_index: int, reason: str) -> RunError:
+        return RunError(
+            f"{self._transport.peer.node_id}: no cluster finished round {round_index + 1}: {reason}; "
+            "see the devices' logs, bring them back, then --resume"
+        )
+
+
+def _outcome(cluster_id: str, key: AttemptKey, replies: Sequence[Message]) -> Outcome:
+    """Put the answers of a cluster's devices together."""
+    results = [reply.read(TuneResult) for reply in replies]
+    tunables: Tunables = {name: tensor for reply in replies for name, tensor in reply.tensors.items()}
+    update = Update(cluster_id, tunables, sum(result.num_examples for result in results))
+    loss = next((result.loss for result in results if result.loss is not None), None)
+    return Outcome(key, update, loss, tuple(result.usage for result in results))
+
+
+def _check_cancelled(problems: ExceptionGroup[Exception]) -> None:
+    """A task group forgets that it was cancelled where its tasks fail at the same time, as a killed edge's calls do."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError from problems
+
+
+def transport_errors(problems: ExceptionGroup[Exception]) -> Sequence[Exception]:
+    """The errors of a group if all are the transport's; any other is raised, since it is no normal event."""
+    lost, others = problems.split(TransportError)
+    if others is not None:
+        raise others.exceptions[0] from problems
+    return lost.exceptions if lost else ()

@@ -1,0 +1,76 @@
+"""What an edge knows between rounds, committed to its disk as a whole: an edge that was killed goes on from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
+from ecogen.records import RoundRecord, from_line, to_line
+
+_MEMORY = "memory of the strategy: "
+
+
+class Counted(NamedTuple):
+    """A cluster's last attempt that is in the tunables, and how many of its attempts are."""
+
+    attempt: int
+    times: int
+
+
+_NEVER = Counted(-1, 0)
+
+
+@dataclass(frozen=True)
+class EdgeState:
+    """What an edge knows between rounds.
+
+    Attributes:
+        next_round: the round to do next.
+        unsynced: examples behind the tunables where the cloud has not averaged them yet; None where nothing is due.
+        record: of the round that was committed last, so that it is published even if the edge dies before.
+        memory: what the strategy of aggregation keeps from round to round.
+        counted: the attempts of each cluster that are in the tunables; all others never were.
+    """
+
+    tunables: Mapping[str, Tensor]
+    next_round: int = 0
+    unsynced: int | None = None
+    record: RoundRecord | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    counted: Mapping[str, Counted] = field(default_factory=dict)
+
+    def times_counted(self, cluster_id: str) -> int:
+        """How many of a cluster's attempts are in the tunables."""
+        return self.counted.get(cluster_id, _NEVER).times
+
+    def count(self, attempts: Iterable[tuple[str, int]]) -> Mapping[str, Counted]:
+        """`counted` with more attempts, each a cluster and a number."""
+        counted = dict(self.counted)
+        for cluster_id, attempt in attempts:
+            counted[cluster_id] = Counted(attempt, counted.get(cluster_id, _NEVER).times + 1)
+        return counted
+
+    def save(self, path: Path) -> None:
+        """Write it atomically."""
+        values = {"next_round": self.next_round, "unsynced": self.unsynced, "counted": self.counted}
+        record = to_line(self.record).decode() if self.record else ""
+        tensors = {**self.tunables, **{_MEMORY + name: tensor for name, tensor in self.memory.items()}}
+        save_tensors(path, tensors, {"state": json.dumps(values), "record": record})
+
+    @classmethod
+    def load(cls, path: Path) -> EdgeState:
+        """The state that `save` wrote."""
+        metadata = load_metadata(path)
+        record = from_line(metadata["record"]) if metadata["record"] else None
+        assert record is None or isinstance(record, RoundRecord)
+        tensors = load_tensors(path)
+        memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in [*tensors] if name.startswith(_MEMORY)}
+        values = json.loads(metadata["state"])
+        counted = {cluster: Counted(*numbers) for cluster, numbers in values.pop("counted", {}).items()}
+        return cls(tensors, record=record, memory=memory, counted=counted, **values)
