@@ -106,6 +106,10 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
             "[aggregation]\nbuffer = 2\nstrategy = 'median'",
             "aggregation.buffer: median needs 0, not 2: one cluster may have several updates in a buffer",
         ),
+        (
+            "[aggregation]\nbuffer = 2\nstrategy = 'scaffold'",
+            "aggregation.buffer: scaffold needs 0, not 2: a cluster begins its next attempt before",
+        ),
         ("[aggregation]\nserver_rate = -1", "aggregation.server_rate: input should be greater than or equal to 0"),
         ("[faults.slow]\n'edge-0.cluster-0.device-9' = 2", "faults.slow.edge-0.cluster-0.device-9: no such name in"),
         ("[faults.slow]\nedge-0 = 2", "faults.slow.edge-0: no such name in"),

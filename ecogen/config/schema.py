@@ -172,6 +172,7 @@ class Tuning:
     local_epochs: Natural = 2
     batch_size: Count = 25
     microbatches: Count = 2
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # of local steps; SGD has no momentum, as in FedAvg and SCAFFOLD
     learning_rate: Positive = 8e-3
     learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 0.75  # factor a round
     weight_decay: NonNegative = 0.01

@@ -30,6 +30,7 @@ from ecogen.runtime.stage import Stage
 from ecogen.serving.request import REQUEST_METHODS, DeviceServing
 from ecogen.topology import Tier, Topology
 from ecogen.transport.base import Message, Peer, Stream
+from ecogen.tuning.controls import Controls
 from ecogen.tuning.data import load_pictures, load_splits, partition_examples
 from ecogen.tuning.device import DeviceTuning, LocalData
 from ecogen.tuning.messages import FLOW_METHODS, TUNE, placement_from_table
@@ -134,6 +135,7 @@ class DeviceRole:
         goes_down = recipe.wire.gradients_to == "start"
         routes = [Route(route, shape, goes_down) for route in rotations(placement, recipe.data.owners)]
         factor = recipe.faults.update_factor.get(cluster_id, 1.0)
+        controls = Controls(context.folder / "controls.safetensors")
         tuning = DeviceTuning(
             routes,
             recipe.tuning,
@@ -144,6 +146,7 @@ class DeviceRole:
             wire=recipe.wire,
             cache=self._cache(routes, shape),
             update_factor=factor,
+            controls=controls if recipe.aggregation.strategy == "scaffold" else None,
         )
         serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))

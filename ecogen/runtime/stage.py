@@ -6,9 +6,9 @@ Not thread-safe: one compute thread calls it. Shapes: B microbatch, T tokens, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from ecogen.models.tunables import Tunables, copy_of, named_tunables, overwrite,
 from ecogen.models.vit import SegmentedViT
 from ecogen.placement import Segment
 
+_SUM = "sum of gradients"  # beside an optimizer's own keys
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov & Hutter 2019), made anew each round. clip_norm 0 turns clipping off.
+    """The optimizer of local steps, made anew each round. clip_norm 0 turns clipping off.
 
     Attributes:
+        optimizer: AdamW (Loshchilov & Hutter 2019), or plain SGD: w <- w - rate (g + decay w).
         proximal: mu of FedProx (Li et al. 2020, equation 2, https://arxiv.org/abs/1812.06127), 0 for none.
     """
 
@@ -32,6 +35,7 @@ class OptimizerSettings:
     clip_norm: float = 0.0
     epsilon: float = 1e-8
     proximal: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
 
 
 class MicrobatchKey(NamedTuple):
@@ -58,9 +62,20 @@ class Stage:
         self._optimizer: torch.optim.Optimizer | None = None
         self._settings = OptimizerSettings(0.0)
         self._begun: Tunables = {}  # w_t, where a proximal term needs it
+        self._correction: Tunables = {}
+        self._gradient_sums: Tunables = {}  # of the loss, over the local steps, where there is a correction
 
-    def begin(self, tunables: Mapping[str, Tensor], settings: OptimizerSettings | None = None) -> None:
-        """Take new tunables and, for tuning, a fresh optimizer; forget everything in flight."""
+    def begin(
+        self,
+        tunables: Mapping[str, Tensor],
+        settings: OptimizerSettings | None = None,
+        correction: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Take new tunables and, for tuning, a fresh optimizer; forget everything in flight.
+
+        Args:
+            correction: what is added to the gradients of each step, for all tunables; the loss's are then summed up.
+        """
         self._graphs.clear()
         overwrite(self._named, tunables)
         parameters = list(self._named.values())
@@ -68,7 +83,9 @@ class Stage:
             parameter.grad = None  # an attempt that was broken off leaves some behind
         self._settings = settings or self._settings
         self._begun = copy_of(self._named) if self._settings.proximal else {}
-        self._optimizer = _adamw(parameters, settings) if settings and parameters else None
+        self._correction = {name: tensor.to(self._named[name]) for name, tensor in (correction or {}).items()}
+        self._gradient_sums = {name: torch.zeros_like(self._named[name]) for name in self._correction}
+        self._optimizer = _optimizer(parameters, settings) if settings and parameters else None
 
     @property
     def tunables(self) -> Tunables:
@@ -77,7 +94,7 @@ class Stage:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of parameters, gradients, AdamW's moments and tensors at cuts in flight, at the fullest so far."""
+        """Bytes of parameters, gradients, what optimizer and correction keep, and tensors at cuts, at the fullest."""
         return self._parameter_bytes + self._peak_bytes
 
     @torch.no_grad()
@@ -92,7 +109,8 @@ class Stage:
         outputs = self._run(segment, inputs)
         self._graphs[key] = (inputs, outputs)
         in_flight = sum(i.nbytes + o.nbytes for i, o in self._graphs.values())
-        self._peak_bytes = max(self._peak_bytes, 3 * self._tunable_bytes + in_flight)
+        copies = 1 + 2 * (self._settings.optimizer == "adamw") + 2 * bool(self._gradient_sums)
+        self._peak_bytes = max(self._peak_bytes, copies * self._tunable_bytes + in_flight)
         return outputs.detach()
 
     def loss(
@@ -124,12 +142,25 @@ class Stage:
         return inputs.grad
 
     @torch.no_grad()
-    def pull_back(self, segment: Segment) -> None:
-        """Add the gradient of FedProx's term, mu / 2 |w - w_t|^2, to those of one segment's tunables, once a step."""
-        for name, begun in tunables_of(self._begun, [segment]).items():
+    def correct(self, segment: Segment) -> None:
+        """Add to the gradients of one segment's tunables, once a step, what methods add to those of the loss.
+
+        FedProx adds the gradient of mu / 2 |w - w_t|^2, SCAFFOLD the correction.
+        """
+        if not (self._begun or self._gradient_sums):
+            return
+        for name in tunables_of(self._named, [segment]):
             parameter = self._named[name]
-            pull = self._settings.proximal * (parameter - begun.to(parameter))
-            parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+            if name in self._gradient_sums and parameter.grad is not None:
+                self._gradient_sums[name] += parameter.grad
+            if name in self._begun:
+                _add_gradient(parameter, self._settings.proximal * (parameter - self._begun[name].to(parameter)))
+            if name in self._correction:
+                _add_gradient(parameter, self._correction[name])
+
+    def gradient_sums(self, segments: Sequence[Segment] | None = None) -> Tunables:
+        """The loss's gradients of each tunable summed over the local steps, where they were; None for all segments."""
+        return copy_of(self._gradient_sums if segments is None else tunables_of(self._gradient_sums, segments))
 
     def squared_norm(self, segment: Segment) -> float:
         """The squared norm of the gradients of one segment's tunables."""
@@ -156,7 +187,11 @@ class Stage:
             moments = self._optimizer.state.get(parameter, {}) if self._optimizer else {}
             state |= {f"{name}@{key}": moment.detach().clone().cpu() for key, moment in moments.items()}
             state[name] = parameter.detach().clone().cpu()
-        return state
+        return state | self.hand_over_sums([segment])
+
+    def hand_over_sums(self, segments: Sequence[Segment]) -> Tunables:
+        """Only what `gradient_sums` gives, for `take_over` at a device that takes no further steps."""
+        return {f"{name}@{_SUM}": total for name, total in self.gradient_sums(segments).items()}
 
     @torch.no_grad()
     def take_over(self, state: Mapping[str, Tensor]) -> None:
@@ -166,6 +201,8 @@ class Stage:
             parameter = self._named[name]
             if not key:
                 parameter.copy_(tensor)
+            elif key == _SUM:
+                self._gradient_sums[name] = tensor.to(parameter, copy=True)
             elif self._optimizer is not None:
                 self._optimizer.state[parameter][key] = (
                     tensor.clone() if key == "step" else tensor.to(parameter, copy=True)
@@ -212,11 +249,12 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def _adamw(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        eps=settings.epsilon,
-        foreach=True,
-    )
+def _optimizer(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, foreach=True)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, eps=settings.epsilon, foreach=True)
+
+
+def _add_gradient(parameter: torch.nn.Parameter, term: Tensor) -> None:
+    parameter.grad = term.clone() if parameter.grad is None else parameter.grad + term

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,16 @@ from ecogen.models.tunables import Tunables
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The tunables of one cluster (or edge) after its local steps, and the examples behind them."""
+    """The tunables of one cluster (or edge) after its local steps, and the examples behind them.
+
+    Attributes:
+        control_change: how SCAFFOLD's c_i changed, by the names of the tunables.
+    """
 
     sender_id: str
     tunables: Mapping[str, Tensor]
     num_examples: int
+    control_change: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def aggregate(updates: Sequence[Update]) -> Tunables:
@@ -39,7 +44,7 @@ def aggregate(updates: Sequence[Update]) -> Tunables:
 
 
 def check_update(update: Update, like: Mapping[str, Tensor]) -> None:
-    """Check that a cluster sent the tunables it was asked for, all of them finite.
+    """Check that a cluster sent the tunables it was asked for, and control variates for all or none, all finite.
 
     Raises:
         AggregationError: with the first name that is not right.
@@ -49,6 +54,8 @@ def check_update(update: Update, like: Mapping[str, Tensor]) -> None:
         if expected != found:
             raise AggregationError(f"update of {update.sender_id!r} has {found} as {name!r} instead of {expected}")
     _check_finite(update)
+    if update.control_change:
+        check_update(replace(update, tunables=update.control_change, control_change={}), like)
 
 
 def check_updates(updates: Sequence[Update]) -> None:

@@ -21,7 +21,7 @@ from ecogen.transport.base import Message, Transport
 from ecogen.transport.codec import Packed
 from ecogen.tuning.aggregate import Update, check_update
 from ecogen.tuning.edge_state import EdgeState
-from ecogen.tuning.messages import TUNE, AttemptKey, TuneOrder, TuneResult
+from ecogen.tuning.messages import TUNE, AttemptKey, TuneOrder, TuneResult, split_controls, with_controls
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,6 @@ class Attempts:
             await self._lose(cluster_id, key, [TimeoutError(f"not done in {self._tuning.round_timeout_s:g} s")])
             return None
         except ExceptionGroup as problems:
-            _check_cancelled(problems)
             await self._lose(cluster_id, key, transport_errors(problems))
             return None
         outcome = _outcome(cluster_id, key, [reply.result() for reply in replies])
@@ -138,7 +137,10 @@ class Attempts:
         if state is not self._parts_of:
             self._parts, self._parts_of = {}, state
         if held not in self._parts:
-            self._parts[held] = Packed(tunables_of(state.tunables, held))
+            _, controls = split_controls(state.memory)
+            sent = {name: control.to(state.tunables[name].dtype) for name, control in controls.items()}
+            parts = (tunables_of(tensors, held) for tensors in (state.tunables, sent))
+            self._parts[held] = Packed(with_controls(*parts))
         return self._parts[held]
 
     async def _lose(self, cluster_id: str, key: AttemptKey, problems: Sequence[BaseException]) -> None:
@@ -171,17 +173,11 @@ class Attempts:
 def _outcome(cluster_id: str, key: AttemptKey, replies: Sequence[Message]) -> Outcome:
     """Put the answers of a cluster's devices together."""
     results = [reply.read(TuneResult) for reply in replies]
-    tunables: Tunables = {name: tensor for reply in replies for name, tensor in reply.tensors.items()}
-    update = Update(cluster_id, tunables, sum(result.num_examples for result in results))
+    tensors: Tunables = {name: tensor for reply in replies for name, tensor in reply.tensors.items()}
+    tunables, control_change = split_controls(tensors)
+    update = Update(cluster_id, tunables, sum(result.num_examples for result in results), control_change)
     loss = next((result.loss for result in results if result.loss is not None), None)
     return Outcome(key, update, loss, tuple(result.usage for result in results))
-
-
-def _check_cancelled(problems: ExceptionGroup[Exception]) -> None:
-    """A task group forgets that it was cancelled where its tasks fail at the same time, as a killed edge's calls do."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError from problems
 
 
 def transport_errors(problems: ExceptionGroup[Exception]) -> Sequence[Exception]:

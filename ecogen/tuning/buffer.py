@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ecogen.runtime.worker import Worker
-from ecogen.tuning.aggregate import Update
 from ecogen.tuning.attempts import MAX_TRIES, Attempts, Outcome
 from ecogen.tuning.edge_state import EdgeState
 
@@ -60,6 +59,7 @@ class Buffer:
         self._num_failed = 0  # since the last arrival
         self._num_begun = 0  # rounds of this life
         self._round_begins = asyncio.Condition()
+        self._is_over = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> None:
@@ -70,6 +70,7 @@ class Buffer:
 
     async def __aexit__(self, *_: object) -> None:
         """Break off what is under way."""
+        self._is_over = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -104,7 +105,7 @@ class Buffer:
     async def _keep_at_work(self, cluster_id: str) -> None:
         """One attempt after the other, until the run ends."""
         num_counted = self._state().times_counted(cluster_id)
-        while True:
+        while not self._is_over:  # a task group forgets a cancellation where its tasks fail at the same time
             await self._attempts.wait_for(lambda: self._attempts.is_formed(cluster_id), None)
             state = self._state()
             self._attempts.announce_formed([cluster_id], state.next_round)
@@ -134,6 +135,8 @@ class Buffer:
         """
         self.at_work.discard(cluster_id)
         self._num_failed += 1
+        if self._is_over:
+            return
         if not self.at_work and self._num_failed >= MAX_TRIES * len(self._attempts.cluster_ids):
             raise self._attempts.all_failed(self._state().next_round, self._num_failed)
         with suppress(TimeoutError):
@@ -165,7 +168,7 @@ def move(
 def _moved(arrival: _Arrival, state: EdgeState) -> Outcome:
     update = arrival.outcome.update
     tunables = move(update.tunables, arrival.begun.tunables, state.tunables, _staleness(arrival, state))
-    return replace(arrival.outcome, update=Update(update.sender_id, tunables, update.num_examples))
+    return replace(arrival.outcome, update=replace(update, tunables=tunables))
 
 
 def _staleness(arrival: _Arrival, state: EdgeState) -> int:

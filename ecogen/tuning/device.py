@@ -20,9 +20,20 @@ from ecogen.runtime.stage import OptimizerSettings, Stage
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message
 from ecogen.tuning.augment import augment
+from ecogen.tuning.controls import Controls
 from ecogen.tuning.data import Examples
 from ecogen.tuning.local import LocalSteps
-from ecogen.tuning.messages import BACKWARD, FORWARD, TUNE, AttemptKey, Flow, TuneOrder, TuneResult
+from ecogen.tuning.messages import (
+    BACKWARD,
+    FORWARD,
+    TUNE,
+    AttemptKey,
+    Flow,
+    TuneOrder,
+    TuneResult,
+    split_controls,
+    with_controls,
+)
 from ecogen.tuning.route import Route
 
 logger = logging.getLogger(__name__)
@@ -66,7 +77,7 @@ class LocalData:
         key = [self.seed, draw, self.cluster_index, self.owner_index, epoch]
         order = np.random.default_rng([*key, _ORDER_KEY]).permutation(len(self.examples))
         generator = _generator([*key, _AUGMENT_KEY])
-        number = round_index * tuning.local_epochs + epoch
+        number = draw * tuning.local_epochs + epoch
         view = self.views[number % len(self.views)] if self.views else None
         for begin in range(0, len(order), tuning.batch_size):
             chosen = order[begin : begin + tuning.batch_size]
@@ -86,6 +97,7 @@ class DeviceTuning:
         data: what the device owns; None where it owns nothing.
         wire: the types in which it sends activations and gradients.
         cache: where it keeps prefix activations; None where none are kept.
+        controls: this device's memory of SCAFFOLD; None for methods without.
         update_factor: times what it learned is what it answers with: 1, but for a fault on purpose.
     """
 
@@ -101,7 +113,9 @@ class DeviceTuning:
         wire: Wire | None = None,
         cache: PrefixCache | None = None,
         update_factor: float = 1.0,
+        controls: Controls | None = None,
     ) -> None:
+        self._controls = controls
         self._routes, self._tuning, self._stage, self._worker = list(routes), tuning, stage, worker
         self._neighbours, self._data, self._update_factor = neighbours, data, update_factor
         wire = wire or Wire()
@@ -127,16 +141,25 @@ class DeviceTuning:
             self._ordered = order.key
         await self._neighbours.connect(order.addresses)
         self._check_ordered(order.key)
-        await self._worker.compute(self._stage.begin, message.tensors, self._settings(order.key.round_index))
+        tunables, control = split_controls(message.tensors)
+        correction = None
+        if self._controls is not None:
+            correction = await self._worker.compute(self._controls.begin, order.counted, control, tunables)
+        settings = self._settings(order.key.round_index)
+        await self._worker.compute(self._stage.begin, tunables, settings, correction)
         self._check_ordered(order.key)
         steps = self._begin(order.key, order.key.round_index if order.draw is None else order.draw)
         result = await steps.run()
         owned = len(self._data.examples) if self._data else 0
         body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._memory_bytes))
-        tunables = result.tunables
+        answer = result.tunables
         if self._update_factor != 1:
-            tunables = {n: torch.lerp(message.tensors[n], t, self._update_factor) for n, t in tunables.items()}
-        return Message.of(TUNE, body, kind="tunables", tensors=tunables)
+            answer = {n: torch.lerp(tunables[n], t, self._update_factor) for n, t in answer.items()}
+        if self._controls is not None:
+            sums = self._stage.gradient_sums()
+            changes = await self._worker.compute(self._controls.end, order.key.attempt, sums, result.num_steps)
+            answer = with_controls(answer, {name: changes[name] for name in answer})
+        return Message.of(TUNE, body, kind="tunables", tensors=answer)
 
     async def break_off(self) -> None:
         """End the attempt under way, if one is: who ordered it has gone on, and its stage is needed."""
@@ -215,7 +238,9 @@ class DeviceTuning:
     def _settings(self, round_index: int) -> OptimizerSettings:
         tuning = self._tuning
         rate = tuning.learning_rate * tuning.learning_rate_decay**round_index
-        return OptimizerSettings(rate, tuning.weight_decay, tuning.clip_norm, tuning.epsilon, tuning.proximal)
+        return OptimizerSettings(
+            rate, tuning.weight_decay, tuning.clip_norm, tuning.epsilon, tuning.proximal, tuning.optimizer
+        )
 
 
 def _augmented(examples: Examples, tuning: Tuning, generator: torch.Generator) -> Examples:

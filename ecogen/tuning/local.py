@@ -51,7 +51,7 @@ from ecogen.tuning.messages import (
     Flow,
 )
 from ecogen.tuning.prefix import KnownPrefixes
-from ecogen.tuning.route import Route
+from ecogen.tuning.route import Route, moved
 from ecogen.tuning.visits import LocalResult, Visits, at
 
 _KINDS: dict[str, Kind] = {FORWARD: "activations", BACKWARD: "gradients"}
@@ -216,8 +216,14 @@ class LocalSteps:
     async def _finish(self, flow: Flow) -> None:
         """Tell all devices that this was the last step, and its gradients' norm."""
         finish = msgspec.structs.replace(flow, loss=flow.loss / max(1, flow.step))
+        owners = {route.placement.start_id: route for route in self.routes}
         for node_id in self._node_ids - {self._own_id}:
-            self._outbox.put_nowait((node_id, Message.of(FINISH, finish)))
+            sums: dict[str, Tensor] = {}
+            if node_id in owners:  # it holds a copy of what only the start device tunes
+                segments = moved(owners[self._own_id], owners[node_id])
+                sums = await self._worker.compute(self._stage.hand_over_sums, segments)
+            message = Message.of(FINISH, finish, kind="tunables" if sums else "control", tensors=sums)
+            self._outbox.put_nowait((node_id, message))
         await self._outbox.join()
         self._push(FINISH, finish, {})
 

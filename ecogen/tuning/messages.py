@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
+from torch import Tensor
 
 from ecogen.placement import Placement, Segment, Visit
 from ecogen.records import Usage
@@ -27,8 +29,14 @@ class AttemptKey(msgspec.Struct, frozen=True, order=True):
         return f"{self.attempt} of round {self.round_index + 1}"
 
 
+CONTROL = "control of "
+"""Before the names of tensors that are SCAFFOLD's, not tunables."""
+
+
 class TuneOrder(msgspec.Struct, frozen=True):
-    """Edge to each device of a cluster: do your part of the local steps. Tensors: the tunables of its segments.
+    """Edge to each device of a cluster: do your part of the local steps.
+
+    Tensors: the tunables of its segments and, as `CONTROL` and a name, SCAFFOLD's c.
 
     Attributes:
         addresses: where its neighbours on the route are.
@@ -43,7 +51,9 @@ class TuneOrder(msgspec.Struct, frozen=True):
 
 
 class TuneResult(msgspec.Struct, frozen=True):
-    """Device to edge: done. Tensors: the tunables after the local steps.
+    """Device to edge: done.
+
+    Tensors: the tunables after the local steps and, as `CONTROL` and a name, how SCAFFOLD's c_i changed.
 
     Attributes:
         num_examples: examples that this device owns and tuned on, each counted once; 0 where it owns none.
@@ -97,6 +107,17 @@ class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
     num_microbatches: int = 0
     squared_norm: float = 0.0
     loss: float = 0.0
+
+
+def split_controls(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A message's tunables, and SCAFFOLD's tensors under the names of the tunables that they are for."""
+    controls = {name.removeprefix(CONTROL): t for name, t in tensors.items() if name.startswith(CONTROL)}
+    return {name: t for name, t in tensors.items() if not name.startswith(CONTROL)}, controls
+
+
+def with_controls(tunables: Mapping[str, Tensor], controls: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `split_controls` takes apart."""
+    return {**tunables, **{CONTROL + name: tensor for name, tensor in controls.items()}}
 
 
 def placement_table(placement: Placement) -> list[dict[str, Any]]:

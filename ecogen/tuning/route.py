@@ -47,3 +47,9 @@ class Route:
 
     def node_id(self, visit: int) -> str:
         return self.placement.visits[visit].node_id
+
+
+def moved(before: Route, after: Route) -> list[Segment]:
+    """The segments that are at another node when another owner is the start."""
+    visits = zip(before.placement, after.placement, strict=True)
+    return [one.segment for one, other in visits if one.node_id != other.node_id]

@@ -20,10 +20,13 @@ from ecogen.config import Aggregation
 from ecogen.errors import ConfigError
 from ecogen.models.tunables import Tunables
 from ecogen.tuning.aggregate import Update, aggregate, check_updates
+from ecogen.tuning.messages import CONTROL
 
 logger = logging.getLogger(__name__)
 
 GROUP = "ecogen.strategies"
+
+_EXAMPLES = "examples of "
 
 
 class Strategy(Protocol):
@@ -126,6 +129,27 @@ def fedyogi(
     )
 
 
+def scaffold(
+    before: Mapping[str, Tensor], updates: Sequence[Update], memory: Mapping[str, Tensor], spec: Aggregation
+) -> tuple[Tunables, Tunables]:
+    """SCAFFOLD's server: Karimireddy et al. 2020, Algorithm 1, https://arxiv.org/abs/1910.06378
+
+    x <- x + rate mean(w_i - x); c <- c + sum_i k_i dc_i / k. Clusters weigh as their examples k_i (the paper's weigh
+    alike), and k are the examples of all that have answered so far: so c stays the mean of all c_i.
+    """
+    known = {name: float(tensor) for name, tensor in memory.items() if name.startswith(_EXAMPLES)}
+    told = {_EXAMPLES + update.sender_id: float(update.num_examples) for update in updates}
+    known_examples, total = sum(known.values()), sum((known | told).values())
+    controls: Tunables = {}
+    for name, value in before.items():
+        c = memory.get(CONTROL + name, torch.zeros(value.shape, dtype=torch.float64)) * known_examples
+        for update in updates:
+            c = c + update.num_examples * update.control_change[name].double()
+        controls[CONTROL + name] = c / total
+    counts = {name: torch.tensor(count, dtype=torch.float64) for name, count in (known | told).items()}
+    return _towards(before, aggregate(updates), spec), controls | counts
+
+
 STRATEGIES: Mapping[str, Strategy] = {
     "fedavg": fedavg,
     "median": median,
@@ -133,6 +157,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "multi_krum": multi_krum,
     "fedadam": fedadam,
     "fedyogi": fedyogi,
+    "scaffold": scaffold,
 }
 
 

@@ -34,7 +34,7 @@ from ecogen.tuning.messages import (
     ROOM,
     Flow,
 )
-from ecogen.tuning.route import Route
+from ecogen.tuning.route import Route, moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class Visits:
         self._step_up_to(flow)
         match method:
             case "finish":
+                self._stage.take_over(tensors)
                 return LocalResult(flow.step, flow.loss if flow.step else None, self._collect())
             case "want":
                 return self._reserve(flow, int(tensors[ROOM]))
@@ -103,9 +104,8 @@ class Visits:
     def give_up(self, flow: Flow) -> dict[str, Tensor]:
         """What the next owner goes on with: tunables and optimizer states, stepped for the last time here."""
         self._step_up_to(flow)
-        visits = zip(self._route(flow, before=1).placement, self._route(flow).placement, strict=True)
-        moved = [before.segment for before, after in visits if before.node_id != after.node_id]
-        return {name: tensor for segment in moved for name, tensor in self._stage.hand_over(segment).items()}
+        segments = moved(self._route(flow, before=1), self._route(flow))
+        return {name: tensor for segment in segments for name, tensor in self._stage.hand_over(segment).items()}
 
     def _reserve(self, flow: Flow, wanted: int) -> Parcel:
         """What an owner may recall here, and how much more it may send to be kept."""
@@ -179,7 +179,7 @@ class Visits:
         if self._backwards[flow.visit] < flow.num_microbatches:
             return 0.0
         segment = self._route(flow).segment(flow.visit)
-        self._stage.pull_back(segment)
+        self._stage.correct(segment)
         return self._stage.squared_norm(segment)
 
     def _route(self, flow: Flow, before: int = 0) -> Route:

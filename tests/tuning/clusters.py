@@ -173,6 +173,7 @@ async def tune_cluster(
     stages: Mapping[str, Stage] | None = None,
     wire_types: Mapping[str, WireType] | None = None,
     caches: Mapping[str, PrefixCache] | None = None,
+    correction: Mapping[str, Tensor] | None = None,
     timeout_s: float = 30.0,
     keeps_errors: bool = False,
 ) -> Tuned:
@@ -188,7 +189,8 @@ async def tune_cluster(
         devices = {node_id: _Device(network, node_id, executor) for node_id in stages}
         for node_id, device in devices.items():
             await device.transport.serve(device)
-            stages[node_id].begin(tunables, settings)
+            held = None if correction is None else tunables_of(correction, case.held_by(node_id))
+            stages[node_id].begin(tunables, settings, held)
             index = case.placement.node_ids.index(node_id)
             own = partial(_turn_of, turns, case.owners, index) if index < case.owners else None
             make = partial(LocalSteps, KEY, case.routes, stages[node_id], device.worker, device.neighbours)

@@ -235,3 +235,16 @@ async def test_a_device_that_misses_its_neighbour_is_not_lost_itself(edge: Edge)
     edge.devices["far-0"].problems = [NodeLostError("far-1", "it opened no stream")]
     await edge.run(aggregation=Aggregation(buffer=2))
     assert edge.members.ready_ids == ["near-0", "near-1", "far-0"]
+
+
+async def test_a_run_that_is_cancelled_while_its_calls_fail_ends(edge: Edge) -> None:
+    """A task group forgets its cancellation then, and the cluster waited for its devices for ever."""
+    Gates(edge, "near", "far")
+    running = asyncio.create_task(edge.run(aggregation=Aggregation(buffer=1)))
+    await until(lambda: all(device.orders for device in edge.devices.values()), 2)
+    for node_id in edge.devices:
+        edge.network.kill(node_id)
+    await asyncio.sleep(0)
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=2)
+    assert done
