@@ -79,12 +79,54 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ("[model]\nnum_heads = 3", "model.num_heads: 3 does not divide model.hidden_size 128"),
         (
             "[tunables]\nprompts = 0\nlora_rank = 0\nhead = false",
-            "tunables: nothing to tune; set prompts, lora_rank, head or backbone",
+            "tunables: nothing to tune; set prompts, lora_rank, ia3, bottleneck, head or backbone",
         ),
         ("[compute.nodes.edge-9]\ndevice = 'cpu'", "compute.nodes.edge-9: no such name in this topology; did you mean"),
         ("[compute]\ndevice = 'gpu'", "compute.device: string should match pattern"),
         ("[tunables]\nlora_targets = ['query']", "tunables.lora_targets.0: input should be 'q_proj', 'k_proj'"),
         ("[tunables]\nlora_targets = []", "tunables.lora_targets: name one projection or more"),
+        ("[tunables]\nia3 = true", "tunables.ia3: a PEFT directory holds LoRA or IA3, not both; set lora_rank = 0 or"),
+        (
+            "[tunables.blocks.'2..5']\nprompts = 1",
+            "tunables.blocks.2..5: name blocks from first_block 0 up, at most",
+        ),
+        ("[tunables.blocks.two]\nprompts = 1", "tunables.blocks.two"),
+        (
+            "[tunables.blocks.'0..2']\nlora_rnak = 1",
+            "tunables.blocks.0..2.lora_rnak: unknown key; did you mean",
+        ),
+        (
+            "[tunables]\nfirst_block = 1\n[tunables.blocks.'0..2']\nprompts = 1",
+            "tunables.blocks.0..2: name blocks from first_block 1 up, at most 1..4",
+        ),
+        (
+            "[tunables.blocks.'0..2']\nprompts = 1\n[tunables.blocks.'1..3']\nprompts = 2",
+            "tunables.blocks.1..3: has blocks in common with '0..2'; name each once",
+        ),
+        (
+            "[tunables]\nprompt_depth = 'shallow'\nblocks = { '0..2' = { prompts = 1 } }",
+            "tunables.blocks.0..2.prompts: shallow prompts enter once, at first_block",
+        ),
+        (
+            "[tunables.cluster_ranks]\n'edge-0.cluster-0' = 5",
+            "tunables.cluster_ranks.edge-0.cluster-0: 5 is more than the edge's LoRA rank, 4",
+        ),
+        (
+            "[tunables.cluster_ranks]\n'edge-0.cluster-9' = 2",
+            "tunables.cluster_ranks.edge-0.cluster-9: no such name in this topology",
+        ),
+        (
+            "[tunables]\nlora_kind = 'dora'\ncluster_ranks = { 'edge-0.cluster-0' = 2 }",
+            "tunables.cluster_ranks, aggregation.lora: what DoRA learns is no product of its factors: use 'lora' or",
+        ),
+        (
+            "[tunables]\nlora_kind = 'dora'\n[aggregation]\nlora = 'products'",
+            "tunables.cluster_ranks, aggregation.lora: what DoRA learns",
+        ),
+        (
+            "[tunables.cluster_ranks]\n'edge-0.cluster-0' = 2\n[aggregation]\nstrategy = 'median'",
+            "aggregation.lora: products are averaged, 'median' works on factors; set aggregation.lora = 'factors'",
+        ),
         ("[tunables]\nfirst_block = 5", "tunables.first_block: 5 is more than model.num_blocks 4"),
         ("[data]\nowners = 9", "data.owners: 9 is more than topology.devices_per_cluster 3"),
         ("[placement]\ncuts = 'autoo'", "placement.cuts: input should be 'auto' or a list, not 'autoo'"),

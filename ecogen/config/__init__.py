@@ -3,6 +3,7 @@
 Reading a recipe touches no network, disk (beyond the recipe itself) or device.
 """
 
+from ecogen.config.contradictions import takes_products
 from ecogen.config.nodes import build_topology, compute_of
 from ecogen.config.reading import (
     builtin_names,
@@ -14,6 +15,7 @@ from ecogen.config.reading import (
 )
 from ecogen.config.schema import (
     Aggregation,
+    BlockTunables,
     Compute,
     Data,
     DeviceProfile,
@@ -30,6 +32,7 @@ from ecogen.config.schema import (
     TopologyRecipe,
     TransportRecipe,
     Tunables,
+    TunedBlock,
     Tuning,
     Wire,
     WireType,
@@ -38,6 +41,7 @@ from ecogen.config.sweep import Case, Reference, Row, Study, Sweep, load_study
 
 __all__ = [
     "Aggregation",
+    "BlockTunables",
     "Case",
     "Compute",
     "Data",
@@ -59,6 +63,7 @@ __all__ = [
     "TopologyRecipe",
     "TransportRecipe",
     "Tunables",
+    "TunedBlock",
     "Tuning",
     "Wire",
     "WireType",
@@ -70,5 +75,6 @@ __all__ = [
     "load_study",
     "section_from_table",
     "section_table",
+    "takes_products",
     "to_table",
 ]

@@ -7,10 +7,11 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ecogen.config.contradictions import Contradiction, of_tunables
 from ecogen.config.nodes import build_topology
 from ecogen.config.schema import Recipe
 
@@ -29,17 +30,6 @@ _WORDS = {
 """What the types of pydantic's problems are called here, where its own words are those of Python."""
 
 _DEPTH = 8  # of nested sections, of which each may go for want of a value in it
-
-
-class Contradiction(NamedTuple):
-    """Values that are right by themselves and wrong together.
-
-    Attributes:
-        places: of all of them; where one is wrong by itself, only that is told.
-    """
-
-    places: tuple[str, ...]
-    text: str
 
 
 def problems_of(table: Mapping[str, Any], error: ValidationError) -> list[str]:
@@ -71,18 +61,14 @@ def explain(error: ValidationError, section: Any = Recipe, *, within: Place = ()
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What is wrong between values that are right by themselves."""
     yield from _of_sizes(recipe)
-    tunables, topology = recipe.tunables, recipe.topology
-    if not (tunables.prompts or tunables.lora_rank or tunables.head or tunables.backbone != "frozen"):
-        places = ("tunables.prompts", "tunables.lora_rank", "tunables.head", "tunables.backbone")
-        yield Contradiction(places, "tunables: nothing to tune; set prompts, lora_rank, head or backbone")
-    if tunables.lora_rank and len(set(tunables.lora_targets)) != max(1, len(tunables.lora_targets)):
-        text = f"tunables.lora_targets: name one projection or more, each once, not {list(tunables.lora_targets)}"
-        yield Contradiction(("tunables.lora_targets", "tunables.lora_rank"), text)
+    topology = recipe.topology
+    yield from of_tunables(recipe)
     built = build_topology(topology)
     yield from _unknown("topology.devices", topology.devices, built.nodes)
     yield from _unknown("topology.sites", topology.sites, built.sites)
     yield from _unknown("compute.nodes", recipe.compute.nodes, built.nodes)
     yield from _unknown("faults.update_factor", recipe.faults.update_factor, built.clusters)
+    yield from _unknown("tunables.cluster_ranks", recipe.tunables.cluster_ranks, built.clusters)
 
 
 def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:

@@ -5,7 +5,7 @@ records.jsonl             every record, as the cloud kept it
 facts.json summary.json   what the report needs besides the records, and the figures of `ecogen run --json`
 backbone/                 the foundation model, as save_pretrained writes it
 tunables.safetensors      everything that was tuned
-adapter/                  the same as a PEFT directory, where there is LoRA
+adapter/                  the same as a PEFT directory, where there is LoRA or IA3
 report.html               made from the files above, again at any time
 nodes/ certificates/      the nodes' disks and identities, for --resume
 """

@@ -1,4 +1,4 @@
-"""The tuned model on disk: an ordinary PEFT directory, and `load_tuned` for what PEFT does not know (prompts).
+"""The tuned model on disk: an ordinary PEFT directory, and `load_tuned` for what PEFT does not know.
 
 A saved folder holds `backbone/` (the foundation model), `tunables.safetensors` with everything that was tuned, and
 `adapter/`, which `peft.PeftModel.from_pretrained` loads onto the whole model.
@@ -11,13 +11,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from ecogen import config as recipes
 from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import Foundation, load_metadata, load_tensors, open_foundation, save_tensors
-from ecogen.models.tunables import attach_tunables, initialise_tunables, is_head, lora_config, set_tunables
+from ecogen.models.tunables import (
+    adapter_config,
+    attach_tunables,
+    initialise_tunables,
+    is_head,
+    is_of_peft,
+    set_tunables,
+)
 from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
 from ecogen.storage import copy_folder, write_atomically
 
@@ -60,15 +68,15 @@ def load_whole(foundation: Foundation, config: ViTConfig, spec: recipes.Tunables
 def save_tuned(
     folder: Path, foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables, num_labels: int
 ) -> None:
-    """Write `backbone/`, `tunables.safetensors` and, where there is LoRA, the PEFT directory `adapter/`."""
+    """Write `backbone/`, `tunables.safetensors` and, where there is LoRA or IA3, the PEFT directory `adapter/`."""
     backbone = folder / BACKBONE
     if foundation.folder != backbone:
         copy_folder(foundation.folder, backbone)
     save_tensors(
         folder / TUNABLES, tunables, {"spec": json.dumps(recipes.section_table(spec)), "labels": str(num_labels)}
     )
-    if spec.lora_rank:
-        _save_adapter(folder / ADAPTER, foundation, tunables, spec, num_labels)
+    if peft_config := _peft_config(foundation, spec):
+        _save_adapter(folder / ADAPTER, foundation, peft_config, tunables, spec, num_labels)
 
 
 def load_tuned(folder: str | Path) -> ViTForImageClassification:
@@ -93,20 +101,48 @@ def load_tuned(folder: str | Path) -> ViTForImageClassification:
     return model.whole.eval()
 
 
+def _peft_config(foundation: Foundation, spec: recipes.Tunables) -> PeftConfig | None:
+    blocks = range(foundation.config.num_hidden_layers)
+    return adapter_config(spec, blocks, modules_to_save=["classifier"], inference_mode=True)
+
+
 def _save_adapter(
-    folder: Path, foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables, num_labels: int
+    folder: Path,
+    foundation: Foundation,
+    peft_config: PeftConfig,
+    tunables: Mapping[str, Tensor],
+    spec: recipes.Tunables,
+    num_labels: int,
 ) -> None:
-    blocks = range(spec.first_block, foundation.config.num_hidden_layers)
-    peft_config = lora_config(spec, blocks, modules_to_save=["classifier"], inference_mode=True)
     peft_config.base_model_name_or_path = f"../{BACKBONE}"
     write_atomically(
         folder / "adapter_config.json", json.dumps(_plain(peft_config.to_dict()), indent=2, sort_keys=True)
     )
-    known = {name: tensor for name, tensor in tunables.items() if ".lora_" in name or is_head(name)}
+    known = {_peft_name(name): tensor for name, tensor in tunables.items() if is_of_peft(name) or is_head(name)}
     config = classification_config(foundation, num_labels)
     head = read_backbone(foundation, config, _head_shapes(config))
     save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in (head | known).items()})
-    write_atomically(folder / "README.md", _adapter_readme(spec, num_labels))
+    write_atomically(folder / "README.md", _adapter_readme(_lacks(foundation, spec), num_labels))
+
+
+def _peft_name(name: str) -> str:
+    """PEFT's files name a magnitude vector without the parameter that holds it."""
+    return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+
+
+def _lacks(foundation: Foundation, spec: recipes.Tunables) -> list[str]:
+    """What was tuned that PEFT has no format for."""
+    blocks = [spec.of_block(index) for index in range(foundation.config.num_hidden_layers)]
+    lacks = []
+    if many := sorted({block.prompts for block in blocks} - {0}):
+        numbers = f"{many[0]}" if len(many) == 1 else f"{many[0]} to {many[-1]}"
+        each = " of each block" if spec.prompt_depth == "deep" else ""
+        lacks.append(f"the {numbers} {spec.prompt_depth} visual prompts{each}")
+    if any(block.bottleneck for block in blocks):
+        lacks.append("the bottleneck adapters")
+    if spec.backbone != "frozen" or any(block.backbone != "frozen" for block in blocks):
+        lacks.append("what was tuned of the backbone")
+    return lacks
 
 
 def _head_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
@@ -117,9 +153,7 @@ def _plain(values: dict[str, object]) -> dict[str, object]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
-def _adapter_readme(spec: recipes.Tunables, num_labels: int) -> str:
-    lacks = [f"the {spec.prompts} deep visual prompts of each block"] if spec.prompts else []
-    lacks += ["what was tuned of the backbone"] if spec.backbone != "frozen" else []
+def _adapter_readme(lacks: list[str], num_labels: int) -> str:
     missing = (
         f"\nPlain PEFT misses {' and '.join(lacks)}, which it has no format for: its "
         "outputs differ from the tuned model's. Load the run folder with `ecogen.load_tuned(DIR)` for all of it.\n"

@@ -1,7 +1,8 @@
-"""Deep visual prompts (VPT-deep): learned tokens that each block sees and drops again.
+"""Visual prompts (VPT): learned tokens after CLS, deep or shallow. PEFT has none.
 
-Jia et al. 2022, section 3.2: https://arxiv.org/abs/2203.12119. Since the outputs at the prompts' places are
-dropped, prompts never cross a cut.
+Jia et al. 2022, section 3.2: https://arxiv.org/abs/2203.12119. Deep: each block has prompts of its own and drops the
+outputs at their places, so they never cross a cut. Shallow: they enter before one block and go on through all above it,
+so they cross the cuts there.
 
 Shapes: B batch, T tokens with CLS, P prompts, D hidden.
 """
@@ -14,17 +15,23 @@ import torch
 from torch import Tensor, nn
 
 
-def attach_prompts(block: nn.Module, num_prompts: int, hidden_size: int) -> None:
+def attach_prompts(block: nn.Module, num_prompts: int, hidden_size: int, *, stay: bool = False) -> None:
     """Give a block `num_prompts` prompts of its own, as its parameter `prompts` [P, D].
 
-    Hooks insert them after CLS before the block runs and cut them out of its output, so the block and whoever calls
-    it stay as they are.
+    A hook inserts them after CLS before the block runs, and another one cuts them out of its output unless they stay:
+    so the block and whoever calls it stay as they are.
     """
     like = next(block.parameters())
     prompts = torch.zeros(num_prompts, hidden_size, dtype=like.dtype, device=like.device)
     block.register_parameter("prompts", nn.Parameter(prompts))
     block.register_forward_pre_hook(_insert)
-    block.register_forward_hook(_drop)
+    if not stay:
+        block.register_forward_hook(_drop)
+
+
+def without_prompts(hidden: Tensor, num_tokens: int) -> Tensor:
+    """CLS and the patches [B, T, D] of activations that shallow prompts may be among."""
+    return torch.cat([hidden[:, :1], hidden[:, hidden.shape[1] - num_tokens + 1 :]], dim=1)
 
 
 def _insert(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -34,4 +41,4 @@ def _insert(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _drop(block: Any, _: tuple[Any, ...], hidden: Tensor) -> Tensor:
-    return torch.cat([hidden[:, :1], hidden[:, 1 + block.prompts.shape[0] :]], dim=1)
+    return without_prompts(hidden, hidden.shape[1] - block.prompts.shape[0])

@@ -1,20 +1,22 @@
-"""Tunables: what trains and travels: prompts, LoRA, the head and, where asked for, the backbone or its biases.
+"""Tunables: what trains and travels: prompts, adapters, the head and, where asked for, the backbone or its biases.
 
 Names are the whole model's parameter names, without what PEFT puts between: `vit.layers.2.prompts`,
-`vit.layers.2.attention.q_proj.lora_A.weight`, `vit.layers.2.attention.q_proj.bias`, `classifier.bias`.
+`vit.layers.2.attention.q_proj.lora_A.weight`, `vit.layers.2.mlp.bottleneck.down.bias`,
+`vit.layers.2.attention.q_proj.bias`, `classifier.bias`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from ecogen.config import Tunables as TunablesSpec
 from ecogen.errors import CheckpointError
+from ecogen.models.bottleneck import attach_bottleneck
 from ecogen.models.prompts import attach_prompts
 from ecogen.models.vit import SegmentedViT
 from ecogen.placement import Segment
@@ -24,34 +26,75 @@ Tunables = dict[str, Tensor]
 
 _PROMPT_DEVIATION = 0.12  # about the uniform draw of VPT's code for our sizes; chosen on validation digits
 
+_MAGNITUDES = ".lora_magnitude_vector.weight"
+
 _BELOW, _ABOVE = -1, float("inf")
 _BLOCK = re.compile(r"vit\.layers\.(\d+)\.")
 
 
 def attach_tunables(model: SegmentedViT, spec: TunablesSpec) -> None:
-    """Add the prompts and LoRA of the held blocks, and let them and the head train."""
-    config = model.whole.config
-    tuned = [i for segment in model.segments for i in segment.blocks if i >= spec.first_block]
-    if spec.prompts:
-        for index in tuned:
-            attach_prompts(model.whole.vit.layers[index], spec.prompts, config.hidden_size)
-    if spec.lora_rank and tuned:
-        inject_adapter_in_model(lora_config(spec, tuned), model.whole)
+    """Add the prompts and adapters of the held blocks, and let them and the head train."""
+    held = [index for segment in model.segments for index in segment.blocks]
+    for index in held:
+        _attach_own(model.whole.vit.layers[index], spec, index, model.whole.config.hidden_size)
+    peft_config = adapter_config(spec, held)
+    if peft_config is not None:
+        inject_adapter_in_model(peft_config, model.whole)
     for name, parameter in model.whole.named_parameters():
         parameter.requires_grad_(is_tunable(name, spec))
 
 
-def lora_config(spec: TunablesSpec, blocks: Sequence[int], **settings: object) -> LoraConfig:
-    """PEFT's configuration of LoRA on some blocks."""
-    numbers, targets = "|".join(map(str, blocks)), "|".join(map(re.escape, spec.lora_targets))
+def _attach_own(block: nn.Module, spec: TunablesSpec, index: int, hidden_size: int) -> None:
+    """What PEFT has no format for."""
+    tuned = spec.of_block(index)
+    if tuned.prompts:
+        attach_prompts(block, tuned.prompts, hidden_size, stay=spec.prompt_depth == "shallow")
+    if tuned.bottleneck:
+        attach_bottleneck(block.get_submodule("mlp"), tuned.bottleneck, hidden_size)
+
+
+def adapter_config(spec: TunablesSpec, blocks: Sequence[int], **settings: object) -> PeftConfig | None:
+    """PEFT's configuration of LoRA or IA3 on those of the blocks that have it; None where none has."""
+    ranks = {index: rank for index in blocks if (rank := spec.of_block(index).lora_rank)}
+    scaled = [index for index in blocks if spec.of_block(index).ia3]
+    if ranks:
+        return _lora_config(spec, ranks, settings)
+    return _ia3_config(scaled, settings) if scaled else None
+
+
+def _lora_config(spec: TunablesSpec, ranks: Mapping[int, int], settings: Mapping[str, object]) -> LoraConfig:
+    """LoRA, each block of its own rank; the scale is alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+    most = max(ranks.values())
     return LoraConfig(
-        r=spec.lora_rank,
+        r=most,
+        rank_pattern={_of_block(index, ".*"): rank for index, rank in ranks.items() if rank != most},
         lora_alpha=spec.lora_alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules=rf"vit\.layers\.({numbers})\.attention\.({targets})",
+        use_rslora=spec.lora_kind == "rslora",
+        use_dora=spec.lora_kind == "dora",
+        target_modules=_of_blocks(ranks, rf"attention\.({'|'.join(map(re.escape, spec.lora_targets))})"),
         **settings,
     )
+
+
+def _ia3_config(blocks: Sequence[int], settings: Mapping[str, object]) -> IA3Config:
+    """IA3 as Liu et al. 2022, section 3.3, have it: factors on keys, on values and on what enters the MLP's second
+    product, https://arxiv.org/abs/2205.05638
+    """
+    return IA3Config(
+        target_modules=_of_blocks(blocks, r"(attention\.k_proj|attention\.v_proj|mlp\.fc2)"),
+        feedforward_modules=_of_blocks(blocks, r"mlp\.fc2"),
+        **settings,
+    )
+
+
+def _of_block(index: int, modules: str) -> str:
+    return rf"vit\.layers\.{index}\.{modules}"
+
+
+def _of_blocks(blocks: Iterable[int], modules: str) -> str:
+    return rf"vit\.layers\.({'|'.join(map(str, blocks))})\.{modules}"
 
 
 def get_tunables(model: nn.Module) -> Tunables:
@@ -88,25 +131,44 @@ def named_tunables(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     whole = model.whole if isinstance(model, SegmentedViT) else model
     for name, parameter in sorted(whole.named_parameters()):
         if parameter.requires_grad:  # the name that travels has nothing of PEFT's
-            yield name.replace(".default.", ".").replace(".base_layer.", "."), parameter
+            yield name.replace(".default", "").replace(".base_layer", ""), parameter
+
+
+def normalised_matrices(model: SegmentedViT) -> Iterator[nn.Parameter]:
+    """The frozen matrices that DoRA divides by the norms of their rows."""
+    for name, _ in named_tunables(model):
+        if name.endswith(_MAGNITUDES):
+            yield _frozen_of(model, name)
+
+
+def _frozen_of(model: SegmentedViT, magnitudes: str) -> nn.Parameter:
+    weight: nn.Parameter = model.whole.get_submodule(magnitudes.removesuffix(_MAGNITUDES)).get_base_layer().weight
+    return weight
 
 
 @torch.no_grad()
 def initialise_tunables(model: SegmentedViT, seed: int) -> None:
-    """Set the starting values: small random prompts, LoRA's A random and B zero (Hu et al. 2021), a head of zeros.
+    """Set the starting values, with which the model computes what it did, but for small random prompts.
 
-    The backbone begins as it is.
+    LoRA's A and a bottleneck's first product are random, LoRA's B (Hu et al. 2021), a bottleneck's second product and
+    the head zero; IA3's factors are one; DoRA's magnitudes the norms of the frozen weights' rows (Liu et al. 2024,
+    equation 2). The backbone begins as it is. Only what holds the whole model does this: devices are sent the values.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in named_tunables(model):
-        if not (is_adapter(name) or is_head(name)):
-            continue
-        value = torch.zeros(parameter.shape)
-        if name.endswith("prompts"):
-            nn.init.normal_(value, std=_PROMPT_DEVIATION, generator=generator)
-        elif "lora_A" in name:
-            nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
-        parameter.copy_(value)
+        if is_adapter(name) or is_head(name):
+            parameter.copy_(_starting_value(model, name, parameter, generator))
+
+
+def _starting_value(model: SegmentedViT, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+    if name.endswith(_MAGNITUDES):
+        return torch.linalg.vector_norm(_frozen_of(model, name), dim=1)
+    value = torch.full(parameter.shape, 1.0 if name.endswith(".ia3_l") else 0.0)
+    if name.endswith(".prompts"):
+        nn.init.normal_(value, std=_PROMPT_DEVIATION, generator=generator)
+    elif name.endswith((".lora_A.weight", ".bottleneck.down.weight")):
+        nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
+    return value
 
 
 def tunables_of(names: Mapping[str, Tensor], segments: Sequence[Segment]) -> Tunables:
@@ -121,13 +183,19 @@ def is_tunable(name: str, spec: TunablesSpec) -> bool:
         return True
     if is_head(name):
         return spec.head
-    is_asked_for = spec.backbone == "all" or (spec.backbone == "biases" and name.endswith(".bias"))
-    return is_asked_for and max(0, _block_of(name)) >= spec.first_block  # the embedding goes with the first block
+    block = _block_of(name)  # the embedding goes with the first block, the last norm with what the run says
+    backbone = spec.backbone if block == _ABOVE else spec.of_block(max(0, int(block))).backbone
+    return backbone == "all" or (backbone == "biases" and name.endswith(".bias"))
 
 
 def is_adapter(name: str) -> bool:
-    """Whether it is a prompt's or LoRA's."""
-    return name.endswith(".prompts") or ".lora_" in name
+    """Whether it was added for tuning: a prompt's, LoRA's, IA3's or a bottleneck's."""
+    return name.endswith(".prompts") or any(mark in name for mark in (".lora_", ".ia3_l", ".bottleneck."))
+
+
+def is_of_peft(name: str) -> bool:
+    """Whether PEFT has a format for it."""
+    return ".lora_" in name or ".ia3_l" in name
 
 
 def is_head(name: str) -> bool:

@@ -22,6 +22,7 @@ def place_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, Placement]:
 
 
 def _place(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Cluster) -> Placement:
+    shape = shape.with_rank_at_most(recipe.tunables.cluster_ranks.get(cluster.cluster_id))
     size = -(-recipe.tuning.batch_size // recipe.tuning.microbatches)
     returns = recipe.placement.labels == "start" and len(cluster.node_ids) > 1
     in_flight = min(recipe.tuning.microbatches, most_in_flight(len(cluster.node_ids), returns=returns))

@@ -4,15 +4,17 @@ The blocks are those of transformers' `ViTLayer`: attention with four square pro
 all with biases. FLOPs are those of the matrix products, two a multiply-add; norms, softmax and GELU are left out, as
 torch's own counter does.
 
-Legend: D hidden size, I intermediate size, T tokens with CLS, P prompts a block, r LoRA rank, L labels.
+Legend: D hidden size, I intermediate size, T tokens with CLS, T' those of a block with its P prompts, r LoRA rank,
+m bottleneck size, L labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ecogen.config import TunedBlock
 from ecogen.placement import Segment
 
 
@@ -21,11 +23,11 @@ class ModelShape:
     """The sizes of a vision transformer and of what is tuned in it.
 
     Attributes:
-        num_tokens: patches and CLS; prompts are not among them, since they live inside their block only.
+        num_tokens: patches and CLS; prompts are not among them.
         patch_dim: channels x patch height x patch width.
-        num_lora_targets: attention projections a block with LoRA; each is square, D x D.
-        first_tunable_block: prompts, LoRA and what trains of the backbone are in this block and above.
-        backbone: what of the backbone trains.
+        tuned: what trains in each block, one a block; none where all are frozen. LoRA's targets are square, D x D.
+        prompts_stay: prompts that entered go on through all blocks above and cross the cuts (shallow ones).
+        norm: what trains of the last norm.
         bytes_per_parameter: of parameters, activations, gradients and optimizer states alike.
     """
 
@@ -35,29 +37,46 @@ class ModelShape:
     num_tokens: int
     patch_dim: int
     num_labels: int
-    prompts_per_block: int = 0
-    lora_rank: int = 0
-    num_lora_targets: int = 0
-    first_tunable_block: int = 0
+    tuned: tuple[TunedBlock, ...] = ()
+    prompts_stay: bool = False
     head_trains: bool = True
-    backbone: Literal["frozen", "biases", "all"] = "frozen"
+    norm: Literal["frozen", "biases", "all"] = "frozen"
     bytes_per_parameter: int = 4
 
     @property
     def lowest_tunable_block(self) -> int:
         """The first block that needs a gradient; `num_blocks` where only what is above the blocks trains."""
-        has_adapters = self.prompts_per_block or self.lora_rank * self.num_lora_targets
-        is_tuned = has_adapters or self.backbone != "frozen"
-        return min(self.first_tunable_block, self.num_blocks) if is_tuned else self.num_blocks
+        return next((index for index, block in enumerate(self.tuned) if block.is_tuned), self.num_blocks)
 
     @property
-    def tokens_in_block(self) -> int:
-        """T + P: what a tuned block computes on."""
-        return self.num_tokens + self.prompts_per_block
+    def embedding(self) -> Literal["frozen", "biases", "all"]:
+        """What trains of the embedding: it goes with the first block."""
+        return self.tuned[0].backbone if self.tuned else "frozen"
+
+    def of_block(self, index: int) -> TunedBlock:
+        """What trains in one block."""
+        return self.tuned[index] if self.tuned else TunedBlock()
+
+    def tokens_in_block(self, index: int) -> int:
+        """T + P: what a block computes on."""
+        entered = self.tuned[: index + 1] if self.prompts_stay else self.tuned[index : index + 1]
+        return self.num_tokens + sum(block.prompts for block in entered)
+
+    def tokens_on_cut(self, cut: int) -> int:
+        """What crosses the cut below block `cut`: T, and the prompts that stay and have entered; to the head, CLS only."""
+        if cut == self.num_blocks:
+            return 1
+        return self.num_tokens + self.prompts_stay * sum(block.prompts for block in self.tuned[:cut])
+
+    def with_rank_at_most(self, rank: int | None) -> ModelShape:
+        """The same with no LoRA rank above this one; None changes nothing."""
+        if rank is None:
+            return self
+        return replace(self, tuned=tuple(replace(block, lora_rank=min(block.lora_rank, rank)) for block in self.tuned))
 
 
 def num_parameters(shape: ModelShape, segment: Segment) -> int:
-    """Parameters of a segment as transformers counts them: the backbone and the head, without prompts and LoRA.
+    """Parameters of a segment as transformers counts them: the backbone and the head, without what was added to tune.
 
     Embedding (patch_dim + 1) D + (1 + T) D, block 4 (D D + D) + 2 D I + I + D + 4 D, head 2 D + (D + 1) L.
     """
@@ -67,32 +86,44 @@ def num_parameters(shape: ModelShape, segment: Segment) -> int:
 
 
 def num_adapter_parameters(shape: ModelShape, segment: Segment) -> int:
-    """Parameters of prompts (P D a tuned block) and LoRA (2 D r a target), which come on top of the model's own."""
-    d = shape.hidden_size
-    per_block = shape.prompts_per_block * d + shape.num_lora_targets * shape.lora_rank * 2 * d
-    return num_tuned_blocks(shape, segment) * per_block
+    """Parameters that come on top of the model's own.
+
+    In each block prompts P D, LoRA 2 D r a target and DoRA's magnitudes D a target, IA3 2 D + I, a bottleneck of size m
+    2 D m + m + D.
+    """
+    return sum(_num_adapter_parameters(shape, shape.of_block(index)) for index in segment.blocks)
+
+
+def _num_adapter_parameters(shape: ModelShape, block: TunedBlock) -> int:
+    d, m = shape.hidden_size, block.bottleneck
+    lora = block.num_lora_targets * d * (2 * block.lora_rank + block.has_magnitudes)
+    ia3 = block.ia3 * (2 * d + shape.intermediate_size)
+    return block.prompts * d + lora + ia3 + (2 * d * m + m + d if m else 0)
 
 
 def num_tunables(shape: ModelShape, segment: Segment) -> int:
-    """Parameters of a segment that train and travel: prompts, LoRA, classifier and backbone, those that do."""
+    """Parameters of a segment that train and travel: prompts, adapters, classifier and backbone, those that do."""
     head = segment.has_head and shape.head_trains
     return num_adapter_parameters(shape, segment) + head * _classifier(shape) + _num_backbone_tunables(shape, segment)
 
 
 def _num_backbone_tunables(shape: ModelShape, segment: Segment) -> int:
-    """All of it from the first tunable block on, or the biases: D of the embedding, 7 D + I a block, D of the norm."""
-    if shape.backbone == "frozen":
-        return 0
-    d, takes_all = shape.hidden_size, shape.backbone == "all"
-    embedding = segment.has_embedding * (shape.first_tunable_block == 0) * (_embedding(shape) if takes_all else d)
-    block = _block(shape) if takes_all else 7 * d + shape.intermediate_size
-    norm = segment.has_head * (2 * d if takes_all else d)
-    return embedding + num_tuned_blocks(shape, segment) * block + norm
+    """All of a part, or its biases: D of the embedding, 7 D + I a block, D of the norm."""
+    d = shape.hidden_size
+    embedding = {"frozen": 0, "biases": d, "all": _embedding(shape)}
+    block = {"frozen": 0, "biases": 7 * d + shape.intermediate_size, "all": _block(shape)}
+    norm = {"frozen": 0, "biases": d, "all": 2 * d}
+    blocks = sum(block[shape.of_block(index).backbone] for index in segment.blocks)
+    return segment.has_embedding * embedding[shape.embedding] + blocks + segment.has_head * norm[shape.norm]
 
 
 def num_tuned_blocks(shape: ModelShape, segment: Segment) -> int:
-    """Blocks of a segment that hold something that trains, and that gradients therefore pass."""
-    return max(0, segment.stop - max(segment.start, shape.lowest_tunable_block))
+    """Blocks of a segment that gradients pass: all from the lowest tunable one up."""
+    return len(_passed(shape, segment))
+
+
+def _passed(shape: ModelShape, segment: Segment) -> range:
+    return range(max(segment.start, shape.lowest_tunable_block), segment.stop)
 
 
 def parameter_bytes(shape: ModelShape, segment: Segment) -> int:
@@ -106,70 +137,76 @@ def tunable_bytes(shape: ModelShape, segment: Segment) -> int:
 
 
 def activation_bytes(shape: ModelShape, cut: int) -> int:
-    """Bytes of one example's activations on a cut: T D, or D above the last block, where the head needs CLS only.
+    """Bytes of one example's activations on a cut: T D, and P D where shallow prompts are; D above the last block.
 
-    Its gradients are as large. Prompts never cross a cut.
+    There the head needs CLS only. Gradients are as large. Deep prompts never cross a cut.
     """
-    tokens = shape.num_tokens if cut < shape.num_blocks else 1
-    return shape.bytes_per_parameter * tokens * shape.hidden_size
+    return shape.bytes_per_parameter * shape.tokens_on_cut(cut) * shape.hidden_size
 
 
 def memory_bytes(shape: ModelShape, segments: Sequence[Segment], examples_in_flight: int, *, tunes: bool = True) -> int:
     """Memory that a node needs to hold its segments and tune them.
 
-    bytes_per_parameter x (parameters + prompts and LoRA + 3 x tunables + examples in flight x kept activations): a
-    gradient and AdamW's two moments a tunable (Kingma and Ba 2015), and `kept_activations` an example. Without
-    tuning: parameters, prompts, LoRA and one block's activations. The interpreter and its libraries are not counted.
+    bytes_per_parameter x (parameters + prompts and adapters + 3 x tunables + examples in flight x kept activations): a
+    gradient and AdamW's two moments a tunable (Kingma and Ba 2015), and `kept_activations` an example. Without tuning:
+    parameters, prompts, adapters and one block's activations. The interpreter and its libraries are not counted.
     """
     parameters = sum(num_parameters(shape, s) + num_adapter_parameters(shape, s) for s in segments)
     states = 3 * sum(num_tunables(shape, s) for s in segments) if tunes else 0
     kept = sum(kept_activations(shape, s) for s in segments) if tunes else 0
-    activations = examples_in_flight * (kept + _activations_of_block(shape))
+    largest = max((_activations_of_block(shape, index) for s in segments for index in s.blocks), default=0)
+    activations = examples_in_flight * (kept + largest)
     return shape.bytes_per_parameter * (parameters + states + activations)
 
 
 def kept_activations(shape: ModelShape, segment: Segment) -> int:
     """Numbers that one example leaves in a segment for its backward pass.
 
-    A tuned block keeps (T + P)(8 D + I): both norms' inputs, the adapters' input, queries, keys, values, attention's
-    output and its log-sum-exp (at most D), and what enters GELU. Frozen linear layers keep nothing, linear layers
-    that train their inputs: D + I more, and the patches. Attention probabilities are recomputed by the fused kernel.
-    The head keeps 2 D for its norm of CLS.
+    A block that gradients pass keeps T' (8 D + I): both norms' inputs, the adapters' input, queries, keys, values,
+    attention's output and its log-sum-exp (at most D), and what enters GELU. Frozen linear layers keep nothing, linear
+    layers that train their inputs: D + I more, and the patches. What is added keeps, a token: DoRA 2 D a target (what it
+    scales), IA3 2 D + I (what its factors meet), a bottleneck D + m. Attention probabilities are recomputed by the fused
+    kernel. The head keeps 2 D for its norm of CLS.
     """
     head = 2 * shape.hidden_size
-    trains_below = shape.backbone == "all" and shape.first_tunable_block == 0
-    patches = segment.has_embedding * trains_below * (shape.num_tokens - 1) * shape.patch_dim
-    return patches + num_tuned_blocks(shape, segment) * _activations_of_block(shape) + segment.has_head * head
+    patches = segment.has_embedding * (shape.embedding == "all") * (shape.num_tokens - 1) * shape.patch_dim
+    blocks = sum(_activations_of_block(shape, index) for index in _passed(shape, segment))
+    return patches + blocks + segment.has_head * head
 
 
-def forward_flops(shape: ModelShape, segment: Segment) -> int:
-    """FLOPs of one example's forward pass through a segment.
+def forward_flops(shape: ModelShape, segment: Segment, num_examples: int = 1) -> int:
+    """FLOPs of the forward pass of some examples at once through a segment.
 
     Embedding 2 (T - 1) patch_dim D, block 2 T' (4 D D + 2 D I) + 4 T' T' D (Kaplan et al. 2020, 2N + 4 s d a token and
-    layer, with T' = T + P in a tuned block) + 4 T' r D a LoRA target, head 2 D L on CLS alone.
+    layer, with T' tokens, prompts among them) + 4 T' r D a LoRA target + 4 T' m D of a bottleneck, head 2 D L on CLS
+    alone; all that an example. DoRA multiplies its factors out, 4 D D r a target, once for all examples.
     """
-    tuned = num_tuned_blocks(shape, segment)
-    frozen = _linear_flops(shape, shape.num_tokens) + _attention_flops(shape, shape.num_tokens)
-    within = _linear_flops(shape, shape.tokens_in_block) + _attention_flops(shape, shape.tokens_in_block)
-    blocks = (len(segment) - tuned) * frozen + tuned * (within + _lora_flops(shape))
-    return segment.has_embedding * _embedding_flops(shape) + blocks + segment.has_head * _head_flops(shape)
+    blocks = sum(
+        _linear_flops(shape, index) + _attention_flops(shape, index) + _adapter_flops(shape, index)
+        for index in segment.blocks
+    )
+    each = segment.has_embedding * _embedding_flops(shape) + blocks + segment.has_head * _head_flops(shape)
+    return num_examples * each + sum(_dora_flops(shape, shape.of_block(index)) for index in segment.blocks)
 
 
-def backward_flops(shape: ModelShape, segment: Segment) -> int:
-    """FLOPs of one example's backward pass through a segment.
+def backward_flops(shape: ModelShape, segment: Segment, num_examples: int = 1) -> int:
+    """FLOPs of the backward pass of some examples at once through a segment.
 
     A frozen linear layer computes only the gradient of its input: once its forward cost; one that trains, that of
-    its weights too. Both factors of an attention product and of a LoRA product need one: twice. Below the lowest
-    tunable block: zero, but for the weights of an embedding that trains. That block itself is counted whole, although
-    without prompts its own input needs no gradient.
+    its weights too. Both factors of an attention product, of a LoRA product and of a bottleneck need one: twice. Below
+    the lowest tunable block: zero, but for the weights of an embedding that trains. That block itself is counted whole,
+    although without prompts its own input needs no gradient. DoRA's norms are constants (Liu et al. 2024, section 4.3).
     """
-    tokens, takes_all = shape.tokens_in_block, shape.backbone == "all"
-    linear = _linear_flops(shape, tokens) * (1 + takes_all)
-    block = linear + 2 * _attention_flops(shape, tokens) + 2 * _lora_flops(shape)
-    embedding = segment.has_embedding * takes_all * (shape.first_tunable_block == 0) * _embedding_flops(shape)
-    passes_below = shape.lowest_tunable_block < shape.num_blocks
+    blocks = sum(
+        _linear_flops(shape, index) * (1 + (shape.of_block(index).backbone == "all"))
+        + 2 * _attention_flops(shape, index)
+        + 2 * _adapter_flops(shape, index)
+        for index in _passed(shape, segment)
+    )
+    embedding = segment.has_embedding * (shape.embedding == "all") * _embedding_flops(shape)
+    passes_below = shape.lowest_tunable_block < shape.num_blocks or shape.norm != "frozen"
     head = segment.has_head * _head_flops(shape) * (shape.head_trains + passes_below)
-    return embedding + num_tuned_blocks(shape, segment) * block + head
+    return num_examples * (embedding + blocks + head)
 
 
 def _embedding(shape: ModelShape) -> int:
@@ -185,26 +222,36 @@ def _classifier(shape: ModelShape) -> int:
     return (shape.hidden_size + 1) * shape.num_labels
 
 
-def _activations_of_block(shape: ModelShape) -> int:
-    trained = (shape.hidden_size + shape.intermediate_size) * (shape.backbone == "all")
-    return shape.tokens_in_block * (8 * shape.hidden_size + shape.intermediate_size + trained)
+def _activations_of_block(shape: ModelShape, index: int) -> int:
+    d, i, block = shape.hidden_size, shape.intermediate_size, shape.of_block(index)
+    trained = (d + i) * (block.backbone == "all")
+    dora = 2 * d * block.num_lora_targets * block.has_magnitudes
+    ia3 = (2 * d + i) * block.ia3
+    bottleneck = d + block.bottleneck if block.bottleneck else 0
+    return shape.tokens_in_block(index) * (8 * d + i + trained + dora + ia3 + bottleneck)
 
 
 def _embedding_flops(shape: ModelShape) -> int:
     return 2 * (shape.num_tokens - 1) * shape.patch_dim * shape.hidden_size
 
 
-def _linear_flops(shape: ModelShape, tokens: int) -> int:
+def _linear_flops(shape: ModelShape, index: int) -> int:
     d = shape.hidden_size
-    return 2 * tokens * (4 * d * d + 2 * d * shape.intermediate_size)
+    return 2 * shape.tokens_in_block(index) * (4 * d * d + 2 * d * shape.intermediate_size)
 
 
-def _attention_flops(shape: ModelShape, tokens: int) -> int:
-    return 4 * tokens * tokens * shape.hidden_size
+def _attention_flops(shape: ModelShape, index: int) -> int:
+    return 4 * shape.tokens_in_block(index) ** 2 * shape.hidden_size
 
 
-def _lora_flops(shape: ModelShape) -> int:
-    return 4 * shape.tokens_in_block * shape.lora_rank * shape.hidden_size * shape.num_lora_targets
+def _adapter_flops(shape: ModelShape, index: int) -> int:
+    block = shape.of_block(index)
+    inner = block.lora_rank * block.num_lora_targets + block.bottleneck
+    return 4 * shape.tokens_in_block(index) * shape.hidden_size * inner
+
+
+def _dora_flops(shape: ModelShape, block: TunedBlock) -> int:
+    return 4 * shape.hidden_size**2 * block.lora_rank * block.num_lora_targets * block.has_magnitudes
 
 
 def _head_flops(shape: ModelShape) -> int:

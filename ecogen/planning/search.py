@@ -77,25 +77,25 @@ class _Problem:
     def seconds(self, index: int, start: int, stop: int) -> float:
         """Time of one microbatch on device `index`: its FLOPs / (FLOP/s), and the link time of what it sends."""
         segments = self.segments(index, start, stop)
-        flops = sum(cost.forward_flops(self.shape, segment) for segment in segments)
+        flops = sum(cost.forward_flops(self.shape, segment, self.microbatch_size) for segment in segments)
         if self.tunes:
-            flops += sum(cost.backward_flops(self.shape, segment) for segment in segments)
-        compute_s = self.microbatch_size * flops / self.devices[index].device.flops_per_s
-        return compute_s + sum(self._crossing_s(cut) for cut in self._cuts_sent_over(index, start, stop))
+            flops += sum(cost.backward_flops(self.shape, segment, self.microbatch_size) for segment in segments)
+        compute_s = flops / self.devices[index].device.flops_per_s
+        return compute_s + sum(map(self._link_s, self._cuts_sent_over(index, start, stop)))
 
-    def _crossing_s(self, cut: int) -> float:
+    def _link_s(self, cut: int) -> float:
+        """Time of one microbatch's activations, or gradients, on the link at a cut."""
         return self.link.seconds(self.microbatch_size * cost.activation_bytes(self.shape, cut))
 
     def _cuts_sent_over(self, index: int, start: int, stop: int) -> list[int]:
-        """A message each: activations to the next stage, gradients to the one before where it needs them."""
+        """The cut of each message a microbatch: activations upward, gradients downward where something needs them."""
         is_alone = len(self.devices) == 1
         returns_to_start = self.labels == "start" and not is_alone
         is_followed = index < len(self.devices) - 1 or returns_to_start
-        lowest = self.shape.lowest_tunable_block
-        gradients_down = index > 0 and lowest < start
-        gradients_of_head = index == 0 and returns_to_start and lowest < self.shape.num_blocks
-        gradients = [start] * gradients_down + [self.shape.num_blocks] * gradients_of_head
-        return [stop] * is_followed + gradients * self.tunes
+        lowest, top = self.shape.lowest_tunable_block, self.shape.num_blocks
+        gradients_down = self.tunes and index > 0 and lowest < start
+        gradients_of_head = self.tunes and index == 0 and returns_to_start and lowest < top
+        return [stop] * is_followed + [start] * gradients_down + [top] * gradients_of_head
 
 
 def plan(

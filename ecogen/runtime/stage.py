@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ecogen.errors import ConfigError
-from ecogen.models.tunables import Tunables, copy_of, named_tunables, overwrite, tunables_of
+from ecogen.models.tunables import Tunables, copy_of, named_tunables, normalised_matrices, overwrite, tunables_of
 from ecogen.models.vit import SegmentedViT
 from ecogen.placement import Segment
 
@@ -180,10 +180,12 @@ class Stage:
     def _lower_frozen(self) -> None:
         """Hold the frozen backbone's matrices in the node's type; tunables stay in float32.
 
-        So do vectors: a CPU's layer norm takes activations of either type only with weights in float32.
+        So do vectors: a CPU's layer norm takes activations of either type only with weights in float32. And so do the
+        matrices whose rows DoRA divides by their norms, since the magnitudes were set from exact ones.
         """
+        exact = set(normalised_matrices(self.model))
         for parameter in self.model.parameters():
-            if not parameter.requires_grad and parameter.ndim > 1:
+            if not parameter.requires_grad and parameter.ndim > 1 and parameter not in exact:
                 parameter.data = parameter.data.to(self.dtype)
 
 

@@ -125,7 +125,7 @@ class DeviceServing:
         segment = self._placement.visits[visit].segment
         began_s = time.perf_counter()
         outputs = self._stage.infer(segment, inputs).cpu()
-        self._worker.meter.add_flops(forward_flops(self._shape, segment) * len(inputs))
+        self._worker.meter.add_flops(forward_flops(self._shape, segment, len(inputs)))
         return outputs, time.perf_counter() - began_s
 
     async def _pass_on(self, node_id: str, message: Message) -> None:

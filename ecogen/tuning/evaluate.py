@@ -39,5 +39,5 @@ class Evaluator:
         batch = slice(start, start + _BATCH)
         images, labels = self._examples.images[batch], self._examples.labels[batch]
         segment = whole_segment(self._stage.model.whole.config)
-        self._worker.meter.add_flops(forward_flops(self._shape, segment) * len(images))
+        self._worker.meter.add_flops(forward_flops(self._shape, segment, len(images)))
         return int((self._stage.infer(segment, images).argmax(-1).cpu() == labels).sum())

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +31,9 @@ from ecogen import config as recipes
 from ecogen.measurements import EXACT_DB, Image, Inversion, InversionAttack
 from ecogen.models.adapters import classification_config, load_whole
 from ecogen.models.checkpoint import Foundation
+from ecogen.models.prompts import without_prompts
 from ecogen.models.tunables import set_tunables
+from ecogen.models.vit import SegmentedViT
 from ecogen.placement import Segment
 from ecogen.tuning.data import Examples, Splits, load_splits
 from ecogen.tuning.glyphs import augment, render_glyphs
@@ -107,11 +108,19 @@ def attack_first_cut(
     score = Score(attacked, splits.train, own.mean(0))
     results: dict[str, list[Inversion]] = {"least squares": [], "trained decoder": [], "optimisation": []}
     for depth in range(min(DEEPEST, foundation.config.num_hidden_layers) + 1):
-        encode = partial(model, segment=Segment(0, depth, has_embedding=True))
+        encode = _seen_after(model, depth)
         answers = _attack(encode, own, attacked.images, foundation.config.patch_size, effort, generator)
         for attacker, answer in answers.items():
             results[attacker].append(score(answer, depth))
     return tuple(_told(attacker, tuple(found), whose, score) for attacker, found in results.items())
+
+
+def _seen_after(model: SegmentedViT, depth: int) -> Encode:
+    """What crosses the cut after some blocks, but for shallow prompts, whose tokens these attackers do not look at."""
+    config = model.whole.config
+    num_tokens = (config.image_size // config.patch_size) ** 2 + 1
+    segment = Segment(0, depth, has_embedding=True)
+    return lambda images: without_prompts(model(images, segment), num_tokens)
 
 
 def own_images(splits: Splits, generator: torch.Generator) -> tuple[Tensor, str]:

@@ -122,7 +122,7 @@ class Visits:
             inputs, segment = self._above_prefix(route, tensors), route.lowest_in_two[1]
         else:
             inputs = restore(tensors)
-        self._meter.add_flops(forward_flops(route.shape, segment) * len(inputs))
+        self._meter.add_flops(forward_flops(route.shape, segment, len(inputs)))
         key, input_grads = MicrobatchKey(flow.step, flow.microbatch, visit), visit > route.lowest or route.goes_down
         if visit == route.last:
             labels, size = tensors[LABELS], flow.batch_size
@@ -152,14 +152,14 @@ class Visits:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _infer(self, route: Route, segment: Segment, inputs: Tensor) -> Tensor:
-        self._meter.add_flops(forward_flops(route.shape, segment) * len(inputs))
+        self._meter.add_flops(forward_flops(route.shape, segment, len(inputs)))
         return self._stage.infer(segment, inputs)
 
     def _backward(self, flow: Flow, grads: Tensor | None, num_examples: int | None = None) -> Parcel:
         route = self._route(flow)
         visit, segment = flow.visit, route.segment(flow.visit)
         examples = len(grads) if grads is not None else num_examples or 0
-        self._meter.add_flops(backward_flops(route.shape, segment) * examples)
+        self._meter.add_flops(backward_flops(route.shape, segment, examples))
         input_grads = self._stage.backward(MicrobatchKey(flow.step, flow.microbatch, visit), grads)
         flow = at(flow, visit, squared_norm=flow.squared_norm + self._norm_when_complete(flow))
         if visit > route.lowest:

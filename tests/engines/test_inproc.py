@@ -16,8 +16,9 @@ from ecogen.models.adapters import classification_config, load_whole
 from ecogen.models.checkpoint import open_foundation
 from ecogen.models.tunables import get_tunables
 from ecogen.tuning.data import Examples, load_splits, partition_examples
-from tests.plain import PlainModel, fine_tune
+from tests.plain import fine_tune
 from tests.runs import Finished, run
+from tests.tuning.clusters import plain_of
 
 RecipeOf = Callable[..., Recipe]
 
@@ -63,7 +64,7 @@ def plain_round(
     whole = ViTForImageClassification.from_pretrained(recipe.model.source, num_labels=10).eval()
     with torch.no_grad():
         whole.classifier.weight.zero_(), whole.classifier.bias.zero_()
-    plain = PlainModel(whole, tunables, lora_scale=recipe.tunables.lora_alpha / (recipe.tunables.lora_rank or 1))
+    plain = plain_of(whole, tunables, recipe.tunables)
     tuning = recipe.tuning
     fine_tune(
         plain,

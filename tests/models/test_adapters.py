@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import ViTForImageClassification
 
+from ecogen.config import BlockTunables
 from ecogen.config import Tunables as Spec
 from ecogen.errors import CheckpointError
 from ecogen.models.adapters import classification_config, load_tuned, load_whole, save_tuned
@@ -17,7 +18,7 @@ from ecogen.models.checkpoint import load_tensors, open_foundation, save_tensors
 from ecogen.models.tunables import get_tunables, set_tunables
 from ecogen.models.vit import SegmentedViT, whole_segment
 from tests.tiny import save_foundation
-from tests.tuning.clusters import random_batches
+from tests.tuning.clusters import KINDS, random_batches
 
 IMAGES = random_batches(1, 5)[0].images
 
@@ -45,6 +46,7 @@ def logits_of(model: SegmentedViT) -> Tensor:
         Spec(prompts=0, lora_rank=0),
         Spec(prompts=1, lora_rank=1, head=False, first_block=1),
         Spec(prompts=0, lora_rank=2, first_block=2),
+        *KINDS,
     ],
     ids=str,
 )
@@ -55,9 +57,21 @@ def test_a_saved_model_gives_the_same_outputs(foundation: Path, tmp_path: Path, 
         assert torch.equal(load_tuned(tmp_path)(IMAGES).logits, logits_of(model))
 
 
-@pytest.mark.parametrize("first_block", [0, 2])
-def test_without_prompts_plain_peft_gives_the_same_outputs(foundation: Path, tmp_path: Path, first_block: int) -> None:
-    spec = Spec(prompts=0, lora_rank=2, first_block=first_block)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(prompts=0, lora_rank=2),
+        Spec(prompts=0, lora_rank=2, first_block=2),
+        Spec(prompts=0, lora_rank=3, lora_kind="rslora"),
+        Spec(prompts=0, lora_rank=3, lora_kind="dora", lora_targets=("k_proj", "o_proj")),
+        Spec(prompts=0, lora_rank=2, blocks={"0..1": BlockTunables(lora_rank=0), "2..3": BlockTunables(lora_rank=5)}),
+        Spec(prompts=0, lora_rank=2, lora_kind="rslora", blocks={"0..2": BlockTunables(lora_rank=3)}),
+        Spec(prompts=0, lora_rank=0, ia3=True),
+        Spec(prompts=0, lora_rank=0, ia3=True, blocks={"1..2": BlockTunables(ia3=False)}),
+    ],
+    ids=str,
+)
+def test_plain_peft_gives_the_same_outputs_with_all_that_it_knows(foundation: Path, tmp_path: Path, spec: Spec) -> None:
     model, tunables = tuned(foundation, spec)
     save_tuned(tmp_path, open_foundation(foundation), tunables, spec, 10)
     base = ViTForImageClassification.from_pretrained(tmp_path / "backbone", num_labels=10)
@@ -67,17 +81,47 @@ def test_without_prompts_plain_peft_gives_the_same_outputs(foundation: Path, tmp
     assert "plain PEFT gives the tuned model's outputs" in (tmp_path / "adapter/README.md").read_text()
 
 
-def test_with_prompts_the_adapter_says_what_plain_peft_misses(foundation: Path, tmp_path: Path) -> None:
-    spec = Spec(prompts=2, lora_rank=2)
+@pytest.mark.parametrize(
+    ("spec", "missed"),
+    [
+        (Spec(prompts=2, lora_rank=2), "misses the 2 deep visual prompts of each block, which"),
+        (Spec(prompts=2, lora_rank=2, blocks={"0..1": BlockTunables(prompts=3)}), "misses the 2 to 3 deep visual prom"),
+        (Spec(prompts=2, lora_rank=2, prompt_depth="shallow"), "misses the 2 shallow visual prompts, which"),
+        (Spec(prompts=0, lora_rank=2, bottleneck=3), "misses the bottleneck adapters, which"),
+        (Spec(prompts=0, lora_rank=2, blocks={"0..1": BlockTunables(backbone="all")}), "misses what was tuned of the"),
+    ],
+)
+def test_the_adapter_says_what_plain_peft_misses(foundation: Path, tmp_path: Path, spec: Spec, missed: str) -> None:
     model, tunables = tuned(foundation, spec)
     save_tuned(tmp_path, open_foundation(foundation), tunables, spec, 10)
     readme = (tmp_path / "adapter/README.md").read_text()
-    assert "misses the 2 deep visual prompts" in readme
+    assert missed in readme
     assert "ecogen.load_tuned" in readme
     base = ViTForImageClassification.from_pretrained(tmp_path / "backbone", num_labels=10)
     plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
         assert not torch.allclose(plain(IMAGES).logits, logits_of(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in KINDS if not spec.prompts], ids=str)
+def test_what_is_added_begins_by_changing_nothing(foundation: Path, spec: Spec) -> None:
+    opened = open_foundation(foundation)
+    config = classification_config(opened, 10)
+    model = load_whole(opened, config, spec, seed=0)
+    bare = load_whole(opened, config, Spec(prompts=0, lora_rank=0), seed=0)
+    for classifier in (model.whole.classifier, bare.whole.classifier):
+        classifier.weight.data.fill_(1.0)[0] = 2.0
+    torch.testing.assert_close(logits_of(model), logits_of(bare), rtol=1e-6, atol=1e-6)
+
+
+def test_doras_magnitudes_begin_as_the_norms_of_the_frozen_rows_whatever_the_seed(foundation: Path) -> None:
+    opened = open_foundation(foundation)
+    spec = Spec(prompts=0, lora_rank=2, lora_kind="dora")
+    name = "vit.layers.1.attention.q_proj"
+    (weight,) = opened.read([f"{name}.weight"]).values()
+    for seed in (0, 1):
+        begun = get_tunables(load_whole(opened, classification_config(opened, 10), spec, seed))
+        torch.testing.assert_close(begun[f"{name}.lora_magnitude_vector.weight"], weight.square().sum(1).sqrt())
 
 
 def test_a_folder_that_holds_no_tuned_model_or_a_damaged_one_says_so(foundation: Path, tmp_path: Path) -> None:

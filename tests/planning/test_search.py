@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ecogen.config import TunedBlock
 from ecogen.errors import PlacementError
 from ecogen.placement import Labels, Segment, place
 from ecogen.planning import cost
@@ -17,7 +18,7 @@ from ecogen.planning.cost import ModelShape
 from ecogen.planning.search import Plan, plan
 from ecogen.topology import Device, Link, Node, Tier
 
-SHAPE = ModelShape(6, 64, 128, 17, 49, 10, prompts_per_block=8, lora_rank=4, num_lora_targets=2)
+SHAPE = ModelShape(6, 64, 128, 17, 49, 10, tuned=(TunedBlock(8, 4, 2),) * 6)
 LINK = Link("d2d", rtt_s=0.004, bytes_per_s=1e7)
 BLOCK = cost.memory_bytes(SHAPE, [Segment(1, 2)], 1)
 
@@ -47,7 +48,7 @@ def all_plans(shape: ModelShape, devices: Sequence[Node], labels: Labels) -> lis
     st.integers(0, 6),
 )
 def test_the_search_equals_brute_force(hardware: list[tuple[int, float]], labels: Labels, first_tunable: int) -> None:
-    shape = replace(SHAPE, first_tunable_block=first_tunable)
+    shape = replace(SHAPE, tuned=(TunedBlock(),) * first_tunable + SHAPE.tuned[first_tunable:])
     devices = nodes([memory for memory, _ in hardware], [speed for _, speed in hardware])
     every = all_plans(shape, devices, labels)
     if not every:

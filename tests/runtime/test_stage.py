@@ -7,29 +7,27 @@ import asyncio
 import pytest
 import torch
 
+from ecogen.config import Tunables as Spec
 from ecogen.errors import ConfigError
 from ecogen.placement import Segment
 from ecogen.runtime.stage import MicrobatchKey, OptimizerSettings, Stage, clip_scale, resolve_device
 from ecogen.tuning.data import Examples
-from tests.plain import PlainModel
-from tests.tiny import tiny_vit
-from tests.tuning.clusters import Case, random_batches, random_tunables, stages_of, tune_cluster
+from tests.tuning.clusters import Case, plain_model, random_batches, random_tunables, stages_of, tune_cluster
 
 CASE = Case(3, (1, 2))
 SETTINGS = OptimizerSettings(1e-2, 0.1, 0.5)
 
 
-def outputs(stages: dict[str, Stage], images: torch.Tensor) -> torch.Tensor:
+def outputs(stages: dict[str, Stage], images: torch.Tensor, case: Case = CASE) -> torch.Tensor:
     for stage in stages.values():
-        stage.begin(random_tunables(CASE))
-    for visit in CASE.placement:
+        stage.begin(random_tunables(case))
+    for visit in case.placement:
         images = stages[visit.node_id].infer(visit.segment, images)
     return images.float().cpu()
 
 
 def truth(images: torch.Tensor) -> torch.Tensor:
-    scale = CASE.spec.lora_alpha / CASE.spec.lora_rank
-    return PlainModel(tiny_vit(CASE.config), random_tunables(CASE), lora_scale=scale).logits(images).detach()
+    return plain_model(CASE).logits(images).detach()
 
 
 def test_a_chain_in_bfloat16_is_close_to_the_whole_model_in_float32() -> None:
@@ -43,6 +41,17 @@ def test_in_bfloat16_frozen_matrices_are_half_as_large_and_the_rest_stays_exact(
     for parameter in stage.model.parameters():
         is_lowered = not parameter.requires_grad and parameter.ndim > 1
         assert parameter.dtype == (torch.bfloat16 if is_lowered else torch.float32)
+
+
+def test_dora_in_bfloat16_is_close_since_what_it_normalises_stays_exact() -> None:
+    case = Case(3, (1, 2), spec=Spec(prompts=0, lora_rank=2, lora_kind="dora"))
+    stages = stages_of(case, dtype="bfloat16")
+    block = stages["device-1"].model.whole.vit.layers[1]
+    assert block.attention.q_proj.get_base_layer().weight.dtype == torch.float32
+    assert block.attention.k_proj.weight.dtype == torch.bfloat16
+    (batch,) = random_batches(1, 16)
+    truth = plain_model(case).logits(batch.images).detach()
+    assert 0 < (outputs(stages, batch.images, case) - truth).norm() / truth.norm() < 0.05
 
 
 def test_a_chain_in_bfloat16_learns_nearly_the_same() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
+from ecogen.config import BlockTunables
 from ecogen.config import Tunables as Spec
 from ecogen.config import WireType
 from ecogen.errors import NodeLostError
@@ -34,9 +35,22 @@ from ecogen.tuning.local import LocalSteps
 from ecogen.tuning.messages import AttemptKey, Flow
 from ecogen.tuning.route import Route
 from ecogen.tuning.visits import LocalResult
+from tests.plain import PlainModel
 from tests.tiny import IMAGE, tiny_config, tiny_vit
 
 KEY = AttemptKey(0, 1)
+
+KINDS = [
+    Spec(prompts=2, lora_rank=0, prompt_depth="shallow", first_block=1),
+    Spec(prompts=2, lora_rank=2),
+    Spec(prompts=0, lora_rank=2, lora_kind="rslora"),
+    Spec(prompts=0, lora_rank=2, lora_kind="dora"),
+    Spec(prompts=0, lora_rank=0, ia3=True),
+    Spec(prompts=0, lora_rank=0, bottleneck=3),
+    Spec(prompts=0, lora_rank=0, backbone="biases"),
+    Spec(prompts=1, lora_rank=2, blocks={"1..2": BlockTunables(prompts=0, lora_rank=3, bottleneck=2, backbone="all")}),
+]
+"""Every kind of tunables, and a block that has others."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +90,61 @@ def cases(draw: st.DrawFn, max_blocks: int = 6) -> Case:
     """Any model of up to `max_blocks` blocks, any cuts, any tunables of which there is at least one."""
     num_blocks = draw(st.integers(1, max_blocks))
     cuts = draw(st.sets(st.integers(1, num_blocks - 1), max_size=3)) if num_blocks > 1 else set()
-    spec = Spec(
-        prompts=draw(st.integers(0, 2)),
-        lora_rank=draw(st.integers(0, 2)),
-        head=draw(st.booleans()),
-        backbone=draw(st.sampled_from(["frozen", "frozen", "biases", "all"])),
-        first_block=draw(st.integers(0, num_blocks)),
-    )
-    has_adapters = (spec.prompts or spec.lora_rank) and spec.first_block < num_blocks
-    assume(spec.head or has_adapters or spec.backbone != "frozen")
+    spec = draw(specs(num_blocks))
+    is_tuned = any(spec.of_block(index).is_tuned for index in range(num_blocks))
+    assume(spec.head or is_tuned or spec.backbone != "frozen")
     owners = draw(st.integers(1, len(cuts) + 1))
     return Case(num_blocks, tuple(sorted(cuts)), draw(st.sampled_from(["start", "end"])), spec, owners)
+
+
+@st.composite
+def specs(draw: st.DrawFn, num_blocks: int) -> Spec:
+    """Any tunables of a model; those of one block may differ from the others'."""
+    kind = draw(st.sampled_from(["lora", "lora", "rslora", "dora", "ia3"]))
+    depth = draw(st.sampled_from(["deep", "deep", "shallow"]))
+    first = draw(st.integers(0, num_blocks))
+    backbones = st.sampled_from(["frozen", "frozen", "biases", "all"])
+    spec = Spec(
+        prompts=draw(st.integers(0, 2)),
+        prompt_depth=depth,
+        lora_rank=0 if kind == "ia3" else draw(st.integers(0, 2)),
+        lora_kind="lora" if kind == "ia3" else kind,
+        ia3=kind == "ia3",
+        bottleneck=draw(st.sampled_from([0, 0, 3])),
+        head=draw(st.booleans()),
+        backbone=draw(backbones),
+        first_block=first,
+    )
+    if first == num_blocks or draw(st.booleans()):
+        return spec
+    index = draw(st.integers(first, num_blocks - 1))
+    own = BlockTunables(
+        prompts=None if depth == "shallow" else draw(st.sampled_from([None, 0, 1])),
+        lora_rank=None if kind == "ia3" else draw(st.sampled_from([None, 0, 3])),
+        ia3=draw(st.booleans()) if kind == "ia3" else None,
+        bottleneck=draw(st.sampled_from([None, 0, 2])),
+        backbone=draw(st.none() | backbones),
+    )
+    return replace(spec, blocks={f"{index}..{index + 1}": own})
+
+
+def plain_model(case: Case, *, double: bool = False) -> PlainModel:
+    """The truth, with the values of `random_tunables`."""
+    whole, tunables = tiny_vit(case.config), random_tunables(case)
+    if double:
+        whole, tunables = whole.double(), {name: tensor.double() for name, tensor in tunables.items()}
+    return plain_of(whole, tunables, case.spec)
+
+
+def plain_of(whole: ViTForImageClassification, tunables: Mapping[str, Tensor], spec: Spec) -> PlainModel:
+    """The truth for a model with these tunables."""
+    return PlainModel(
+        whole,
+        tunables,
+        lora_alpha=spec.lora_alpha,
+        root_of_rank=spec.lora_kind == "rslora",
+        prompts_stay=spec.prompt_depth == "shallow",
+    )
 
 
 def cut_model(whole: ViTForImageClassification, segments: Sequence[Segment], spec: Spec) -> SegmentedViT:

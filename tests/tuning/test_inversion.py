@@ -146,6 +146,14 @@ def test_the_same_seed_gives_the_same_figures(recipe_of: Callable[..., Any], fou
     assert all("rendered glyphs" in attack.description for attack in first)  # it keeps only 20 validation images
 
 
+def test_tokens_of_shallow_prompts_do_not_disturb_the_attackers(
+    recipe_of: Callable[..., Any], foundation: Path
+) -> None:
+    shallow = recipe_of(tunables={"prompt_depth": "shallow"}, data={"validation": 60})
+    (line, *_) = tiny_attack(shallow, foundation)
+    assert line.results[0].psnr_db > line.results[0].baseline_psnr_db + 10
+
+
 def test_attacks_survive_json(attacks: tuple[InversionAttack, ...]) -> None:
     assert msgspec.json.decode(msgspec.json.encode(attacks), type=tuple[InversionAttack, ...]) == attacks
 

@@ -18,18 +18,21 @@ from ecogen.errors import NodeLostError
 from ecogen.runtime.stage import OptimizerSettings
 from ecogen.transport.memory import MemoryNetwork
 from ecogen.tuning.local import LocalSteps
-from tests.plain import PlainModel, fine_tune
-from tests.tiny import RecordingNetwork, tiny_vit
-from tests.tuning.clusters import Case, Tuned, cases, random_batches, random_tunables, stages_of, tune_cluster
+from tests.plain import fine_tune
+from tests.tiny import RecordingNetwork
+from tests.tuning.clusters import (
+    KINDS,
+    Case,
+    Tuned,
+    cases,
+    plain_model,
+    random_batches,
+    random_tunables,
+    stages_of,
+    tune_cluster,
+)
 
 SETTINGS = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
-
-
-def plain_model(case: Case, *, double: bool = True) -> PlainModel:
-    whole, tunables = tiny_vit(case.config), random_tunables(case)
-    if double:
-        whole, tunables = whole.double(), {name: tensor.double() for name, tensor in tunables.items()}
-    return PlainModel(whole, tunables, lora_scale=case.spec.lora_alpha / (case.spec.lora_rank or 1))
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -52,6 +55,15 @@ def tune(case: Case, *, steps: int = 3, batch_size: int = 4, microbatches: int =
     )
 
 
+@pytest.mark.parametrize("spec", KINDS, ids=str)
+def test_with_every_kind_of_tunables_local_steps_are_plain_fine_tuning(spec: Spec) -> None:
+    case = Case(3, (1, 2), spec=spec, owners=2)
+    tuned, plain = tune(case, steps=2), plain_model(case, double=True)
+    batches = [(b.images, b.labels) for b in random_batches(2, 4, dtype=torch.float64)]
+    fine_tune(plain, batches, learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
+    assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-6
+
+
 @example(Case(3, (1, 2), "end", owners=3), 4, 2, 0.5, 0.1, 2, 0.0)
 @example(Case(3, (1, 2), "start", owners=3), 4, 2, 0.5, 0.1, 2, 0.3)
 @given(
@@ -63,7 +75,7 @@ def tune(case: Case, *, steps: int = 3, batch_size: int = 4, microbatches: int =
     num_epochs=st.integers(1, 2),
     proximal=st.sampled_from([0.0, 0.0, 0.3]),
 )
-@settings(max_examples=30)
+@settings(max_examples=25)
 def test_local_steps_equal_plain_fine_tuning_of_the_whole_model(
     case: Case,
     batch_size: int,
@@ -78,7 +90,7 @@ def test_local_steps_equal_plain_fine_tuning_of_the_whole_model(
     chosen = OptimizerSettings(1e-2, weight_decay, clip_norm, epsilon, proximal)
     sizes = {"batch_size": batch_size, "microbatches": microbatches, "num_epochs": num_epochs}
     tuned = tune(case, steps=4, settings=chosen, **sizes)
-    plain = plain_model(case)
+    plain = plain_model(case, double=True)
     batches = random_batches(4, batch_size, dtype=torch.float64)
     losses = fine_tune(
         plain,
@@ -112,7 +124,7 @@ def test_in_float32_one_microbatch_is_plain_fine_tuning_to_rounding(one_thread: 
     case = Case(3, (1, 2))
     batches = random_batches(3, 4)
     tuned = asyncio.run(tune_cluster(case, random_tunables(case), batches, SETTINGS))
-    plain = plain_model(case, double=False)
+    plain = plain_model(case)
     fine_tune(plain, [(b.images, b.labels) for b in batches], learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
     assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-5
 
@@ -179,7 +191,7 @@ def test_no_gradient_crosses_a_cut_below_the_lowest_tunable(labels: str, spec: S
     assert network.links("backward") == expected
     counts = Counter((sent.sender_id, sent.receiver_id) for sent in network.sent if sent.method == "backward")
     assert set(counts.values()) <= {6}  # three steps of two microbatches
-    plain = plain_model(case)
+    plain = plain_model(case, double=True)
     batches = random_batches(3, 4, dtype=torch.float64)
     fine_tune(plain, [(b.images, b.labels) for b in batches], learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
     assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-6
