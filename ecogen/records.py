@@ -72,6 +72,8 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
         members: the clusters (of an edge) or edges (of the cloud) whose updates are in the aggregate.
         missing: those that took part but were lost before their update was complete.
         num_examples: examples behind the aggregate, each counted once a round.
+        lora_error: by how much LoRA's products miss the mean of the members' products, as a share of that mean's norm;
+            None where they are averaged factor by factor.
     """
 
     node_id: str
@@ -84,6 +86,7 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
     wall_s: float
     usages: tuple[Usage, ...]
     time_s: float = 0.0
+    lora_error: float | None = None
 
 
 class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):

@@ -47,6 +47,7 @@ from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_splits
 from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.messages import SYNC
+from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.sync import CloudState, CloudSync
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,15 @@ class CloudRole:
         evaluate = await context.worker.compute(self._evaluator)
         patience_s = recipe.tuning.rejoin_timeout_s
         self._sync = CloudSync(
-            context.node_id, state, path, self._members, context.worker, evaluate, self._log.put, patience_s=patience_s
+            context.node_id,
+            state,
+            path,
+            self._members,
+            context.worker,
+            evaluate,
+            self._log.put,
+            patience_s=patience_s,
+            ranks=LoraRanks.of(recipe),
         )
         self._report(ProgressReport("delivery", 0, len(self._topology.end_ids)))
         await self._sync.set_finished(self._finished_edges)

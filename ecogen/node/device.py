@@ -122,12 +122,13 @@ class DeviceRole:
         context, recipe = self._context, self._recipe
         config = ViTConfig.from_dict(welcome.model)
         placement = placement_from_table(welcome.placement)
-        segments = segments_held(placement, recipe.data.owners, context.node_id)
-        tensors = await self._backbone(config, segments, welcome.digest)
-        stage = await context.worker.compute(self._load, config, segments, tensors)
         topology = recipes.build_topology(recipe.topology)
         cluster_id = topology.cluster_of(context.node_id).cluster_id
-        shape = model_shape(config, recipe.tunables)
+        spec = recipe.tunables.of_cluster(cluster_id)
+        segments = segments_held(placement, recipe.data.owners, context.node_id)
+        tensors = await self._backbone(config, segments, welcome.digest)
+        stage = await context.worker.compute(self._load, config, segments, tensors, spec)
+        shape = model_shape(config, spec)
         data = await context.worker.compute(self._own_data, topology, placement, welcome.digest, shape)
         link = topology.links["d2d"]
         goes_down = recipe.wire.gradients_to == "start"
@@ -162,9 +163,11 @@ class DeviceRole:
         await self._context.worker.compute(save_tensors, path, tensors)
         return tensors
 
-    def _load(self, config: ViTConfig, segments: list[Segment], tensors: dict[str, Tensor]) -> Stage:
+    def _load(
+        self, config: ViTConfig, segments: list[Segment], tensors: dict[str, Tensor], spec: recipes.Tunables
+    ) -> Stage:
         model = load_vit(config, segments, tensors)
-        attach_tunables(model, self._recipe.tunables)
+        attach_tunables(model, spec)
         model.sends_all_tokens = self._recipe.wire.tokens == "all"
         return Stage(model, device=self._context.device, dtype=self._context.dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -44,6 +44,7 @@ from ecogen.tuning.data import load_splits
 from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.foundation import fetch_foundation
 from ecogen.tuning.messages import placement_table
+from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds, EdgeState
 
 
@@ -109,6 +110,7 @@ class EdgeRole:
             attempt=self._incarnation * 1_000_000,
             num_owners=recipe.data.owners,
             aggregation=recipe.aggregation,
+            ranks=LoraRanks.of(recipe),
         )
 
     async def _fetch_foundation(self) -> Foundation:
@@ -157,16 +159,17 @@ class EdgeRole:
     async def _install(self) -> None:
         """Give every device that is here the tuned tunables of its segments, to serve with."""
         orders = []
-        for placement in self._placements.values():
+        for cluster_id, placement in self._placements.items():
             if self._members.are_ready(placement.node_ids):
-                orders += [self._install_on(node_id, placement) for node_id in placement.node_ids]
+                tunables = await self._rounds.begin_of(cluster_id)
+                orders += [self._install_on(node_id, placement, tunables) for node_id in placement.node_ids]
         await asyncio.gather(*orders)
 
-    async def _install_on(self, node_id: str, placement: Placement) -> None:
+    async def _install_on(self, node_id: str, placement: Placement, tunables: Mapping[str, Tensor]) -> None:
         owners = self._recipe.data.owners
-        tunables = tunables_of(self._rounds.state.tunables, segments_held(placement, owners, node_id))
+        own = tunables_of(tunables, segments_held(placement, owners, node_id))
         order = Install(self._members.locate(neighbours_of(placement, owners, node_id)))
-        await self._ask_device(node_id, Message.of(INSTALL, order, kind="tunables", tensors=tunables))
+        await self._ask_device(node_id, Message.of(INSTALL, order, kind="tunables", tensors=own))
 
     async def _serve_requests(self) -> None:
         """Have each cluster in turn answer test examples, one a request."""

@@ -164,9 +164,9 @@ def kept_activations(shape: ModelShape, segment: Segment) -> int:
 
     A block that gradients pass keeps T' (8 D + I): both norms' inputs, the adapters' input, queries, keys, values,
     attention's output and its log-sum-exp (at most D), and what enters GELU. Frozen linear layers keep nothing, linear
-    layers that train their inputs: D + I more, and the patches. What is added keeps, a token: DoRA 2 D a target (what it
-    scales), IA3 2 D + I (what its factors meet), a bottleneck D + m. Attention probabilities are recomputed by the fused
-    kernel. The head keeps 2 D for its norm of CLS.
+    layers that train their inputs: D + I more, and the patches. What is added keeps, a token: DoRA 2 D a target (what
+    it scales), IA3 2 D + I (what its factors meet), a bottleneck D + m. Attention probabilities are recomputed by the
+    fused kernel. The head keeps 2 D for its norm of CLS.
     """
     head = 2 * shape.hidden_size
     patches = segment.has_embedding * (shape.embedding == "all") * (shape.num_tokens - 1) * shape.patch_dim

@@ -29,6 +29,7 @@ from ecogen.transport.base import Message, Transport
 from ecogen.transport.codec import Packed
 from ecogen.tuning.aggregate import Update, check_update
 from ecogen.tuning.messages import SYNC, TUNE, AttemptKey, SyncOrder, TuneOrder, TuneResult
+from ecogen.tuning.ranks import LoraRanks, Together
 from ecogen.tuning.strategies import strategy_of
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class EdgeRounds:
         attempt: a number larger than any that an earlier life of this edge used.
         evaluate: accuracy of tunables, run on the compute thread.
         aggregation: how the clusters' updates become one.
+        ranks: how LoRA's do, where ranks differ or products are averaged.
         publish: takes each record.
     """
 
@@ -111,6 +113,7 @@ class EdgeRounds:
         attempt: int,
         num_owners: int = 1,
         aggregation: Aggregation,
+        ranks: LoraRanks | None = None,
     ) -> None:
         self.state = state
         self._strategy, self._aggregation = strategy_of(aggregation), aggregation
@@ -119,7 +122,9 @@ class EdgeRounds:
         self._evaluate, self._publish, self._attempt = evaluate, publish, attempt
         self._num_owners = num_owners
         self._failed: set[str] = set()
-        self._parts: dict[tuple[Segment, ...], Packed] = {}  # of the tunables now, by who holds them
+        self._ranks = ranks
+        self._cut: dict[int, Tunables] = {}  # the tunables now, by LoRA rank
+        self._parts: dict[tuple[tuple[Segment, ...], int | None], Packed] = {}  # of them, by who holds them and rank
         self._last_problem = ""
 
     async def run(self) -> None:
@@ -135,18 +140,24 @@ class EdgeRounds:
         began_s = time.perf_counter()
         outcomes = await self._tune_clusters(round_index)
         updates = [outcome.update for outcome in outcomes]
-        tunables, memory, accuracy = await self._worker.compute(self._average, updates)
-        record = self._record(round_index, outcomes, accuracy, time.perf_counter() - began_s)
+        (tunables, memory, error), accuracy = await self._worker.compute(self._average, updates)
+        if error is not None:
+            logger.info("round %d: LoRA misses the mean of its products by %.2g of it", round_index + 1, error)
+        record = self._record(round_index, outcomes, accuracy, error, time.perf_counter() - began_s)
         unsynced = record.num_examples if self._is_sync_due(round_index) else None
         await self._commit(EdgeState(tunables, round_index + 1, unsynced, record, memory))
         self._publish(record)
         await self._agree()
 
-    def _average(self, updates: Sequence[Update]) -> tuple[Tunables, Tunables, float | None]:
+    def _average(self, updates: Sequence[Update]) -> tuple[Together, float | None]:
         """On the compute thread: what the strategy makes of the updates and keeps, and the accuracy."""
         ordered = sorted(updates, key=lambda update: update.sender_id)
-        tunables, memory = self._strategy(self.state.tunables, ordered, self.state.memory, self._aggregation)
-        return tunables, memory, self._evaluate(tunables)
+        before, memory = self.state.tunables, self.state.memory
+        if self._ranks is None:
+            together = Together(*self._strategy(before, ordered, memory, self._aggregation))
+        else:
+            together = self._ranks.put_together(before, ordered, memory, self._strategy, self._aggregation)
+        return together, self._evaluate(together.tunables)
 
     # Clusters.
 
@@ -177,10 +188,11 @@ class EdgeRounds:
 
     async def _attempt_cluster(self, cluster_id: str, key: AttemptKey) -> Outcome | None:
         """One attempt, or None if a device was lost or sent what cannot be put together: that is a normal event."""
-        placement = self._placements[cluster_id]
+        placement, rank = self._placements[cluster_id], self._rank_of(cluster_id)
+        begun = await self.begin_of(cluster_id)
         try:
             async with asyncio.timeout(self._tuning.round_timeout_s), asyncio.TaskGroup() as group:
-                orders = [group.create_task(self._order(node_id, placement, key)) for node_id in placement.node_ids]
+                orders = [group.create_task(self._order(id_, placement, rank, key)) for id_ in placement.node_ids]
         except TimeoutError:
             await self._lose(cluster_id, key, [TimeoutError(f"not done in {self._tuning.round_timeout_s:g} s")])
             return None
@@ -189,18 +201,31 @@ class EdgeRounds:
             return None
         outcome = _outcome(cluster_id, [order.result() for order in orders])
         try:
-            await self._worker.compute(check_update, outcome.update, self.state.tunables)
+            await self._worker.compute(check_update, outcome.update, begun)
         except AggregationError as problem:
             await self._lose(cluster_id, key, [problem])
             return None
         return outcome
 
-    async def _order(self, node_id: str, placement: Placement, key: AttemptKey) -> Message:
+    async def begin_of(self, cluster_id: str) -> Mapping[str, Tensor]:
+        """What a cluster begins or serves with: the tunables now, where it has a LoRA rank of its own cut to that."""
+        rank = self._rank_of(cluster_id)
+        if rank is None or self._ranks is None:
+            return self.state.tunables
+        if rank not in self._cut:
+            self._cut[rank] = await self._worker.compute(self._ranks.cut, self.state.tunables, rank)
+        return self._cut[rank]
+
+    def _rank_of(self, cluster_id: str) -> int | None:
+        return None if self._ranks is None else self._ranks.of_clusters.get(cluster_id)
+
+    async def _order(self, node_id: str, placement: Placement, rank: int | None, key: AttemptKey) -> Message:
         held = tuple(segments_held(placement, self._num_owners, node_id))
-        if held not in self._parts:
-            self._parts[held] = Packed(tunables_of(self.state.tunables, held))
+        if (held, rank) not in self._parts:
+            begun = self.state.tunables if rank is None else self._cut[rank]
+            self._parts[held, rank] = Packed(tunables_of(begun, held))
         order = TuneOrder(key, self._members.locate(neighbours_of(placement, self._num_owners, node_id)))
-        message = Message.of(TUNE, order, kind="tunables", tensors=self._parts[held])
+        message = Message.of(TUNE, order, kind="tunables", tensors=self._parts[held, rank])
         return await self._transport.call(node_id, message)
 
     async def _lose(self, cluster_id: str, key: AttemptKey, problems: Sequence[BaseException]) -> None:
@@ -262,9 +287,15 @@ class EdgeRounds:
         await self._worker.compute(state.save, self._path)
         self.state = state
         self._parts.clear()
+        self._cut.clear()
 
     def _record(
-        self, round_index: int, outcomes: Sequence[Outcome], accuracy: float | None, wall_s: float
+        self,
+        round_index: int,
+        outcomes: Sequence[Outcome],
+        accuracy: float | None,
+        lora_error: float | None,
+        wall_s: float,
     ) -> RoundRecord:
         members = tuple(outcome.update.sender_id for outcome in outcomes)
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
@@ -280,6 +311,7 @@ class EdgeRounds:
             wall_s,
             (*usages, self._worker.usage("tuning")),
             time.time(),
+            lora_error,
         )
 
     @property

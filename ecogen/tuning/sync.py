@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ecogen.config import Aggregation
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables
 from ecogen.records import EventRecord, Record, RoundRecord
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer
-from ecogen.tuning.aggregate import Update, aggregate
+from ecogen.tuning.aggregate import Update, aggregate, check_updates
 from ecogen.tuning.messages import SYNC, SyncOrder, SyncResult
+from ecogen.tuning.ranks import LoraRanks, Together
+from ecogen.tuning.strategies import fedavg
 
 Evaluate = Callable[[Tunables], float | None]
 
@@ -56,6 +59,7 @@ class CloudSync:
         evaluate: accuracy of tunables, run on the compute thread.
         publish: takes each record.
         patience_s: how long a lost edge is waited for.
+        ranks: how LoRA is averaged where its products are: edges have turned their factors, each in its own way.
     """
 
     def __init__(
@@ -69,9 +73,10 @@ class CloudSync:
         publish: Callable[[Record], None],
         *,
         patience_s: float,
+        ranks: LoraRanks | None = None,
     ) -> None:
         self.state = state
-        self._node_id = node_id
+        self._node_id, self._ranks = node_id, ranks
         self._path, self._members, self._worker = path, members, worker
         self._evaluate, self._publish, self._patience_s = evaluate, publish, patience_s
         self._pending: dict[int, dict[str, Update]] = {}
@@ -103,12 +108,20 @@ class CloudSync:
         began_s = time.perf_counter()
         await self._wait_for_all(round_index)
         updates = list(self._pending.pop(round_index).values())
-        tunables = await self._worker.compute(aggregate, updates)
+        tunables, _, error = await self._worker.compute(self._average, updates)
         accuracy = await self._worker.compute(self._evaluate, tunables)
         members = sorted(update.sender_id for update in updates)
         self.state = CloudState(tunables, round_index, self.state.counted | dict.fromkeys(members, round_index))
         await self._worker.compute(self.state.save, self._path)
-        self._publish(self._record(updates, members, accuracy, time.perf_counter() - began_s))
+        self._publish(self._record(updates, members, accuracy, error, time.perf_counter() - began_s))
+
+    def _average(self, updates: Sequence[Update]) -> Together:
+        """On the compute thread: the mean over edges, weighted by examples."""
+        if self._ranks is None or not self._ranks.products:
+            return Together(aggregate(updates), {})
+        check_updates(updates)
+        ordered = sorted(updates, key=lambda update: update.sender_id)
+        return self._ranks.put_together(self.state.tunables, ordered, {}, fedavg, Aggregation())
 
     async def _wait_for_all(self, round_index: int) -> None:
         """Until every edge has sent its update, or the missing ones are lost and do not come back in time."""
@@ -135,7 +148,14 @@ class CloudSync:
         self._finished = set(edge_ids)
         await self._members.wake()
 
-    def _record(self, updates: list[Update], members: list[str], accuracy: float | None, wall_s: float) -> RoundRecord:
+    def _record(
+        self,
+        updates: list[Update],
+        members: list[str],
+        accuracy: float | None,
+        lora_error: float | None,
+        wall_s: float,
+    ) -> RoundRecord:
         missing = tuple(sorted(set(self._members.expected) - set(members)))
         return RoundRecord(
             self._node_id,
@@ -148,6 +168,7 @@ class CloudSync:
             wall_s,
             (self._worker.usage("tuning"),),
             time.time(),
+            lora_error,
         )
 
     def _fence(self, node_id: str, round_index: int) -> None:

@@ -1,0 +1,191 @@
+"""LoRA between an edge of rank R and clusters of ranks r_i <= R: what each begins with, and what the edge ends with.
+
+The change of a weight is s B A with B [O, r] and A [r, I]; the scale s is alpha / r, with rsLoRA alpha / sqrt(r), so it
+is another one for every rank. Matrices O x I are never formed: a sum of products is the product of stacked factors
+(FLoRA, Wang et al. 2024, https://arxiv.org/abs/2409.05976), and its singular values are those of the small product of
+the factors' triangles (QR). All of it is in double precision.
+
+products: a cluster begins with the best approximation of its rank, and the edge ends with the best one of rank R of the
+    exact mean of products (HLoRA, Liu et al. 2025, https://arxiv.org/abs/2503.00813). Exact where sum r_i <= R.
+factors: a cluster begins with the first r_i rows of A and columns of B, and what it returns is padded with zeros, then
+    averaged factor by factor (HetLoRA without its pruning, Cho et al. 2024, https://arxiv.org/abs/2401.06432).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecogen.config import Aggregation, Recipe, takes_products
+from ecogen.models.tunables import Tunables
+from ecogen.tuning.aggregate import Update
+from ecogen.tuning.strategies import Strategy
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+class Product(NamedTuple):
+    """A matrix left @ right that is not formed: left [O, k], right [k, I]."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def norm(self) -> float:
+        """Its Frobenius norm."""
+        left, right = (torch.linalg.qr(part, mode="r").R for part in (self.left, self.right.T))
+        return float(torch.linalg.norm(left @ right.T))
+
+    def decompose(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [O, q], singular values [q] from the largest, V^T [q, I], with q = min(k, O, I)."""
+        of_left, left = torch.linalg.qr(self.left)
+        of_right, right = torch.linalg.qr(self.right.T)
+        u, singular, vt = torch.linalg.svd(left @ right.T, full_matrices=False)
+        return of_left @ u, singular, vt @ of_right.T
+
+
+class Together(NamedTuple):
+    """What became of the updates of a round.
+
+    Attributes:
+        memory: what the strategy wants to be given in the next round.
+        error: the Frobenius norm by which LoRA's products miss the mean of the clusters' products, over that mean's.
+    """
+
+    tunables: Tunables
+    memory: Tunables
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class LoraRanks:
+    """How LoRA is averaged where factor by factor will not do.
+
+    Attributes:
+        alpha: over the rank it is the scale, over its root with `root_of_rank` (rsLoRA).
+        products: average products; False: pad factors with zeros.
+        of_clusters: the largest rank of some clusters; the others have the edge's.
+    """
+
+    alpha: float
+    root_of_rank: bool = False
+    products: bool = True
+    of_clusters: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> LoraRanks | None:
+        """That of a recipe; None where all ranks are the same and factors are averaged one by one, as FedAvg does."""
+        tunables, products = recipe.tunables, takes_products(recipe)
+        if not (products or tunables.cluster_ranks):
+            return None
+        return cls(tunables.lora_alpha, tunables.lora_kind == "rslora", products, tunables.cluster_ranks)
+
+    def scale(self, rank: int) -> float:
+        """What a product of factors of this rank is multiplied by."""
+        return self.alpha / (math.sqrt(rank) if self.root_of_rank else rank)
+
+    def cut(self, tunables: Mapping[str, Tensor], most: int | None) -> Tunables:
+        """What a cluster of LoRA rank `most` begins or serves with; None is the edge's own rank."""
+        reduced = dict(tunables)
+        for name in lora_modules(tunables) if most else ():
+            a, b = tunables[name + _A], tunables[name + _B]
+            if most is not None and len(a) > most:
+                reduced[name + _A], reduced[name + _B] = self._cut(a, b, most)
+        return reduced
+
+    def put_together(
+        self,
+        before: Mapping[str, Tensor],
+        updates: Sequence[Update],
+        memory: Mapping[str, Tensor],
+        strategy: Strategy,
+        spec: Aggregation,
+    ) -> Together:
+        """The tunables after a round: LoRA as said above, everything else by the strategy.
+
+        Args:
+            updates: that were checked, see `check_update`.
+        """
+        modules = lora_modules(before)
+        if self.products:
+            rest = [replace(update, tunables=_without(update.tunables, modules)) for update in updates]
+            tunables, memory = strategy(_without(before, modules), rest, memory, spec)
+            for name in modules:
+                tunables |= self._nearest(name, before, updates)
+        else:
+            padded = [self._padded(update, before, modules) for update in updates]
+            tunables, memory = strategy(before, padded, memory, spec)
+        return Together({name: tunables[name] for name in before}, memory, self.error(tunables, updates))
+
+    def error(self, tunables: Mapping[str, Tensor], updates: Sequence[Update]) -> float | None:
+        """How far LoRA's products are from the mean of the updates', over all weights; None without LoRA."""
+        missed, whole, modules = 0.0, 0.0, lora_modules(tunables)
+        for name in modules:
+            mean, own = self.mean(name, updates), self._product(tunables, name)
+            whole += mean.norm**2
+            missed += Product(torch.cat([mean.left, -own.left], 1), torch.cat([mean.right, own.right])).norm ** 2
+        return math.sqrt(missed / whole) if whole else 0.0 if modules else None
+
+    def mean(self, name: str, updates: Sequence[Update]) -> Product:
+        """The mean of the updates' products, weighted by examples: sum w_i s_i B_i A_i, exact, of rank sum r_i."""
+        total = sum(update.num_examples for update in updates)
+        products = [self._product(update.tunables, name) for update in updates]
+        weighted = [p.left * (u.num_examples / total) for p, u in zip(products, updates, strict=True)]
+        return Product(torch.cat(weighted, 1), torch.cat([p.right for p in products]))
+
+    def _product(self, tunables: Mapping[str, Tensor], name: str) -> Product:
+        a, b = tunables[name + _A].double(), tunables[name + _B].double()
+        return Product(b * self.scale(len(a)), a)
+
+    def _nearest(self, name: str, before: Mapping[str, Tensor], updates: Sequence[Update]) -> Tunables:
+        """The factors of the edge's rank whose product is nearest to the mean (Eckart and Young 1936).
+
+        The rows of A before are in the stack with a weight of zero: where the mean has less rank than R, A keeps
+        directions to learn in, with columns of zeros in B, as LoRA begins.
+        """
+        a = before[name + _A]
+        mean = self.mean(name, updates)
+        idle = torch.zeros(len(mean.left), len(a), dtype=torch.float64)
+        stacked = Product(torch.cat([mean.left, idle], 1), torch.cat([mean.right, a.double()]))
+        new_a, new_b = self._factors(stacked, len(a), like=a)
+        return {name + _A: new_a, name + _B: new_b}
+
+    def _cut(self, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        scale = self.scale(len(a))
+        if self.products:
+            return self._factors(Product(b.double() * scale, a.double()), rank, like=a)
+        return a[:rank].clone(), b[:, :rank] * (scale / self.scale(rank))
+
+    def _factors(self, product: Product, rank: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of a rank with the nearest product. A's rows are orthogonal and as long as those of `like`.
+
+        So A stays what an optimizer can work with, also where the product is zero; B takes the singular values.
+        """
+        u, singular, vt = (part.narrow(dim, 0, rank) for part, dim in zip(product.decompose(), (1, 0, 0), strict=True))
+        length = float(like.double().norm()) / math.sqrt(len(like)) or 1.0
+        return (length * vt).to(like.dtype), (u * (singular / (length * self.scale(rank)))).to(like.dtype)
+
+    def _padded(self, update: Update, before: Mapping[str, Tensor], modules: Sequence[str]) -> Update:
+        """The update with factors of the edge's rank: zeros where its own have nothing, and the edge's scale in B."""
+        tunables = dict(update.tunables)
+        for name in modules:
+            a, b, rank = tunables[name + _A], tunables[name + _B], len(before[name + _A])
+            missing, scale = rank - len(a), self.scale(len(a)) / self.scale(rank)
+            tunables[name + _A] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+            tunables[name + _B] = torch.cat([b * scale, b.new_zeros(len(b), missing)], 1)
+        return replace(update, tunables=tunables)
+
+
+def lora_modules(tunables: Mapping[str, Tensor]) -> list[str]:
+    """The modules that have LoRA's factors."""
+    return [name.removesuffix(_A) for name in tunables if name.endswith(_A)]
+
+
+def _without(tunables: Mapping[str, Tensor], modules: Sequence[str]) -> Tunables:
+    factors = {name + part for name in modules for part in (_A, _B)}
+    return {name: tensor for name, tensor in tunables.items() if name not in factors}
