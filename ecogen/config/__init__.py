@@ -3,7 +3,7 @@
 Reading a recipe touches no network, disk (beyond the recipe itself) or device.
 """
 
-from ecogen.config.contradictions import takes_products
+from ecogen.config.contradictions import lora_averaging
 from ecogen.config.nodes import build_topology, compute_of
 from ecogen.config.reading import (
     builtin_names,
@@ -73,8 +73,8 @@ __all__ = [
     "from_table",
     "load",
     "load_study",
+    "lora_averaging",
     "section_from_table",
     "section_table",
-    "takes_products",
     "to_table",
 ]

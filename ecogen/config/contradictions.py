@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ecogen.config.schema import Recipe, Tunables, block_range
 
@@ -78,5 +78,12 @@ def _of_ranks(recipe: Recipe) -> Iterator[Contradiction]:
 
 def takes_products(recipe: Recipe) -> bool:
     """Whether edges average LoRA's products rather than its factors."""
+    return lora_averaging(recipe) != "factors"
+
+
+def lora_averaging(recipe: Recipe) -> Literal["factors", "products", "changes"]:
+    """What edges average of LoRA."""
     how = recipe.aggregation.lora
-    return how == "products" or (how == "auto" and bool(recipe.tunables.cluster_ranks))
+    if how == "auto":
+        return "changes" if recipe.tunables.cluster_ranks else "factors"
+    return how

@@ -280,9 +280,9 @@ class Aggregation:
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
-    # What becomes of LoRA's two factors: each averaged by itself, or the mean of their products, exact but for the cut
-    # to the edge's rank. auto: factors where all clusters have the same rank, products where they differ.
-    lora: Literal["auto", "factors", "products"] = "auto"
+    # What becomes of LoRA's two factors: each averaged by itself, or the mean of their products, or of the changes of
+    # these, exact but for the cut to the edge's rank. auto: factors where clusters have one rank, else changes.
+    lora: Literal["auto", "factors", "products", "changes"] = "auto"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -54,8 +54,10 @@ class StudyRow(TypedDict):
     reference: dict[str, float] | None
     beside: dict[str, Spread]
     tunable_fraction: float
+    lora_error: float | None
     sent_bytes: float
     d2d_bytes: float
+    flops: float
     energy_j: float
     wall_s: float
     to_target: ToTarget | None
@@ -172,6 +174,7 @@ def _row(row: Row, runs: Sequence[Summary], beside: Sequence[Scores]) -> StudyRo
     first = [_measured(run["accuracy"]["first"]) for run in runs]
     last = [_measured(run["accuracy"]["last"]) for run in runs]
     reference = row.case.reference
+    errors = [error for run in runs if (error := run.get("lora_error")) is not None]
     return {
         "name": row.case.name,
         "clusters": row.num_clusters,
@@ -185,8 +188,10 @@ def _row(row: Row, runs: Sequence[Summary], beside: Sequence[Scores]) -> StudyRo
         "reference": {"first": reference.first, "last": reference.last} if reference else None,
         "beside": {name: _spread([scores[name] for scores in beside]) for name in (beside[0] if beside else ())},
         "tunable_fraction": fmean(run["tunable_fraction"] for run in runs),
+        "lora_error": fmean(errors) if errors else None,
         "sent_bytes": fmean(sum(run["traffic_bytes"][link] for link in LINK_CLASSES) for run in runs),
         "d2d_bytes": fmean(run["traffic_bytes"]["d2d"] for run in runs),
+        "flops": fmean(run["flops"] for run in runs),
         "energy_j": fmean(float(run["energy_j"]["mid"]) for run in runs),
         "wall_s": fmean(run["wall_s"] for run in runs),
         "to_target": None,

@@ -93,6 +93,7 @@ def _clusters(rows: Sequence[StudyRow]) -> list[int]:
 def _table(part: str, rows: Sequence[StudyRow]) -> Table:
     others = list(dict.fromkeys(name for row in rows for name in row["beside"]))
     has_reference = any(row["reference"] for row in rows)
+    has_error = any(row["lora_error"] is not None for row in rows)
     columns = [
         word("case"),
         Column("clusters"),
@@ -103,19 +104,14 @@ def _table(part: str, rows: Sequence[StudyRow]) -> Table:
     columns += [Column("sd"), Column("least"), Column("seeds")]
     columns += [Column("reference", "first"), Column("reference", "last")] if has_reference else []
     columns += [Column(name, "in one place") for name in others]
-    columns += [
-        Column("tunable"),
-        Column("sent", "a run"),
-        Column("of it D2D"),
-        Column("energy", "modelled"),
-        Column("time", "a run"),
-    ]
-    return Table(
-        part.replace("_", " ").capitalize(), tuple(columns), tuple(_cells(row, others, has_reference) for row in rows)
-    )
+    columns += [Column("LoRA error", "of the mean")] if has_error else []
+    columns += [Column("tunable"), Column("sent", "a run"), Column("of it D2D")]
+    columns += [Column("compute", "GFLOP"), Column("energy", "modelled"), Column("time", "a run")]
+    cells = tuple(_cells(row, others, has_reference, has_error) for row in rows)
+    return Table(part.replace("_", " ").capitalize(), tuple(columns), cells)
 
 
-def _cells(row: StudyRow, others: Sequence[str], has_reference: bool) -> tuple[str, ...]:
+def _cells(row: StudyRow, others: Sequence[str], has_reference: bool, has_error: bool) -> tuple[str, ...]:
     reference: Mapping[str, float] = row["reference"] or {}
     cells = [row["name"], str(row["clusters"]), format_share(row["first_mean"]), _points(row["first_sd"])]
     cells += [
@@ -126,7 +122,9 @@ def _cells(row: StudyRow, others: Sequence[str], has_reference: bool) -> tuple[s
     ]
     cells += [format_share(reference.get(key)) for key in ("first", "last")] if has_reference else []
     cells += [format_share(row["beside"][name]["mean"]) if name in row["beside"] else DASH for name in others]
+    cells += [format_share(row["lora_error"])] if has_error else []
     cells += [format_share(row["tunable_fraction"]), format_bytes(row["sent_bytes"]), format_bytes(row["d2d_bytes"])]
+    cells += [f"{row['flops'] / 1e9:.1f}"]
     return (*cells, format_joules(row["energy_j"]), format_seconds(row["wall_s"]))
 
 

@@ -70,6 +70,7 @@ class Spent(TypedDict):
 class Summary(TypedDict):
     """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled.
 
+    `lora_error` is the mean over rounds; None where LoRA is averaged factor by factor between clusters of equal rank.
     `inversion` is by attacker and by blocks before the cut; None where nobody attacked.
     """
 
@@ -81,7 +82,9 @@ class Summary(TypedDict):
     accuracy: Accuracy
     spent: list[Spent]
     tunable_fraction: float
+    lora_error: float | None
     traffic_bytes: dict[str, int]
+    flops: float
     energy_j: dict[str, float | str]
     emissions_g: float
     emissions_g_bounds: dict[str, float]
@@ -105,7 +108,9 @@ def summarise(
         "accuracy": accuracy(records, topology),
         "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,
+        "lora_error": _mean([record.lora_error for record in records if isinstance(record, RoundRecord)]),
         "traffic_bytes": traffic_bytes(ledger),
+        "flops": sum(usage.flops for record in records for usage in getattr(record, "usages", ())),
         "energy_j": {**_bounds(total.energy_j), "method": ledger.method},
         "emissions_g": total.emissions_g.mid,
         "emissions_g_bounds": _bounds(total.emissions_g),

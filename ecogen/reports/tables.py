@@ -53,15 +53,20 @@ def word(name: str) -> Column:
 
 
 def rounds_table(records: Sequence[Record], topology: Topology) -> Table:
-    """Accuracy of the cloud and of each edge by round, the mean loss, examples, and what was missing."""
+    """Accuracy of the cloud and of each edge by round, the mean loss, examples, and what was missing.
+
+    Where LoRA's products were averaged, by how much the edges missed their mean, as a mean over edges.
+    """
     nodes = [topology.cloud_id, *(topology.edge_ids if len(topology.edge_ids) <= _MAX_EDGES else ())]
     accuracies = [history(records, node, lambda record: record.accuracy) for node in nodes]
+    has_error = any(isinstance(record, RoundRecord) and record.lora_error is not None for record in records)
     rows = []
     for position, index in enumerate(round_indices(records)):
         shares = [format_share(accuracy[position]) for accuracy in accuracies]
         edges = [r for r in _rounds(records, index) if r.node_id != topology.cloud_id]
-        rows.append((str(position + 1), *shares, *_round_totals(edges)))
+        rows.append((str(position + 1), *shares, *_lora_error(edges, has_error), *_round_totals(edges)))
     columns = [word("round"), *(Column(node, "accuracy") for node in nodes)]
+    columns += [Column("LoRA error", "of the mean")] if has_error else []
     columns += [Column("loss", "mean of edges"), Column("examples"), Column("longest edge", "s"), word("missing")]
     return Table("Rounds", tuple(columns), tuple(rows))
 
@@ -198,6 +203,11 @@ def hops_tables(record: RequestRecord, topology: Topology) -> tuple[Table, Table
 
 def _rounds(records: Sequence[Record], index: int) -> list[RoundRecord]:
     return [record for record in records if isinstance(record, RoundRecord) and record.round_index == index]
+
+
+def _lora_error(edges: Sequence[RoundRecord], is_shown: bool) -> tuple[str, ...]:
+    errors = [record.lora_error for record in edges if record.lora_error is not None]
+    return (format_share(sum(errors) / len(errors) if errors else None),) if is_shown else ()
 
 
 def _round_totals(edges: Sequence[RoundRecord]) -> tuple[str, str, str, str]:

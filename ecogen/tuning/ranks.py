@@ -7,6 +7,10 @@ the factors' triangles (QR). All of it is in double precision.
 
 products: a cluster begins with the best approximation of its rank, and the edge ends with the best one of rank R of the
     exact mean of products (HLoRA, Liu et al. 2025, https://arxiv.org/abs/2503.00813). Exact where sum r_i <= R.
+changes: as products, but what a cluster was sent is taken off its product, and the mean of these changes is added to
+    the edge's product. What was cut off did not reach the cluster and is missing in its product: with plain products
+    the directions fade, round by round, that only some clusters have room for (so in Wu et al. 2026, section 4,
+    https://arxiv.org/abs/2602.13486).
 factors: a cluster begins with the first r_i rows of A and columns of B, and what it returns is padded with zeros, then
     averaged factor by factor (HetLoRA without its pruning, Cho et al. 2024, https://arxiv.org/abs/2401.06432).
 """
@@ -16,12 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ecogen.config import Aggregation, Recipe, takes_products
+from ecogen.config import Aggregation, Recipe, lora_averaging
 from ecogen.models.tunables import Tunables
 from ecogen.tuning.aggregate import Update
 from ecogen.tuning.strategies import Strategy
@@ -68,22 +72,22 @@ class LoraRanks:
 
     Attributes:
         alpha: over the rank it is the scale, over its root with `root_of_rank` (rsLoRA).
-        products: average products; False: pad factors with zeros.
+        how: what is averaged, see above.
         of_clusters: the largest rank of some clusters; the others have the edge's.
     """
 
     alpha: float
     root_of_rank: bool = False
-    products: bool = True
+    how: Literal["factors", "products", "changes"] = "changes"
     of_clusters: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recipe: Recipe) -> LoraRanks | None:
         """That of a recipe; None where all ranks are the same and factors are averaged one by one, as FedAvg does."""
-        tunables, products = recipe.tunables, takes_products(recipe)
-        if not (products or tunables.cluster_ranks):
+        tunables, how = recipe.tunables, lora_averaging(recipe)
+        if how == "factors" and not tunables.cluster_ranks:
             return None
-        return cls(tunables.lora_alpha, tunables.lora_kind == "rslora", products, tunables.cluster_ranks)
+        return cls(tunables.lora_alpha, tunables.lora_kind == "rslora", how, tunables.cluster_ranks)
 
     def scale(self, rank: int) -> float:
         """What a product of factors of this rank is multiplied by."""
@@ -112,7 +116,7 @@ class LoraRanks:
             updates: that were checked, see `check_update`.
         """
         modules = lora_modules(before)
-        if self.products:
+        if self.how != "factors":
             rest = [replace(update, tunables=_without(update.tunables, modules)) for update in updates]
             tunables, memory = strategy(_without(before, modules), rest, memory, spec)
             for name in modules:
@@ -120,23 +124,37 @@ class LoraRanks:
         else:
             padded = [self._padded(update, before, modules) for update in updates]
             tunables, memory = strategy(before, padded, memory, spec)
-        return Together({name: tunables[name] for name in before}, memory, self.error(tunables, updates))
+        tunables = {name: tunables[name] for name in before}
+        return Together(tunables, memory, self.error(tunables, before, updates))
 
-    def error(self, tunables: Mapping[str, Tensor], updates: Sequence[Update]) -> float | None:
-        """How far LoRA's products are from the mean of the updates', over all weights; None without LoRA."""
+    def error(
+        self, tunables: Mapping[str, Tensor], before: Mapping[str, Tensor], updates: Sequence[Update]
+    ) -> float | None:
+        """How far LoRA's products are from what they should be, `mean`, over all weights; None without LoRA."""
         missed, whole, modules = 0.0, 0.0, lora_modules(tunables)
         for name in modules:
-            mean, own = self.mean(name, updates), self._product(tunables, name)
+            mean = self.mean(name, before, updates)
             whole += mean.norm**2
-            missed += Product(torch.cat([mean.left, -own.left], 1), torch.cat([mean.right, own.right])).norm ** 2
+            missed += _sum([(1.0, mean), (-1.0, self._product(tunables, name))]).norm ** 2
         return math.sqrt(missed / whole) if whole else 0.0 if modules else None
 
-    def mean(self, name: str, updates: Sequence[Update]) -> Product:
-        """The mean of the updates' products, weighted by examples: sum w_i s_i B_i A_i, exact, of rank sum r_i."""
-        total = sum(update.num_examples for update in updates)
-        products = [self._product(update.tunables, name) for update in updates]
-        weighted = [p.left * (u.num_examples / total) for p, u in zip(products, updates, strict=True)]
-        return Product(torch.cat(weighted, 1), torch.cat([p.right for p in products]))
+    def mean(self, name: str, before: Mapping[str, Tensor], updates: Sequence[Update]) -> Product:
+        """The mean of the updates' products, weighted by examples: sum w_i s_i B_i A_i, exact, of rank sum r_i.
+
+        Of changes: each update's product with what the edge had and did not send to it.
+        """
+        total, terms = sum(update.num_examples for update in updates), []
+        for update in updates:
+            share, rank = update.num_examples / total, len(update.tunables[name + _A])
+            terms.append((share, self._product(update.tunables, name)))
+            if self.how == "changes" and rank < len(before[name + _A]):
+                terms += [(share, self._product(before, name)), (-share, self._sent(before, name, rank))]
+        return _sum(terms)
+
+    def _sent(self, before: Mapping[str, Tensor], name: str, rank: int) -> Product:
+        """The product that a cluster of a rank began with."""
+        a, b = self._cut(before[name + _A], before[name + _B], rank)
+        return self._product({name + _A: a, name + _B: b}, name)
 
     def _product(self, tunables: Mapping[str, Tensor], name: str) -> Product:
         a, b = tunables[name + _A].double(), tunables[name + _B].double()
@@ -149,15 +167,13 @@ class LoraRanks:
         directions to learn in, with columns of zeros in B, as LoRA begins.
         """
         a = before[name + _A]
-        mean = self.mean(name, updates)
-        idle = torch.zeros(len(mean.left), len(a), dtype=torch.float64)
-        stacked = Product(torch.cat([mean.left, idle], 1), torch.cat([mean.right, a.double()]))
+        stacked = _sum([(1.0, self.mean(name, before, updates)), (0.0, self._product(before, name))])
         new_a, new_b = self._factors(stacked, len(a), like=a)
         return {name + _A: new_a, name + _B: new_b}
 
     def _cut(self, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         scale = self.scale(len(a))
-        if self.products:
+        if self.how != "factors":
             return self._factors(Product(b.double() * scale, a.double()), rank, like=a)
         return a[:rank].clone(), b[:, :rank] * (scale / self.scale(rank))
 
@@ -184,6 +200,12 @@ class LoraRanks:
 def lora_modules(tunables: Mapping[str, Tensor]) -> list[str]:
     """The modules that have LoRA's factors."""
     return [name.removesuffix(_A) for name in tunables if name.endswith(_A)]
+
+
+def _sum(terms: Sequence[tuple[float, Product]]) -> Product:
+    """The weighted sum of products: that of their factors side by side."""
+    left = torch.cat([weight * product.left for weight, product in terms], 1)
+    return Product(left, torch.cat([product.right for _, product in terms]))
 
 
 def _without(tunables: Mapping[str, Tensor], modules: Sequence[str]) -> Tunables:

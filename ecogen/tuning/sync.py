@@ -117,7 +117,7 @@ class CloudSync:
 
     def _average(self, updates: Sequence[Update]) -> Together:
         """On the compute thread: the mean over edges, weighted by examples."""
-        if self._ranks is None or not self._ranks.products:
+        if self._ranks is None or self._ranks.how == "factors":
             return Together(aggregate(updates), {})
         check_updates(updates)
         ordered = sorted(updates, key=lambda update: update.sender_id)

@@ -39,7 +39,9 @@ def run_of(first: float, last: float) -> Any:
         "accuracy": accuracy,
         "spent": spent,
         "tunable_fraction": 0.02,
+        "lora_error": None,
         "traffic_bytes": sent,
+        "flops": 3e9,
         "energy_j": {"mid": 7.0},
         "wall_s": 3.0,
     }
@@ -95,6 +97,14 @@ def test_a_study_that_was_cut_short_shows_what_is_there() -> None:
     assert summary["trend"] is None
     assert "This study was cut short" in render_study(summary)
     assert "no run has finished yet" in render_study(summarise_study(STUDY, {}, {}))
+
+
+def test_a_column_of_loras_error_is_there_where_a_run_has_one() -> None:
+    some = {key: run | {"lora_error": 0.25} for key, run in RUNS.items() if key[0] == "head"}
+    summary = summarise_study(STUDY, RUNS | some, {})
+    assert summary["parts"]["ablations"][0]["lora_error"] == 0.25
+    assert render_study(summary).count("LoRA error") == 1
+    assert "LoRA error" not in render_study(summarise_study(STUDY, RUNS, {}))
 
 
 def test_there_is_no_trend_until_every_seed_has_run() -> None:

@@ -13,6 +13,7 @@ from ecogen.accounting.ledger import Ledger, settle
 from ecogen.config import Recipe, build_topology
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.reports.summary import RunFacts, Summary, accuracy, summarise
+from ecogen.reports.tables import rounds_table
 from ecogen.topology import Topology
 from tests.reports.conftest import LOST, recipe_with, records_of
 
@@ -71,6 +72,23 @@ def test_the_summary_reads_the_facts(summary: Summary, facts: RunFacts) -> None:
     assert summary["tunable_fraction"] == 21_642 / 801_546
     assert (summary["wall_s"], summary["engine"]) == (facts.wall_s, "inproc")
     assert (summary["name"], summary["seed"]) == ("digits", 0)
+
+
+def test_loras_error_is_the_mean_over_rounds_and_a_column_of_the_rounds(
+    recipe: Recipe, topology: Topology, facts: RunFacts, records: list[Record], summary: Summary
+) -> None:
+    assert summary["lora_error"] is None
+    assert not any(column.name == "LoRA error" for column in rounds_table(records, topology).columns)
+    some = [msgspec.structs.replace(r, lora_error=0.25) if isinstance(r, RoundRecord) else r for r in records]
+    assert summarise(some, settle(some, topology), recipe, topology, facts)["lora_error"] == 0.25
+    table = rounds_table(some, topology)
+    place = [column.name for column in table.columns].index("LoRA error")
+    assert {row[place] for row in table.rows} == {"25.0 %"}
+
+
+def test_flops_are_those_of_all_usages(summary: Summary, records: list[Record]) -> None:
+    usages = [usage for record in records if not isinstance(record, EventRecord) for usage in record.usages]
+    assert summary["flops"] == sum(usage.flops for usage in usages)
 
 
 def test_what_was_recovered_is_told_by_attacker_and_depth(summary: Summary) -> None:

@@ -19,7 +19,7 @@ from ecogen.tuning.ranks import LoraRanks, Product
 from ecogen.tuning.strategies import fedavg, median
 from tests.runs import run
 
-RANKS = LoraRanks(alpha=8.0)
+RANKS = LoraRanks(alpha=8.0, how="products")
 NAMES = ("vit.layers.0.attention.q_proj", "vit.layers.1.attention.v_proj")
 SPEC = Aggregation()
 
@@ -66,7 +66,7 @@ def together(ranks: LoraRanks, before: Mapping[str, Tensor], updates: list[Updat
 def test_the_mean_of_products_is_the_dense_one_cut_to_the_edges_rank(
     root_of_rank: bool, own: list[int], rank: int, seed: int
 ) -> None:
-    ranks, before, updates = LoraRanks(8.0, root_of_rank), tunables(rank, 7), updates_of(*own, seed=seed)
+    ranks, before, updates = LoraRanks(8.0, root_of_rank, "products"), tunables(rank, 7), updates_of(*own, seed=seed)
     result = ranks.put_together(before, updates, {}, fedavg, SPEC)
     missed, whole = 0.0, 0.0
     for name in NAMES:
@@ -89,8 +89,27 @@ def test_the_product_of_a_mean_of_factors_is_not_the_mean_of_products() -> None:
     """So that the strategy is worth its name: what FedAvg does with equal ranks has an error too."""
     updates = updates_of(2, 2)
     plain, _ = fedavg(tunables(2, 7), updates, {}, SPEC)
-    assert RANKS.error(plain, updates) > 0.3
+    assert RANKS.error(plain, tunables(2, 7), updates) > 0.3
     assert not np.allclose(dense(RANKS, plain), dense_mean(RANKS, updates), atol=0.1)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(4, 6), st.integers(0, 99))
+def test_the_mean_of_changes_is_the_dense_one_added_to_what_the_edge_had(own: list[int], rank: int, seed: int) -> None:
+    ranks, before, updates = LoraRanks(8.0), tunables(rank, 7), updates_of(*own, seed=seed)
+    result, name = ranks.put_together(before, updates, {}, fedavg, SPEC), NAMES[1]
+    had = dense(ranks, before, name)
+    changes = [dense(ranks, u.tunables, name) - nearest(had, r) for u, r in zip(updates, own, strict=True)]
+    truth = had + np.average(changes, axis=0, weights=[update.num_examples for update in updates])
+    np.testing.assert_allclose(dense(ranks, result.tunables, name), nearest(truth, rank), atol=2e-4)
+
+
+@pytest.mark.parametrize(("how", "left"), [("changes", 1.0), ("products", 0.5)])
+def test_what_a_cluster_has_no_room_for_fades_unless_changes_are_averaged(how: Any, left: float) -> None:
+    """Two clusters that learn nothing, of ranks 1 and 2: the second direction stays, or is halved."""
+    ranks, before = LoraRanks(8.0, how=how), tunables(2, 3)
+    updates = [Update(f"c{rank}", ranks.cut(before, rank), 5) for rank in (1, 2)]
+    had, has = dense(ranks, before), dense(ranks, together(ranks, before, updates))
+    np.testing.assert_allclose(has, nearest(had, 1) + left * (had - nearest(had, 1)), atol=1e-5)
 
 
 @given(st.integers(1, 5), st.integers(0, 99))
@@ -123,7 +142,7 @@ def test_where_nothing_was_learned_yet_every_cluster_can_learn() -> None:
 
 
 def test_padded_factors_are_averaged_with_zeros_and_the_edges_scale() -> None:
-    ranks, before, updates = LoraRanks(8.0, products=False), tunables(3, 7), updates_of(1, 3)
+    ranks, before, updates = LoraRanks(8.0, how="factors"), tunables(3, 7), updates_of(1, 3)
     after = together(ranks, before, updates)
     (one, three), name = (update.tunables for update in updates), NAMES[0]
     a = torch.zeros(3, 7)
@@ -139,7 +158,7 @@ def test_padded_factors_are_averaged_with_zeros_and_the_edges_scale() -> None:
 
 
 def test_padded_factors_may_be_put_together_by_another_strategy() -> None:
-    ranks, updates = LoraRanks(8.0, products=False), updates_of(3, 3, 3)
+    ranks, updates = LoraRanks(8.0, how="factors"), updates_of(3, 3, 3)
     result = ranks.put_together(tunables(3, 7), updates, {}, median, SPEC)
     plain, _ = median(tunables(3, 7), updates, {}, SPEC)
     assert all(torch.equal(result.tunables[name], tensor) for name, tensor in plain.items())
@@ -177,7 +196,7 @@ def unequal(recipe_of: Callable[..., Any], **aggregation: str) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("lora", ["products", "factors"])
+@pytest.mark.parametrize("lora", ["auto", "products", "factors"])
 async def test_a_federation_of_unequal_ranks_runs_answers_and_states_its_error(
     recipe_of: Callable[..., Any], tmp_path: Any, lora: str
 ) -> None:
@@ -189,7 +208,7 @@ async def test_a_federation_of_unequal_ranks_runs_answers_and_states_its_error(
     assert all(error is not None and 0 <= error < 1.5 for error in of_edges)
     assert any(error > 0.01 for error in of_edges)
     of_cloud = [record.lora_error for record in rounds if record.node_id == "cloud"]
-    assert all((error is not None) == (lora == "products") for error in of_cloud)
+    assert all((error is not None) == (lora != "factors") for error in of_cloud)
 
 
 async def test_where_ranks_are_equal_and_factors_averaged_no_error_is_stated(
