@@ -12,7 +12,8 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS
 
-NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", "table3", "poisoned", "traffic"]
+STUDIES = ["table3", "poisoned", "traffic", "tunables", "ranks"]
+NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", *STUDIES]
 
 
 def main(names: list[str]) -> int:

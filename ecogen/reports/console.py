@@ -123,6 +123,7 @@ def _summary_rows(summary: Summary) -> list[tuple[str, str, str]]:
     return [
         ("accuracy", accuracy_line(summary), rounds),
         ("tunable", format_share(summary["tunable_fraction"]), "of the parameters"),
+        *_lora_rows(summary),
         ("tunables sent", format_bytes(sent["tunables"]), ""),
         ("all sent", format_bytes(sum(sent[link] for link in LINK_NAMES)), links),
         ("energy", format_joules(energy_j.mid), f"{format_range(energy_j)}, modelled"),
@@ -131,6 +132,11 @@ def _summary_rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("wall time", format_seconds(summary["wall_s"]), f"engine {summary['engine']}"),
         *_event_rows(summary),
     ]
+
+
+def _lora_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    error = summary["lora_error"]
+    return [] if error is None else [("LoRA error", format_share(error), "of what products should be, mean of rounds")]
 
 
 def _bounds(values: Mapping[str, float | str]) -> Bounds:

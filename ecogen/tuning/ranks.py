@@ -9,7 +9,7 @@ products: a cluster begins with the best approximation of its rank, and the edge
     exact mean of products (HLoRA, Liu et al. 2025, https://arxiv.org/abs/2503.00813). Exact where sum r_i <= R.
 changes: as products, but what a cluster was sent is taken off its product, and the mean of these changes is added to
     the edge's product. What was cut off did not reach the cluster and is missing in its product: with plain products
-    the directions fade, round by round, that only some clusters have room for (so in Wu et al. 2026, section 4,
+    the directions fade, round by round, that only some clusters have room for (rank collapse, Wu et al. 2026,
     https://arxiv.org/abs/2602.13486).
 factors: a cluster begins with the first r_i rows of A and columns of B, and what it returns is padded with zeros, then
     averaged factor by factor (HetLoRA without its pruning, Cho et al. 2024, https://arxiv.org/abs/2401.06432).
