@@ -25,7 +25,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         f"{row['flops'] / 1e9:.1f} GFLOP, {row['energy_j']:.0f} J"
         for row in result["study"]["parts"]["kinds"]
     ]
-    greenest = [f"{part}: {name} was the greenest" for part, name in result["study"]["greenest"].items()]
+    greenest = [f"{part}: {found['case']} was the greenest" for part, found in result["study"]["greenest"].items()]
     return [*lines_of_study(result), *took, *greenest]
 
 

@@ -63,7 +63,7 @@ class ModelShape:
         return self.num_tokens + sum(block.prompts for block in entered)
 
     def tokens_on_cut(self, cut: int) -> int:
-        """What crosses the cut below block `cut`: T, and the prompts that stay and have entered; to the head, CLS only."""
+        """What crosses the cut below block `cut`: T and the prompts that stay and have entered; to the head CLS only."""
         if cut == self.num_blocks:
             return 1
         return self.num_tokens + self.prompts_stay * sum(block.prompts for block in self.tuned[:cut])

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from ecogen.config import BlockTunables
+from ecogen.config import BlockTunables, WireType
 from ecogen.config import Tunables as Spec
-from ecogen.config import WireType
 from ecogen.errors import NodeLostError
 from ecogen.metering.meter import null_meter
 from ecogen.models.profile import model_shape
