@@ -69,12 +69,12 @@ class PlainModel:
         magnitudes = self.tunables.get(f"{name}.lora_magnitude_vector.weight")
         scale = self._alpha / (len(a) ** 0.5 if self._root_of_rank else len(a))
 
-        def replace(module: torch.nn.Module, args: tuple[Tensor], _: Tensor) -> Tensor:
+        def replace(module: torch.nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+            if magnitudes is None:
+                return out + args[0] @ a.T @ b.T * scale
             weight = module.weight + scale * b @ a
-            if magnitudes is not None:
-                norms = weight.square().sum(1, keepdim=True).sqrt().detach()
-                weight = magnitudes[:, None] * weight / norms
-            return args[0] @ weight.T + module.bias
+            norms = weight.square().sum(1, keepdim=True).sqrt().detach()
+            return args[0] @ (magnitudes[:, None] * weight / norms).T + module.bias
 
         self.whole.get_submodule(name).register_forward_hook(replace)
 

@@ -34,7 +34,7 @@ from ecogen.tuning.strategies import scaffold
 from tests.plain import PlainModel
 from tests.runs import finish, in_background, run, running, until
 from tests.tiny import RecordingNetwork, Sent, tiny_vit
-from tests.tuning.clusters import Case, cases, random_batches, random_tunables, stages_of, tune_cluster
+from tests.tuning.clusters import Case, cases, plain_of, random_batches, random_tunables, stages_of, tune_cluster
 
 RATE = 0.05
 Tunables = dict[str, Tensor]
@@ -81,9 +81,7 @@ def test_local_steps_with_a_correction_are_the_algorithms_wherever_the_model_is_
             correction={name: c[name] - c_i[name] for name in c},
         )
     )
-    model = PlainModel(
-        tiny_vit(case.config).double(), begun, lora_scale=case.spec.lora_alpha / (case.spec.lora_rank or 1)
-    )
+    model = plain_of(tiny_vit(case.config).double(), begun, case.spec)
     y, new = option_ii(model, [(b.images, b.labels) for b in batches], c, c_i)
     torch.testing.assert_close(tuned.tunables, y, rtol=0, atol=1e-6)
     for node_id, stage in stages.items():  # of several owners each knows the mean of what only the start tunes
@@ -102,7 +100,7 @@ def test_clipping_and_the_proximal_term_come_after_the_correction() -> None:
     stages = stages_of(case, double=True)
     chosen = OptimizerSettings(RATE, clip_norm=0.5, proximal=3.0, optimizer="sgd")
     tuned = asyncio.run(tune_cluster(case, begun, [batch], chosen, stages=stages, correction=correction))
-    model = PlainModel(tiny_vit(case.config).double(), begun, lora_scale=4.0)
+    model = plain_of(tiny_vit(case.config).double(), begun, case.spec)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in begun.items()}
     _, gradient = option_ii(model, [(batch.images, batch.labels)], zeros, zeros)
     total = {name: gradient[name] + correction[name] for name in gradient}  # proximal: nothing away yet at step one
@@ -158,7 +156,7 @@ def by_hand(recipe: Recipe, initial: Tunables, foundation: Path, rounds: int) ->
         for index, own in enumerate(data):
             whole = ViTForImageClassification(classification_config(opened, 10)).eval()
             whole.load_state_dict(opened.read(whole.state_dict()), strict=False)
-            model = PlainModel(whole, x, lora_scale=recipe.tunables.lora_alpha / recipe.tunables.lora_rank)
+            model = plain_of(whole, x, recipe.tunables)
             batches = [(b.images, b.labels) for b in own.batches(recipe.tuning, round_index, 0)]
             y, new = option_ii(model, batches, c, c_i[index])
             ys.append(y)

@@ -63,7 +63,7 @@ def test_tuning_over_a_narrow_wire_is_tuning_a_model_that_rounds(
     batches, network = random_batches(3, 4), RecordingNetwork()
     types = {FORWARD: activations, BACKWARD: gradients}
     tuned = asyncio.run(tune_cluster(case, random_tunables(case), batches, SETTINGS, wire_types=types, network=network))
-    plain = RoundingModel(tiny_vit(case.config), random_tunables(case), lora_scale=4.0)
+    plain = RoundingModel(tiny_vit(case.config), random_tunables(case), lora_alpha=8.0)
     plain.cut((1, 2), activations, gradients)
     settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 0.5, "epsilon": 1e-3}
     losses = fine_tune(plain, [(b.images, b.labels) for b in batches], **settings)
