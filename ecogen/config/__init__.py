@@ -3,7 +3,7 @@
 Reading a recipe touches no network, disk (beyond the recipe itself) or device.
 """
 
-from ecogen.config.nodes import build_topology, compute_of
+from ecogen.config.nodes import build_topology, compute_of, is_unformed, pool_rows
 from ecogen.config.reading import (
     builtin_names,
     from_table,
@@ -24,6 +24,7 @@ from ecogen.config.schema import (
     NodeCompute,
     Partition,
     PlacementRecipe,
+    PoolRow,
     Pretraining,
     Recipe,
     SiteProfile,
@@ -49,6 +50,7 @@ __all__ = [
     "NodeCompute",
     "Partition",
     "PlacementRecipe",
+    "PoolRow",
     "Pretraining",
     "Recipe",
     "Reference",
@@ -66,8 +68,10 @@ __all__ = [
     "builtin_names",
     "compute_of",
     "from_table",
+    "is_unformed",
     "load",
     "load_study",
+    "pool_rows",
     "section_from_table",
     "section_table",
     "to_table",

@@ -129,7 +129,6 @@ class DeviceRole:
         cluster_id = topology.cluster_of(context.node_id).cluster_id
         shape = model_shape(config, recipe.tunables)
         data = await context.worker.compute(self._own_data, topology, placement, welcome.digest, shape)
-        link = topology.links["d2d"]
         goes_down = recipe.wire.gradients_to == "start"
         routes = [Route(route, shape, goes_down) for route in rotations(placement, recipe.data.owners)]
         factor = recipe.faults.update_factor.get(cluster_id, 1.0)
@@ -144,7 +143,7 @@ class DeviceRole:
             cache=self._cache(routes, shape),
             update_factor=factor,
         )
-        serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
+        serving = DeviceServing(cluster_id, placement, shape, topology.link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
         return _Resident(stage, tuning, serving, neighbour_ids)
 

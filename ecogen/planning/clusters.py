@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
 from ecogen.config import Recipe, build_topology
 from ecogen.errors import PlacementError
-from ecogen.placement import Placement, most_in_flight, segments_held
-from ecogen.planning.cost import ModelShape, memory_bytes
-from ecogen.planning.search import plan
+from ecogen.placement import Placement
+from ecogen.planning.cost import ModelShape
+from ecogen.planning.pool import Pool, Work
+from ecogen.planning.search import Plan, plan
 from ecogen.topology import Cluster, Topology
-from ecogen.units import format_bytes
 
 
 def place_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, Placement]:
@@ -17,34 +21,92 @@ def place_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, Placement]:
     Raises:
         PlacementError: if a cluster cannot hold it; says which segment, by how much, and what would fit.
     """
+    return {cluster_id: plan.placement for cluster_id, plan in plan_clusters(recipe, shape).items()}
+
+
+def plan_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, Plan]:
+    """The placement of each cluster with what it is predicted to take, by cluster id.
+
+    Raises:
+        PlacementError: as `place_clusters`.
+    """
     topology = build_topology(recipe.topology)
-    return {cluster.cluster_id: _place(recipe, shape, topology, cluster) for cluster in topology.clusters.values()}
+    return {cluster.cluster_id: _plan(recipe, shape, topology, cluster) for cluster in topology.clusters.values()}
 
 
-def _place(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Cluster) -> Placement:
-    size = -(-recipe.tuning.batch_size // recipe.tuning.microbatches)
-    returns = recipe.placement.labels == "start" and len(cluster.node_ids) > 1
-    in_flight = min(recipe.tuning.microbatches, most_in_flight(len(cluster.node_ids), returns=returns))
-    placement = plan(
-        shape,
-        [topology.nodes[node_id] for node_id in cluster.node_ids],
-        topology.links["d2d"],
-        recipe.placement.labels,
-        cuts=None if recipe.placement.cuts == "auto" else recipe.placement.cuts,
-        microbatch_size=size,
-        microbatches=in_flight,
-    ).placement
-    for node_id in placement.node_ids[: recipe.data.owners]:
-        held = segments_held(placement, recipe.data.owners, node_id)
-        needed = memory_bytes(shape, held, size * in_flight)
-        _check_owner(node_id, needed, topology.nodes[node_id].device.memory_bytes)
-    return placement
+def form_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, tuple[str, ...]]:
+    """The devices in order of each cluster that is formed of the recipe's pool, by cluster id.
+
+    Raises:
+        PlacementError: if an edge's devices cannot hold so many models.
+    """
+    clusters: dict[str, tuple[str, ...]] = {}
+    for edge_id, pool in pools(recipe, shape).items():
+        for index, formed in enumerate(_form(edge_id, pool, recipe.topology.clusters_per_edge)):
+            clusters[f"{edge_id}.cluster-{index}"] = tuple(formed.placement.node_ids)
+    return clusters
 
 
-def _check_owner(node_id: str, needed: int, memory: int) -> None:
-    """An owner also holds what the start needs, which the search of cuts does not count."""
-    if needed > memory:
+def pools(recipe: Recipe, shape: ModelShape) -> dict[str, Pool]:
+    """The devices of each edge's pool, with what a cluster is to do."""
+    unformed = replace(recipe.topology, clusters={})
+    topology = build_topology(unformed)
+    work = Work(
+        shape, topology.links["d2d"], recipe.placement.labels, microbatch_size(recipe), owners=recipe.data.owners
+    )
+    return {
+        edge_id: Pool(work, [node for node_id, node in topology.nodes.items() if node_id.startswith(f"{edge_id}.")])
+        for edge_id in topology.edge_ids
+    }
+
+
+def _form(edge_id: str, pool: Pool, count: int | Literal["auto"]) -> tuple[Plan, ...]:
+    from ecogen.planning.forming import form, form_most  # and with it the solver, which takes a while to import
+
+    formed = form_most(pool) if count == "auto" else form(pool, count)
+    if formed is None:
+        wanted = "no cluster" if count == "auto" else f"no {count} cluster{'s' * (count != 1)}"
         raise PlacementError(
-            f"owner {node_id!r} needs {format_bytes(needed)} for its blocks and the start's, but has "
-            f"{format_bytes(memory)} ({format_bytes(needed - memory)} over); lower data.owners or give it more memory"
+            f"{wanted} of the {len(pool.nodes)} devices at {edge_id} can hold the model; {_most(pool, count)}"
         )
+    return formed.plans
+
+
+def _most(pool: Pool, count: int | Literal["auto"]) -> str:
+    """How many clusters could be formed instead, tried out before it is said."""
+    from ecogen.planning.forming import form
+
+    tried = range(count - 1, 0, -1) if count != "auto" else ()
+    most = next((fewer for fewer in tried if form(pool, fewer) is not None), None)
+    if most is not None:
+        return f"{most} can: set topology.clusters_per_edge={most}, or add devices or memory"
+    return "add devices or memory, or have smaller microbatches (tuning.microbatches)"
+
+
+def cuts_of(recipe: Recipe, cluster_id: str) -> Sequence[int] | None:
+    """A cluster's own cuts, or those of all; None to search."""
+    cuts = recipe.placement.cuts_of.get(cluster_id, recipe.placement.cuts)
+    return None if cuts == "auto" else cuts
+
+
+def microbatch_size(recipe: Recipe) -> int:
+    """Examples in the largest microbatch of a batch."""
+    return -(-recipe.tuning.batch_size // recipe.tuning.microbatches)
+
+
+def _plan(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Cluster) -> Plan:
+    try:
+        return plan(
+            shape,
+            [topology.nodes[node_id] for node_id in cluster.node_ids],
+            topology.links["d2d"],
+            recipe.placement.labels,
+            cuts=cuts_of(recipe, cluster.cluster_id),
+            microbatch_size=microbatch_size(recipe),
+            microbatches=len(cluster.node_ids),
+            owners=recipe.data.owners,
+        )
+    except PlacementError as problem:
+        own = cluster.cluster_id in recipe.placement.cuts_of
+        place = f"placement.cuts_of.{cluster.cluster_id}" if own else cluster.cluster_id
+        raise PlacementError(f"{place}: {problem}") from None
