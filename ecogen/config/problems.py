@@ -159,6 +159,7 @@ def _of_clusters(topology: TopologyRecipe) -> Iterator[Contradiction]:
         at, (edge, _, number) = f"topology.clusters.{cluster_id}", cluster_id.partition(".cluster-")
         if edge not in edge_ids(topology) or not number.isdigit():
             yield Contradiction(places, f"{at}: a cluster is named after its edge, such as 'edge-0.cluster-0'")
+            continue
         if not node_ids:
             yield Contradiction(places, f"{at}: has no device; name one or more of the pool")
         own = [node_id for node_id in pool if node_id.startswith(f"{edge}.")]

@@ -11,6 +11,7 @@ from ecogen.errors import PlacementError
 from ecogen.placement import Placement
 from ecogen.planning.cost import ModelShape
 from ecogen.planning.pool import Pool, Work
+from ecogen.planning.reasons import LeftOut, left_out
 from ecogen.planning.search import Plan, plan
 from ecogen.topology import Cluster, Topology
 
@@ -45,6 +46,25 @@ def form_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, tuple[str, ...
         for index, formed in enumerate(_form(edge_id, pool, recipe.topology.clusters_per_edge)):
             clusters[f"{edge_id}.cluster-{index}"] = tuple(formed.placement.node_ids)
     return clusters
+
+
+def explain_forming(recipe: Recipe, shape: ModelShape) -> tuple[float | None, list[LeftOut]]:
+    """A bound of the slowest stage of a formed pool's clusters, so many an edge, and why devices are in none.
+
+    None and nothing where there is no pool.
+    """
+    if not recipe.topology.pool:
+        return None, []
+    from ecogen.planning.cover import Capacities, least_time
+
+    topology, bounds_s, unused = build_topology(recipe.topology), [], []
+    for edge_id, pool in pools(recipe, shape).items():
+        index_of = {node.node_id: index for index, node in enumerate(pool.nodes)}
+        own = topology.clusters_of(edge_id)
+        clusters = [frozenset(index_of[node_id] for node_id in cluster.node_ids) for cluster in own]
+        bounds_s.append(least_time(Capacities.of(pool), len(own)) or 0.0)
+        unused += left_out(pool, clusters, [cluster.cluster_id for cluster in own])
+    return max(bounds_s), unused
 
 
 def pools(recipe: Recipe, shape: ModelShape) -> dict[str, Pool]:

@@ -17,8 +17,8 @@ from ecogen.planning.cover import Assignment, Capacities, cover, least_time, pla
 from ecogen.planning.pool import Members, Pool
 from ecogen.planning.search import Plan
 
-_SLACKS = (1.0, 1.25, 1.6, 2.5)  # times the bound for which the solver is asked for assignments
-_IMPROVED = 3  # of all assignments to begin with
+_SLACKS = (1.0, 1.1, 1.25, 1.6, 2.5, 5.0)  # times the bound for which the solver is asked for assignments
+_SMALL, _IMPROVED = 12, 3  # devices up to which all of those assignments are improved; else the best so many
 _TRIED = 6  # numbers of clusters, where the pool is to say how many
 
 
@@ -54,7 +54,7 @@ def form(pool: Pool, count: int) -> Forming | None:
     if bound_s is None:
         return None
     starts = sorted(_starts(pool, capacities, count, bound_s), key=lambda start: slowest_first(pool, start))
-    found = [improve(pool, start) for start in starts[:_IMPROVED]]
+    found = [improve(pool, start) for start in starts[: None if len(pool.nodes) <= _SMALL else _IMPROVED]]
     best = min(found, key=lambda clusters: slowest_first(pool, clusters), default=None)
     if best is None or not np.isfinite(slowest_first(pool, best)[0]):
         return None

@@ -135,7 +135,7 @@ class Pool:
         return self._found[members]
 
     def _search(self, members: Sequence[int]) -> tuple[float, tuple[int, ...]]:
-        """Every order where that is little work; else the best that changing places two at a time leads to."""
+        """Every order where that is little work; else the best that exchanging two or moving one leads to."""
         if not 0 < len(members) <= self.num_blocks:
             return float("inf"), tuple(members)
         if _num_orders(len(members)) * (self.num_blocks - len(members) + 1) ** 2 <= _MANY:
@@ -143,7 +143,7 @@ class Pool:
         return self._climb(members)
 
     def _climb(self, members: Sequence[int]) -> tuple[float, tuple[int, ...]]:
-        """From devices with links alike beside each other, any of them first, by changing the places of two.
+        """From devices with links alike beside each other, any of them first, by exchanging two and moving one.
 
         A slow link is paid for by both of its ends, so slow ones belong together.
         """
@@ -152,7 +152,7 @@ class Pool:
         lines = (line, sorted(members, key=lambda index: -self._speed[index]))
         best = self._best_of(np.array([order[turn:] + order[:turn] for order in lines for turn in range(len(order))]))
         while True:
-            found = self._best_of(_with_two_swapped(best[1]))
+            found = self._best_of(_neighbours(best[1]))
             if found[0] >= best[0]:
                 return best
             best = found
@@ -241,6 +241,10 @@ class Pool:
         other[stages.least_needs[1] > self._memory[members][:, None]] = np.inf
         return first, other
 
+    def least_needs(self, in_flight: int) -> float:
+        """Bytes that one block needs wherever it is, at least, with so many microbatches in flight."""
+        return float(Stages.of(self.work, self.nodes[0], 3, in_flight).least_needs[:, 1].min())
+
     def better_than(self, index: int, others: Iterable[int]) -> list[int]:
         """Those of other devices that have more memory, speed or a better link than one has."""
         return [other for other in sorted(others) if not self._is_no_better[other, index]]
@@ -307,10 +311,15 @@ def _num_orders(size: int) -> int:
     return int(np.prod(range(1, size + 1), dtype=float))
 
 
-def _with_two_swapped(order: Sequence[int]) -> Ints:
+def _neighbours(order: Sequence[int]) -> Ints:
+    """Every order with two devices exchanged, or one moved."""
     orders = []
-    for one, other in combinations(range(len(order)), 2):
-        changed = list(order)
-        changed[one], changed[other] = changed[other], changed[one]
-        orders.append(changed)
+    for one, other in permutations(range(len(order)), 2):
+        moved = list(order)
+        moved.insert(other, moved.pop(one))
+        orders.append(moved)
+        if one < other:
+            changed = list(order)
+            changed[one], changed[other] = changed[other], changed[one]
+            orders.append(changed)
     return np.array(orders)
