@@ -26,6 +26,9 @@ Ints = NDArray[np.int64]
 Members = frozenset[int]
 """A cluster: indices into the pool."""
 
+Messages = tuple[tuple[int, bool], ...]
+"""To which place of a chain, and whether only what the head needs is sent."""
+
 # R x W^2 up to which every order is tried, and for how many at once: 5 devices of a model of 12 blocks.
 _MANY = 20_000
 
@@ -60,15 +63,15 @@ class Stages:
 
     Attributes:
         flops, needs: of a microbatch, and bytes [n, B + 1, B + 1]; infinite where there is no block.
-        receivers: for each place the starts [B + 1] that send alike, and to which places they send.
+        messages: for each place the starts [B + 1] that send alike, and what they send.
         owners_need: bytes that another owner holds of the start's, by where the start's blocks end [B + 1].
         least_flops, least_needs: of so many blocks, wherever they are, as the first and as another; FLOPs by how many
-            messages that place sends: [2, 3, B + 1] and [2, B + 1].
+            messages of each kind that place sends: [2, 2 of the head, 3 of others, B + 1] and [2, B + 1].
     """
 
     flops: Floats
     needs: Floats
-    receivers: Sequence[Sequence[tuple[NDArray[np.bool_], tuple[int, ...]]]]
+    messages: Sequence[Sequence[tuple[NDArray[np.bool_], Messages]]]
     owners_need: Floats
     least_flops: Floats
     least_needs: Floats
@@ -83,8 +86,8 @@ class Stages:
                 flops[index, start, stop] = pipeline.flops(index, start, stop)
                 needs[index, start, stop] = pipeline.needs(index, start, stop)
         flops[1 : size - 1], needs[1 : size - 1] = flops[min(1, size - 1)], needs[min(1, size - 1)]
-        sends = [[tuple(pipeline.receivers(index, start)) for start in range(stops)] for index in range(size)]
-        alike = [[(np.array([to == one for one in row]), to) for to in dict.fromkeys(row)] for row in sends]
+        sends = [[_messages(pipeline, index, start) for start in range(stops)] for index in range(size)]
+        alike = [[(np.array([sent == one for one in row]), sent) for sent in dict.fromkeys(row)] for row in sends]
         return cls(
             flops, needs, alike, _owners_need(work, node, size, microbatches), *_least_of_places(flops, needs, sends)
         )
@@ -97,9 +100,10 @@ class Pool:
         self.work, self.nodes = work, tuple(nodes)
         self._speed = np.array([node.device.flops_per_s for node in nodes])
         self._memory = np.array([float(node.device.memory_bytes) for node in nodes])
-        payload = work.microbatch_size * cost.activation_bytes(work.shape)
-        sent = [[link_between(one, other, work.link).seconds(payload) for other in nodes] for one in nodes]
-        self._sent_s = np.array(sent)
+        links = [[link_between(one, other, work.link) for other in nodes] for one in nodes]
+        payloads = [work.microbatch_size * cost.activation_bytes(work.shape, cut) for cut in (0, work.shape.num_blocks)]
+        # Seconds [2, N, N] of a message from one device to another: over a cut between blocks, and to or from the head.
+        self._sent_s = np.array([[[link.seconds(payload) for link in row] for row in links] for payload in payloads])
         self._stages: dict[int, Stages] = {}
         self._found: dict[Members, tuple[float, tuple[int, ...]]] = {}
 
@@ -147,7 +151,7 @@ class Pool:
 
         A slow link is paid for by both of its ends, so slow ones belong together.
         """
-        own_s = {index: self._sent_s[index, index] for index in members}
+        own_s = {index: self._sent_s[0, index, index] for index in members}
         line = sorted(members, key=lambda index: (own_s[index], -self._speed[index]))
         lines = (line, sorted(members, key=lambda index: -self._speed[index]))
         best = self._best_of(np.array([order[turn:] + order[:turn] for order in lines for turn in range(len(order))]))
@@ -189,8 +193,9 @@ class Pool:
         """Seconds [R, W, W] of the device at one place, by start and stop; infinite where it does not fit."""
         here, window = orders[:, index], self._window(index, orders.shape[1])
         takes: Floats = stages.flops[index][window] / self._speed[here, None, None]
-        for starts, receivers in stages.receivers[index]:
-            sent_s = sum((self._sent_s[here, orders[:, other]] for other in receivers), np.zeros(len(orders)))
+        for starts, messages in stages.messages[index]:
+            each_s = [self._sent_s[int(of_head), here, orders[:, other]] for other, of_head in messages]
+            sent_s = sum(each_s, np.zeros(len(orders)))
             takes[:, starts[window[0]]] += sent_s[:, None, None]
         takes[stages.needs[index][window] > self._memory[here, None, None]] = np.inf
         return takes
@@ -227,14 +232,15 @@ class Pool:
         """
         size = len(members)
         stages = self._stages_of(size) if size == in_flight else Stages.of(self.work, self.nodes[0], 3, in_flight)
-        sent_s = self._sent_s[np.ix_(members, members)] + np.diag(np.full(size, np.inf))
-        sent_s.sort(axis=1)
+        sent_s = self._sent_s[:, members[:, None], members] + np.diag(np.full(size, np.inf))
+        sent_s.sort(axis=2)
+        nearest, of_head = sent_s[0, :, :1], sent_s[1, :, :1]
         # A chain of two sends everything to the same device, a longer one to two.
-        nearest = sent_s[:, :1]
-        second = sent_s[:, 1:2] if size == in_flight and size > 2 else nearest
-        sending = np.stack([np.zeros_like(nearest), nearest, nearest + second])
+        second = sent_s[0, :, 1:2] if size == in_flight and size > 2 else nearest
+        others = np.stack([np.zeros_like(nearest), nearest, nearest + second])
+        sending = np.stack([others, others + of_head])
         first, other = (
-            np.min(stages.least_flops[role][:, None] / self._speed[members][:, None] + sending, axis=0)
+            np.min(stages.least_flops[role][:, :, None] / self._speed[members][:, None] + sending, axis=(0, 1))
             for role in range(2)
         )
         first[stages.least_needs[0] > self._memory[members][:, None]] = np.inf
@@ -253,7 +259,7 @@ class Pool:
     def _is_no_better(self) -> NDArray[np.bool_]:
         """Whether one device [N, ] is in everything at most as good as another [, N]."""
         speed, memory, sent_s = self._speed, self._memory, self._sent_s
-        links = (sent_s[:, None, :] >= sent_s[None, :, :]).all(axis=2)
+        links = (sent_s[:, :, None, :] >= sent_s[:, None, :, :]).all(axis=(0, 3))
         return (speed[:, None] <= speed) & (memory[:, None] <= memory) & links
 
     def may_be_faster(self, members: Members, limit_s: float) -> bool:
@@ -273,14 +279,22 @@ class Pool:
         return self._stages[size]
 
 
-def _least_of_places(flops: Floats, needs: Floats, sends: Sequence[Sequence[tuple[int, ...]]]) -> tuple[Floats, Floats]:
+def _messages(pipeline: Pipeline, index: int, start: int) -> Messages:
+    """What a place sends; only the last one's blocks end where the head begins."""
+    num_blocks = pipeline.shape.num_blocks
+    stop = num_blocks if index == len(pipeline.devices) - 1 else start
+    return tuple((other, cut == num_blocks) for other, cut in pipeline.messages(index, start, stop))
+
+
+def _least_of_places(flops: Floats, needs: Floats, sends: Sequence[Sequence[Messages]]) -> tuple[Floats, Floats]:
     size, stops = flops.shape[:2]
-    least_flops, least_needs = np.full((2, 3, stops), np.inf), np.full((2, stops), np.inf)
+    least_flops, least_needs = np.full((2, 2, 3, stops), np.inf), np.full((2, stops), np.inf)
     for index in range(size):
         role = min(index, 1)
-        for start in range(1 if index == 0 else stops):
-            blocks, num_sent = slice(0, stops - start), len(sends[index][start])
-            for least, every in ((least_flops[role, num_sent], flops), (least_needs[role], needs)):
+        for start in range(1 if index == 0 else stops - 1):
+            blocks, of_head = slice(0, stops - start), sum(to_head for _, to_head in sends[index][start])
+            flops_so = least_flops[role, of_head, len(sends[index][start]) - of_head]
+            for least, every in ((flops_so, flops), (least_needs[role], needs)):
                 least[blocks] = np.minimum(least[blocks], every[index, start, start:])
     return least_flops, least_needs
 

@@ -134,10 +134,10 @@ def test_a_stage_pays_for_the_slower_end_of_each_link() -> None:
     """Half of each one's round trip and the lesser bandwidth, to the neighbour that each message goes to."""
     access = [Link("d2d", 0.010, 1e6), None, Link("d2d", 0.0, 1e9)]
     devices = [replace(node, access=own) for node, own in zip(nodes([10**9] * 3, [1e18] * 3), access, strict=True)]
-    payload = cost.activation_bytes(SHAPE)
-    first_second = (0.010 + 0.004) / 4 + payload / 1e6  # half of the round trip, which is the sum of both halves
-    second_third = (0.004 + 0.0) / 4 + payload / 1e7
-    third_first = (0.0 + 0.010) / 4 + payload / 1e6
+    between, of_head = cost.activation_bytes(SHAPE, 2), cost.activation_bytes(SHAPE, 6)
+    first_second = (0.010 + 0.004) / 4 + between / 1e6  # half of the round trip, which is the sum of both halves
+    second_third = (0.004 + 0.0) / 4 + between / 1e7
+    third_first = (0.0 + 0.010) / 4 + of_head / 1e6
     found = plan(SHAPE, devices, LINK, "start", cuts=[2, 4])
     expected = (first_second + third_first, second_third + first_second, third_first + second_third)
     assert found.stage_s == pytest.approx(expected, rel=1e-5)
