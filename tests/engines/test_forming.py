@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ecogen.errors import CheckpointError, PlacementError
 from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters, plan_clusters
 from ecogen.records import RequestRecord
+from ecogen.reports.tables import links_table
 from ecogen.tuning.foundation import vit_config
 from ecogen.units import format_seconds
 from tests.command import Ran, save_recipe
@@ -188,3 +191,27 @@ def test_a_model_whose_size_is_not_known_forms_nothing(tmp_path: Path) -> None:
         formed(from_table({"model": {"source": "hf:a/b"}, "topology": pool()}))
     with pytest.raises(CheckpointError, match=r"none is no model folder: its config\.json cannot be read"):
         announced_shape(from_table({"model": {"source": str(tmp_path / "none")}}))
+
+
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "pool.toml").write_text("[topology]\nedges = 1\nclusters_per_edge = 'auto'\npool = [{count = 2}]")
+    program = f"""
+import sys
+from ecogen import cli
+sys.argv = ["ecogen", "plan", {str(tmp_path / "pool.toml")!r}, "--json"]
+try:
+    cli.main()
+except SystemExit as ended:
+    assert not ended.code
+assert "scipy.optimize" in sys.modules
+print([name for name in ("torch", "transformers", "peft", "grpc", "sklearn") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    planned, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    assert len(json.loads(planned)["clusters"]) == 2
+
+
+def test_a_report_lists_the_links_that_devices_have_of_their_own(pooled: RecipeOf) -> None:
+    rows = links_table(build_topology(formed(pooled()).topology)).rows
+    assert rows[-1] == ("access of 2 end devices", "9", "40")
