@@ -39,7 +39,7 @@ def form_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, tuple[str, ...
     """The devices in order of each cluster that is formed of the recipe's pool, by cluster id.
 
     Raises:
-        PlacementError: if an edge's devices cannot hold so many models.
+        PlacementError: if no such clusters of an edge's devices are found that can hold the model.
     """
     clusters: dict[str, tuple[str, ...]] = {}
     for edge_id, pool in pools(recipe, shape).items():
@@ -86,9 +86,8 @@ def _form(edge_id: str, pool: Pool, count: int | Literal["auto"]) -> tuple[Plan,
     formed = form_most(pool) if count == "auto" else form(pool, count)
     if formed is None:
         wanted = "no cluster" if count == "auto" else f"no {count} cluster{'s' * (count != 1)}"
-        raise PlacementError(
-            f"{wanted} of the {len(pool.nodes)} devices at {edge_id} can hold the model; {_most(pool, count)}"
-        )
+        of_them = f"of the {len(pool.nodes)} devices at {edge_id}"
+        raise PlacementError(f"found {wanted} {of_them} that can hold the model; {_most(pool, count)}")
     return formed.plans
 
 

@@ -180,7 +180,9 @@ def test_a_pool_that_is_too_small_says_what_would_do(ecogen: EcoGen, pooled: Rec
             verb, recipe, "--set", "topology.clusters_per_edge=5", *(["--out", tmp_path / "run"] * (verb == "run"))
         )
         assert refused.code == 2
-        assert "error: no 5 clusters of the 5 devices at edge-0 can hold the model; 4 can: set" in refused.err
+        assert (
+            "error: found no 5 clusters of the 5 devices at edge-0 that can hold the model; 4 can: set" in refused.err
+        )
         assert not (tmp_path / "run").exists()
     none = ecogen("plan", recipe, "--set", "topology.pool=[{memory_gib=1e-6}]", "--set", "topology.clusters_per_edge=1")
     assert (none.code, "no 1 cluster of the 1 devices" in none.err) == (2, True)
