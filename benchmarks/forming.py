@@ -28,7 +28,7 @@ SEED = 0
 # ViT-Small's sizes (Dosovitskiy et al. 2021; Touvron et al. 2021): 22 M parameters in 12 blocks, on 16 x 16 patches.
 SHAPE = ModelShape(12, 384, 1536, 197, 768, 10, prompts_per_block=8, lora_rank=8, num_lora_targets=2)
 LINK = Link("d2d", rtt_s=0.004, bytes_per_s=37.5e6)
-MICROBATCH = 8
+MICROBATCH, MICROBATCHES = 8, 4
 
 Rule = Callable[[Pool, int, random.Random], Sequence[Members]]
 
@@ -40,7 +40,7 @@ def random_pool(draw: random.Random, size: int) -> Pool:
         device = Device(int(2**30 * log_uniform(draw, 0.5, 8)), log_uniform(draw, 5e9, 5e11), 0.7, 2.3)
         access = Link("d2d", draw.uniform(0.002, 0.02), log_uniform(draw, 20, 600) * 1e6 / 8)
         nodes.append(Node(f"edge-0.device-{index}", Tier.END, "edge-0.field", device, access))
-    return Pool(Work(SHAPE, LINK, microbatch_size=MICROBATCH), nodes)
+    return Pool(Work(SHAPE, LINK, microbatch_size=MICROBATCH, microbatches=MICROBATCHES), nodes)
 
 
 def log_uniform(draw: random.Random, low: float, high: float) -> float:

@@ -12,7 +12,7 @@ from ecogen.placement import Placement
 from ecogen.planning.cost import ModelShape
 from ecogen.planning.pool import Pool, Work
 from ecogen.planning.reasons import LeftOut, left_out
-from ecogen.planning.search import Plan, plan
+from ecogen.planning.search import Plan
 from ecogen.topology import Cluster, Topology
 
 
@@ -71,9 +71,7 @@ def pools(recipe: Recipe, shape: ModelShape) -> dict[str, Pool]:
     """The devices of each edge's pool, with what a cluster is to do."""
     unformed = replace(recipe.topology, clusters={})
     topology = build_topology(unformed)
-    work = Work(
-        shape, topology.links["d2d"], recipe.placement.labels, microbatch_size(recipe), owners=recipe.data.owners
-    )
+    work = work_of(recipe, shape, topology)
     return {
         edge_id: Pool(work, [node for node_id, node in topology.nodes.items() if node_id.startswith(f"{edge_id}.")])
         for edge_id in topology.edge_ids
@@ -102,6 +100,13 @@ def _most(pool: Pool, count: int | Literal["auto"]) -> str:
     return "add devices or memory, or have smaller microbatches (tuning.microbatches)"
 
 
+def work_of(recipe: Recipe, shape: ModelShape, topology: Topology) -> Work:
+    """What each cluster is to do."""
+    tuning, size = recipe.tuning, microbatch_size(recipe)
+    link, labels = topology.links["d2d"], recipe.placement.labels
+    return Work(shape, link, labels, size, tuning.microbatches, recipe.data.owners)
+
+
 def cuts_of(recipe: Recipe, cluster_id: str) -> Sequence[int] | None:
     """A cluster's own cuts, or those of all; None to search."""
     cuts = recipe.placement.cuts_of.get(cluster_id, recipe.placement.cuts)
@@ -114,17 +119,9 @@ def microbatch_size(recipe: Recipe) -> int:
 
 
 def _plan(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Cluster) -> Plan:
+    devices = [topology.nodes[node_id] for node_id in cluster.node_ids]
     try:
-        return plan(
-            shape,
-            [topology.nodes[node_id] for node_id in cluster.node_ids],
-            topology.links["d2d"],
-            recipe.placement.labels,
-            cuts=cuts_of(recipe, cluster.cluster_id),
-            microbatch_size=microbatch_size(recipe),
-            microbatches=len(cluster.node_ids),
-            owners=recipe.data.owners,
-        )
+        return work_of(recipe, shape, topology).plan(devices, cuts_of(recipe, cluster.cluster_id))
     except PlacementError as problem:
         own = cluster.cluster_id in recipe.placement.cuts_of
         place = f"placement.cuts_of.{cluster.cluster_id}" if own else cluster.cluster_id

@@ -15,7 +15,7 @@ from itertools import combinations, permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from ecogen.placement import Labels
+from ecogen.placement import Labels, most_in_flight
 from ecogen.planning import cost
 from ecogen.planning.cost import ModelShape
 from ecogen.planning.search import Pipeline, Plan, plan
@@ -35,13 +35,39 @@ _MANY = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What every cluster is to do; as the arguments of `planning.search.plan`."""
+    """What every cluster is to do; as the arguments of `planning.search.plan`.
+
+    Attributes:
+        microbatches: of a batch, so that no more can be in flight.
+    """
 
     shape: ModelShape
     link: Link
     labels: Labels = "start"
     microbatch_size: int = 1
+    microbatches: int = 1
     owners: int = 1
+
+    def in_flight(self, size: int) -> int:
+        """How many microbatches a cluster of so many devices has under way at most."""
+        return min(self.microbatches, most_in_flight(size, returns=self.labels == "start" and size > 1))
+
+    def plan(self, devices: Sequence[Node], cuts: Sequence[int] | None = None) -> Plan:
+        """The placement on devices in their order.
+
+        Raises:
+            PlacementError: if they cannot hold the model, or the cuts do not divide it.
+        """
+        return plan(
+            self.shape,
+            devices,
+            self.link,
+            self.labels,
+            cuts=cuts,
+            microbatch_size=self.microbatch_size,
+            microbatches=self.in_flight(len(devices)),
+            owners=self.owners,
+        )
 
     def pipeline(self, devices: Sequence[Node], microbatches: int, start_stop: int = 0) -> Pipeline:
         """The model over these devices, with so many microbatches in flight."""
@@ -121,17 +147,7 @@ class Pool:
         Raises:
             PlacementError: if it cannot hold the model.
         """
-        work, nodes = self.work, [self.nodes[index] for index in self._best(members)[1]]
-        size = work.microbatch_size
-        return plan(
-            work.shape,
-            nodes,
-            work.link,
-            work.labels,
-            microbatch_size=size,
-            microbatches=len(nodes),
-            owners=work.owners,
-        )
+        return self.work.plan([self.nodes[index] for index in self._best(members)[1]])
 
     def _best(self, members: Members) -> tuple[float, tuple[int, ...]]:
         if members not in self._found:
@@ -222,21 +238,22 @@ class Pool:
         """Seconds [N] of each device with the whole model; infinite where it does not fit."""
         return np.array([self.slowest_s(frozenset({index})) for index in range(len(self.nodes))])
 
-    def least_s(self, members: Ints, in_flight: int) -> tuple[Floats, Floats]:
+    def least_s(self, members: Ints, smallest: int) -> tuple[Floats, Floats]:
         """The least seconds [n, B + 1] in which devices can hold so many blocks: as the first of a chain, as another.
 
         Wherever the blocks are, in whatever chain of these devices; infinite where they do not fit.
 
         Args:
-            in_flight: microbatches, at least.
+            smallest: how many devices a chain has at least; as many as these are, if they are one.
         """
         size = len(members)
-        stages = self._stages_of(size) if size == in_flight else Stages.of(self.work, self.nodes[0], 3, in_flight)
+        is_chain, in_flight = size == smallest, self.work.in_flight(smallest)
+        stages = self._stages_of(size) if is_chain else Stages.of(self.work, self.nodes[0], 3, in_flight)
         sent_s = self._sent_s[:, members[:, None], members] + np.diag(np.full(size, np.inf))
         sent_s.sort(axis=2)
         nearest, of_head = sent_s[0, :, :1], sent_s[1, :, :1]
         # A chain of two sends everything to the same device, a longer one to two.
-        second = sent_s[0, :, 1:2] if size == in_flight and size > 2 else nearest
+        second = sent_s[0, :, 1:2] if is_chain and size > 2 else nearest
         others = np.stack([np.zeros_like(nearest), nearest, nearest + second])
         sending = np.stack([others, others + of_head])
         first, other = (
@@ -247,9 +264,9 @@ class Pool:
         other[stages.least_needs[1] > self._memory[members][:, None]] = np.inf
         return first, other
 
-    def least_needs(self, in_flight: int) -> float:
-        """Bytes that one block needs wherever it is, at least, with so many microbatches in flight."""
-        return float(Stages.of(self.work, self.nodes[0], 3, in_flight).least_needs[:, 1].min())
+    def least_needs(self, size: int) -> float:
+        """Bytes that one block needs wherever it is, at least, in a cluster of so many devices."""
+        return float(Stages.of(self.work, self.nodes[0], 3, self.work.in_flight(size)).least_needs[:, 1].min())
 
     def better_than(self, index: int, others: Iterable[int]) -> list[int]:
         """Those of other devices that have more memory, speed or a better link than one has."""
@@ -275,7 +292,7 @@ class Pool:
 
     def _stages_of(self, size: int) -> Stages:
         if size not in self._stages:
-            self._stages[size] = Stages.of(self.work, self.nodes[0], size, size)
+            self._stages[size] = Stages.of(self.work, self.nodes[0], size, self.work.in_flight(size))
         return self._stages[size]
 
 

@@ -48,7 +48,7 @@ def _reason(pool: Pool, clusters: Sequence[Members], cluster_ids: Sequence[str],
     with_s, cluster, instead = min(_ways(pool, clusters, index))
     if not np.isfinite(with_s):
         return LeftOut(
-            node.node_id, "no cluster can hold the model with it: one device more is one microbatch more in flight"
+            node.node_id, "no cluster can hold the model with it: with one device more, more microbatches are in flight"
         )
     place = f"in {cluster_ids[cluster]}" + (f" instead of {pool.nodes[instead].node_id}" if instead >= 0 else "")
     if with_s > _ALIKE * now_s:

@@ -39,6 +39,7 @@ WORKS = st.builds(
     st.just(LINK),
     st.sampled_from(["start", "end"]),
     st.integers(1, 3),
+    st.integers(1, 8),
     st.integers(1, 3),
 )
 

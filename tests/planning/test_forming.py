@@ -26,8 +26,10 @@ def everything(pool: Pool) -> frozenset[int]:
 
 def slowest_of(pool: Pool, order: Sequence[Node]) -> float:
     """The slowest stage of devices in this order, as `plan` has it; infinite where they cannot hold the model."""
-    work = pool.work
-    settings = {"microbatch_size": work.microbatch_size, "microbatches": len(order), "owners": work.owners}
+    work, size = pool.work, len(order)
+    returns = work.labels == "start" and size > 1
+    in_flight = min(work.microbatches, 2 * size + 1 if returns else size)
+    settings = {"microbatch_size": work.microbatch_size, "microbatches": in_flight, "owners": work.owners}
     try:
         return plan(work.shape, order, work.link, work.labels, **settings).bottleneck_s
     except PlacementError:
