@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.common import RESULTS
 
 STUDIES = ["table3", "poisoned", "traffic", "tunables", "ranks"]
-NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", *STUDIES, "straggler"]
+NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", *STUDIES, "straggler", "forming"]
 
 
 def main(names: list[str]) -> int:

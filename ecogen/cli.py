@@ -83,6 +83,31 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe's name, or a TOML file.")],
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the placement as one JSON object.")] = False,
+) -> None:
+    """Show where a recipe puts its model, and why, running nothing.
+
+    Forms the clusters of a pool of devices, says what each device holds, takes and needs, and why some are left out.
+    """
+    from ecogen.engines.forming import announced_shape, formed
+    from ecogen.reports.placement import placement_line, placement_tables, summarise_placement
+
+    resolved = formed(recipes.load(recipe, settings or []))
+    summary = summarise_placement(resolved, announced_shape(resolved))
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from ecogen.reports.console import show_table
+
+    for table in placement_tables(summary):
+        Console().print(show_table(table))
+    Console().print(placement_line(summary), markup=False, highlight=False)
+
+
+@app.command()
 def report(
     run_folder: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,

@@ -11,7 +11,10 @@ import pytest
 from ecogen import config
 from ecogen.config import Recipe, build_topology, builtin_names, compute_of, from_table, load, load_study, to_table
 from ecogen.errors import ConfigError
+from ecogen.reports.toml import to_toml
 from ecogen.topology import Tier
+
+POOL = "[topology]\nedges = 1\nclusters_per_edge = 2\npool = [{count = 3}]\n[topology.clusters]"
 
 
 def problems_of(text: str) -> list[str]:
@@ -73,7 +76,7 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ("[tuning]\nroudns = 3", "tuning.roudns: unknown key; did you mean 'rounds'?"),
         ("[tunning]\nrounds = 3", "tunning: unknown key; did you mean 'tuning'?"),
         ("[topology.sites.cloud]\nzoen = 'DE'", "topology.sites.cloud.zoen: unknown key; did you mean 'zone'?"),
-        ("[placement]\nxyzzy = 1", "placement.xyzzy: unknown key; valid keys: labels, cuts"),
+        ("[placement]\nxyzzy = 1", "placement.xyzzy: unknown key; valid keys: labels, cuts, cuts_of"),
         ("[tuning]\nmicrobatches = 30\nbatch_size = 20", "tuning.microbatches: 30 is more than tuning.batch_size 20"),
         ("[model]\npatch_size = 5", "model.patch_size: 5 does not divide model.image_size 28"),
         ("[model]\nnum_heads = 3", "model.num_heads: 3 does not divide model.hidden_size 128"),
@@ -164,6 +167,43 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
             "faults.slow.edge-0.cluster-0.device-0: input should be a finite number, not inf",
         ),
         ("[evaluation]\ninversion = 'maybe'", "evaluation.inversion: input should be true or false, not 'maybe'"),
+        ("[topology]\nclusters_per_edge = 'auto'", "topology.clusters_per_edge: 'auto' forms clusters of a pool; give"),
+        (
+            "[topology.clusters]\n'edge-0.cluster-0' = ['a']",
+            "topology.clusters: names devices of a pool; give topology",
+        ),
+        (
+            "[topology]\nedges = 1\npool = [{count = 2}]",
+            "topology.pool: edge-0 has 2 devices for 3 clusters; add devices",
+        ),
+        (
+            "[topology]\nedges = 1\npool = [{count = 3}, {edge = 'edge-1'}]",
+            "topology.pool.1.edge: no edge 'edge-1' in this topology; valid: edge-0",
+        ),
+        ("[topology]\nedges = 1\npool = [{counts = 3}]", "topology.pool.0.counts: unknown key; did you mean 'count'?"),
+        (f"{POOL}\n'edge-0.cluster-0' = []", "topology.clusters.edge-0.cluster-0: has no device; name one or more"),
+        (f"{POOL}\n'edge-0.clutser-0' = ['edge-0.device-0']", "topology.clusters.edge-0.clutser-0: a cluster is named"),
+        (
+            f"{POOL}\n'edge-0.cluster-0' = ['edge-0.device-3']",
+            "topology.clusters.edge-0.cluster-0: no device 'edge-0.device-3' in the pool of 'edge-0'; did you mean",
+        ),
+        (
+            f"{POOL}\n'edge-0.cluster-0' = ['edge-0.device-1', 'edge-0.device-1']",
+            "topology.clusters.edge-0.cluster-0: 'edge-0.device-1' is named twice; a device is in one cluster",
+        ),
+        (f"[placement]\ncuts = [1]\n{POOL}", "placement.cuts: forming clusters chooses their cuts; leave it out, or"),
+        (
+            "[placement.cuts_of]\n'edge-9.cluster-0' = [1, 2]",
+            "placement.cuts_of.edge-9.cluster-0: no such name in this",
+        ),
+        (
+            "[placement.cuts_of]\n'edge-0.cluster-1' = [1]",
+            "placement.cuts_of.edge-0.cluster-1: [1] does not divide the model over 3 devices; give 2 rising cuts",
+        ),
+        (
+            "[placement.cuts_of]\n'edge-0.cluster-1' = [3, 1]",
+            "placement.cuts_of.edge-0.cluster-1: [3, 1] does not divide the model over 3 devices; give 2 rising cuts",
+        ),
         ("seed = 9223372036854775808", "seed: input should be less than 9223372036854775808"),
         ("name = '..'", "name: string should match pattern"),
         ("[topology.sites.cloud]\npue = inf", "topology.sites.cloud.pue: input should be a finite number"),
@@ -201,6 +241,7 @@ def test_a_recipe_cannot_be_changed() -> None:
             "bfloat16",
         ),
         ("tuning.learning_rate = 1e-3", ("tuning", "learning_rate"), 1e-3),
+        ("placement.cuts_of.edge-0.cluster-1=[1, 3]", ("placement", "cuts_of", "edge-0.cluster-1"), (1, 3)),
     ],
 )
 def test_a_value_can_be_set_from_outside(override: str, place: tuple[str, ...], value: object) -> None:
@@ -311,3 +352,26 @@ def test_fewer_edges_by_override_meet_sections_that_are_none(text: str, tmp_path
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(ConfigError, match="input should be a section"):
         load(tmp_path / "recipe.toml", ["topology.edges=1"])
+
+
+def test_a_pool_round_trips_through_toml() -> None:
+    text = "[topology]\nedges = 1\npool = [{count = 4, link = {rtt_ms = 1, mbit_per_s = 9}}, {gflops = 2}]"
+    recipe = from_table(tomllib.loads(text))
+    assert from_table(tomllib.loads(to_toml(to_table(recipe)))) == recipe
+    assert from_table(to_table(recipe)) == recipe
+
+
+def test_what_a_recipe_says_of_the_pools_devices_may_be_more() -> None:
+    one = {"topology": {"edges": 1, "pool": [{"count": 3}], "devices": {"edge-0.device-2": {"gflops": 4}}}}
+    assert build_topology(from_table(one).topology).nodes["edge-0.device-2"].device.flops_per_s == 4e9
+    one["topology"]["devices"] = {"edge-0.device-3": {"gflops": 4}}
+    with pytest.raises(ConfigError, match=r"topology\.devices\.edge-0\.device-3: no such name .* 'edge-0\.device-2'"):
+        from_table(one)
+
+
+def test_fewer_clusters_by_override_leave_out_the_cuts_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        "[placement.cuts_of]\n'edge-0.cluster-1' = [1, 3]\n'edge-0.cluster-0' = [2, 3]"
+    )
+    recipe = load(tmp_path / "recipe.toml", ["topology.clusters_per_edge=1"])
+    assert recipe.placement.cuts_of == {"edge-0.cluster-0": (2, 3)}

@@ -109,3 +109,10 @@ def test_malformed_overrides_are_refused(path: Path) -> None:
         load_study(path, ["sweep.seeds.x=1"])
     with pytest.raises(ConfigError, match="--set: 'tuning' is not KEY=VALUE"):
         load_study(path, ["tuning"])
+
+
+def test_a_row_of_a_pool_has_as_many_clusters_as_are_to_be_formed(path: Path) -> None:
+    study = study_of(path, "topology.pool=[{count = 3}]")
+    assert [row.num_clusters for row in study.rows] == [1, 2]
+    with pytest.raises(ConfigError, match="a row of a study has a number of clusters, not 'auto'"):
+        study_of(path, "topology.pool=[{count = 3}]", "topology.clusters_per_edge=auto")

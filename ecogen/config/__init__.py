@@ -4,7 +4,7 @@ Reading a recipe touches no network, disk (beyond the recipe itself) or device.
 """
 
 from ecogen.config.contradictions import lora_averaging
-from ecogen.config.nodes import build_topology, compute_of
+from ecogen.config.nodes import build_topology, compute_of, is_unformed, pool_rows
 from ecogen.config.reading import (
     builtin_names,
     from_table,
@@ -26,6 +26,7 @@ from ecogen.config.schema import (
     NodeCompute,
     Partition,
     PlacementRecipe,
+    PoolRow,
     Pretraining,
     Recipe,
     SiteProfile,
@@ -53,6 +54,7 @@ __all__ = [
     "NodeCompute",
     "Partition",
     "PlacementRecipe",
+    "PoolRow",
     "Pretraining",
     "Recipe",
     "Reference",
@@ -71,9 +73,11 @@ __all__ = [
     "builtin_names",
     "compute_of",
     "from_table",
+    "is_unformed",
     "load",
     "load_study",
     "lora_averaging",
+    "pool_rows",
     "section_from_table",
     "section_table",
     "to_table",

@@ -7,13 +7,15 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from ecogen.config.contradictions import Contradiction, of_tunables
-from ecogen.config.nodes import build_topology
-from ecogen.config.schema import Recipe
+from ecogen.config.nodes import build_topology, edge_ids, is_unformed, pool_rows
+from ecogen.config.schema import Recipe, TopologyRecipe
+from ecogen.topology import Topology
 
 Place = tuple[str, ...]
 
@@ -71,13 +73,21 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _of_aggregation(recipe)
     topology = recipe.topology
     yield from of_tunables(recipe)
+    wrong = list(_of_pool(topology))
+    yield from wrong
+    if wrong:
+        return
     built = build_topology(topology)
-    yield from _unknown("topology.devices", topology.devices, built.nodes)
+    nodes = {**built.nodes, **pool_rows(topology)}
+    clusters = _possible_clusters(topology) if is_unformed(topology) else built.clusters
+    yield from _of_cuts(recipe, built)
+    yield from _unknown("topology.devices", topology.devices, nodes)
     yield from _unknown("topology.sites", topology.sites, built.sites)
-    yield from _unknown("compute.nodes", recipe.compute.nodes, built.nodes)
-    yield from _unknown("faults.update_factor", recipe.faults.update_factor, built.clusters)
-    yield from _unknown("tunables.cluster_ranks", recipe.tunables.cluster_ranks, built.clusters)
-    yield from _unknown("faults.slow", recipe.faults.slow, {n: n for c in built.clusters.values() for n in c.node_ids})
+    yield from _unknown("compute.nodes", recipe.compute.nodes, nodes)
+    yield from _unknown("faults.update_factor", recipe.faults.update_factor, clusters)
+    yield from _unknown("tunables.cluster_ranks", recipe.tunables.cluster_ranks, clusters)
+    above = (built.cloud_id, *built.edge_ids)
+    yield from _unknown("faults.slow", recipe.faults.slow, {name: name for name in nodes if name not in above})
 
 
 def _of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
@@ -108,15 +118,97 @@ def _of_sizes(recipe: Recipe) -> Iterator[Contradiction]:
         if (value := _value(recipe, whole)) % _value(recipe, part):
             text = f"{part}: {_value(recipe, part)} does not divide {whole} {value}"
             yield Contradiction((part, whole), text)
-    for less, more in (
-        ("tuning.microbatches", "tuning.batch_size"),
-        ("data.owners", "topology.devices_per_cluster"),
-        ("tunables.first_block", "model.num_blocks"),
-        ("aggregation.buffer", "topology.clusters_per_edge"),
-    ):
+    pairs = [("tuning.microbatches", "tuning.batch_size"), ("tunables.first_block", "model.num_blocks")]
+    if not recipe.topology.pool:
+        pairs.append(("data.owners", "topology.devices_per_cluster"))
+    if recipe.topology.clusters_per_edge != "auto":
+        pairs.append(("aggregation.buffer", "topology.clusters_per_edge"))
+    for less, more in pairs:
         if _value(recipe, less) > _value(recipe, more):
             text = f"{less}: {_value(recipe, less)} is more than {more} {_value(recipe, more)}"
             yield Contradiction((less, more), text)
+
+
+def _of_pool(topology: TopologyRecipe) -> Iterator[Contradiction]:
+    """Rows of unknown edges, edges without enough devices, and clusters of other devices than the pool's."""
+    if not topology.pool:
+        if topology.clusters_per_edge == "auto":
+            text = "topology.clusters_per_edge: 'auto' forms clusters of a pool; give topology.pool, or a number"
+            yield Contradiction(("topology.clusters_per_edge", "topology.pool"), text)
+        if topology.clusters:
+            text = "topology.clusters: names devices of a pool; give topology.pool, or leave it out"
+            yield Contradiction(("topology.clusters", "topology.pool"), text)
+        return
+    edges, places = edge_ids(topology), ("topology.edges", "topology.pool", "topology.clusters")
+    for index, row in enumerate(topology.pool):
+        if row.edge not in edges:
+            text = f"topology.pool.{index}.edge: no edge {row.edge!r} in this topology; valid: {', '.join(edges)}"
+            yield Contradiction(places, text)
+    yield from _of_clusters(topology) if topology.clusters else _too_few(topology)
+
+
+def _too_few(topology: TopologyRecipe) -> Iterator[Contradiction]:
+    """Edges with fewer devices than clusters."""
+    wanted = 1 if topology.clusters_per_edge == "auto" else topology.clusters_per_edge
+    for edge in edge_ids(topology):
+        count = sum(row.count for row in topology.pool if row.edge == edge)
+        if count < wanted:
+            text = f"topology.pool: {edge} has {count} devices for {wanted} clusters; add devices, or ask for fewer"
+            yield Contradiction(("topology.edges", "topology.pool", "topology.clusters_per_edge"), text)
+
+
+def _of_clusters(topology: TopologyRecipe) -> Iterator[Contradiction]:
+    """Clusters that are no edge's, or hold devices that are not there or in another one too."""
+    places, pool = ("topology.clusters", "topology.pool", "topology.edges"), pool_rows(topology)
+    named: list[str] = []
+    for cluster_id, node_ids in topology.clusters.items():
+        at, (edge, _, number) = f"topology.clusters.{cluster_id}", cluster_id.partition(".cluster-")
+        if edge not in edge_ids(topology) or not number.isdigit():
+            yield Contradiction(places, f"{at}: a cluster is named after its edge, such as 'edge-0.cluster-0'")
+            continue
+        if not node_ids:
+            yield Contradiction(places, f"{at}: has no device; name one or more of the pool")
+        own = [node_id for node_id in pool if node_id.startswith(f"{edge}.")]
+        for node_id in node_ids:
+            if node_id not in own:
+                close = difflib.get_close_matches(node_id, own, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                yield Contradiction(places, f"{at}: no device {node_id!r} in the pool of {edge!r}{hint}")
+            if node_id in named:
+                yield Contradiction(places, f"{at}: {node_id!r} is named twice; a device is in one cluster")
+            named.append(node_id)
+    for edge in edge_ids(topology):
+        if not any(name.startswith(f"{edge}.") for name in topology.clusters):
+            yield Contradiction(places, f"topology.clusters: {edge} has none; each edge has at least one")
+
+
+def _possible_clusters(topology: TopologyRecipe) -> dict[str, None]:
+    """The ids that clusters formed of the pool may have."""
+    sizes = {edge: sum(row.count for row in topology.pool if row.edge == edge) for edge in edge_ids(topology)}
+    count = topology.clusters_per_edge
+    return {
+        f"{edge}.cluster-{index}": None
+        for edge, size in sizes.items()
+        for index in range(size if count == "auto" else count)
+    }
+
+
+def _of_cuts(recipe: Recipe, built: Topology) -> Iterator[Contradiction]:
+    """Cuts where clusters have yet to be formed, of no cluster, or as many as do not divide it."""
+    placement, places = recipe.placement, ("placement.cuts_of", "placement.cuts", "topology.pool")
+    if is_unformed(recipe.topology):
+        if placement.cuts != "auto" or placement.cuts_of:
+            name = "cuts" if placement.cuts != "auto" else "cuts_of"
+            text = f"placement.{name}: forming clusters chooses their cuts; leave it out, or say topology.clusters too"
+            yield Contradiction(places, text)
+        return
+    yield from _unknown("placement.cuts_of", placement.cuts_of, built.clusters)
+    for cluster_id, cuts in placement.cuts_of.items():
+        devices = len(built.clusters[cluster_id].node_ids) if cluster_id in built.clusters else len(cuts) + 1
+        if len(cuts) != devices - 1 or any(a >= b for a, b in pairwise(cuts)):
+            text = f"placement.cuts_of.{cluster_id}: {list(cuts)} does not divide the model over {devices} devices; "
+            text += f"give {devices - 1} rising cut{'s' * (devices != 2)}"
+            yield Contradiction((*places, "topology.devices_per_cluster"), text)
 
 
 def _unknown(place: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Contradiction]:

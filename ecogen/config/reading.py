@@ -22,7 +22,7 @@ SWEEP = "sweep"
 """The section that makes a recipe a study."""
 
 _COUNTS = ("edges", "clusters_per_edge", "devices_per_cluster")
-_NUMBERED = re.compile(r"edge-(\d+)(?:\.field|\.cluster-(\d+)\.device-(\d+))?")
+_NUMBERED = re.compile(r"edge-(\d+)(?:\.field|\.device-\d+|\.cluster-(\d+)(?:\.device-(\d+))?)?")
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -177,10 +177,11 @@ def _parts(key: str) -> list[str]:
 
 def _drop_beyond(table: dict[str, Any]) -> None:
     """Leave out what a recipe says of edges, clusters and devices that an override has just taken away."""
-    topology, compute, default = table["topology"], table.get("compute"), TopologyRecipe()
+    topology, default = table["topology"], TopologyRecipe()
     counts = [topology.get(name, getattr(default, name)) for name in _COUNTS]
-    nodes = compute.get("nodes") if isinstance(compute, dict) else None
-    sections = (topology.get("sites"), topology.get("devices"), nodes)
+    places = (("compute", "nodes"), ("placement", "cuts_of"), ("faults", "update_factor"))
+    others = [table[section].get(key) for section, key in places if isinstance(table.get(section), dict)]
+    sections = (topology.get("sites"), topology.get("devices"), topology.get("clusters"), *others)
     for section in (section for section in sections if isinstance(section, dict)):
         for name in list(section):
             if (match := _NUMBERED.fullmatch(name)) and _is_beyond(match, counts):

@@ -111,8 +111,20 @@ class LinkProfile:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PoolRow(DeviceProfile):
+    """Devices of one kind at an edge, of which clusters are formed."""
+
+    edge: str = "edge-0"
+    count: Count = 1
+    link: LinkProfile | None = None  # what connects each of them with all others; as `d2d` where there is none
+
+
+@dataclass(frozen=True, config=STRICT)
 class TopologyRecipe:
     """A cloud, edges, clusters and devices, by number, with profiles by tier and exceptions by node id.
+
+    With a pool, its devices are `edge-0.device-0` and so on, and `planning.forming` makes the clusters of them before
+    a run: then they stand in `clusters`, which a recipe may also say itself; `devices_per_cluster` says nothing.
 
     Power: Cloud Carbon Footprint's coefficients of an EPYC gen 4 vCPU, 0.74 W idle and 2.28 W busy, since the
     nodes of a run on one machine are its threads; give the watts of your own devices.
@@ -120,8 +132,10 @@ class TopologyRecipe:
     """
 
     edges: Count = 2
-    clusters_per_edge: Count = 3
+    clusters_per_edge: Count | Literal["auto"] = 3  # "auto": as many of the pool as tune the most examples a second
     devices_per_cluster: Count = 3
+    pool: tuple[PoolRow, ...] = ()
+    clusters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # devices of the pool in order, by cluster id
     sites: Mapping[str, SiteProfile] = field(default_factory=dict)
     cloud: DeviceProfile = field(default_factory=lambda: DeviceProfile(memory_gib=64))
     edge: DeviceProfile = field(default_factory=lambda: DeviceProfile(memory_gib=16))
@@ -138,6 +152,7 @@ class PlacementRecipe:
 
     labels: Labels = "start"
     cuts: Literal["auto"] | tuple[Count, ...] = "auto"
+    cuts_of: Mapping[str, tuple[Count, ...]] = field(default_factory=dict)  # by cluster id, where one has its own
 
 
 @dataclass(frozen=True, config=STRICT)

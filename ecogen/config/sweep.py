@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from ecogen.config.nodes import build_topology, is_unformed
 from ecogen.config.problems import explain
 from ecogen.config.reading import SWEEP, from_table, override, read_table
 from ecogen.config.schema import STRICT, Natural, Recipe, Share
@@ -69,7 +70,12 @@ class Row:
 
     @property
     def num_clusters(self) -> int:
-        return self.recipe.topology.edges * self.recipe.topology.clusters_per_edge
+        """Of all edges; those that forming will make of a pool too."""
+        topology = self.recipe.topology
+        per_edge = topology.clusters_per_edge
+        if is_unformed(topology) and per_edge != "auto":
+            return topology.edges * per_edge
+        return len(build_topology(topology).clusters)
 
     @property
     def slug(self) -> str:
@@ -136,7 +142,10 @@ def _slug(name: str) -> str:
 
 def _recipe(table: Mapping[str, Any], case: Case, overrides: Sequence[str], name: str) -> Recipe:
     changed = _merged(table, case.change)
-    return from_table(changed, name, override(changed, overrides))
+    recipe = from_table(changed, name, override(changed, overrides))
+    if is_unformed(recipe.topology) and recipe.topology.clusters_per_edge == "auto":
+        raise ConfigError(["topology.clusters_per_edge: a row of a study has a number of clusters, not 'auto'"], name)
+    return recipe
 
 
 def _merged(table: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from ecogen import config as recipes
+from ecogen.engines.forming import formed
 from ecogen.engines.run_folder import RUNNING, check_run
 from ecogen.errors import RunError, StorageError
 from ecogen.storage import make_folder, write_atomically
@@ -26,6 +27,7 @@ def detach(recipe: recipes.Recipe, folder: Path, *, resume: bool) -> None:
     """
     if recipe.engine == "inproc":
         raise RunError("--detach needs nodes that others can reach; add --engine local")
+    recipe = formed(recipe)
     check_run(folder, recipe, resume=resume)
     make_folder(folder)
     write_atomically(folder / ASKED, json.dumps(recipes.to_table(recipe)))

@@ -45,7 +45,7 @@ def node_settings(
     """
     recipes.section_from_table(recipes.NodeCompute, {"device": device, "dtype": dtype})
     if recipe:
-        check_recipe(recipe)
+        recipe = check_recipe(recipe)
     tier = load_credentials(certificates, node_id=node_id).identity.tier
     host, port = _split_address("--listen", listen)
     parent = split_parent("--join", join) if join else (None, None)

@@ -8,6 +8,7 @@ from transformers import ViTConfig
 
 from ecogen import config as recipes
 from ecogen.accounting.intensity import check_zones
+from ecogen.engines.forming import NUM_LABELS, formed
 from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import model_shape
@@ -16,11 +17,11 @@ from ecogen.tuning.data import load_splits, partition_examples
 from ecogen.tuning.foundation import MADE_HERE, vit_config
 from ecogen.tuning.strategies import strategy_of
 
-_NUM_LABELS = 10  # of the data sets that there are; a head's size decides no placement
 
-
-def check_recipe(recipe: recipes.Recipe) -> None:
+def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
     """Check zones, the strategy, the number of examples, the model's folder and the placement of every cluster.
+
+    Returns the recipe with its pool's clusters formed.
 
     Raises:
         ConfigError: if zones are unknown (lists them all), or the strategy.
@@ -28,15 +29,18 @@ def check_recipe(recipe: recipes.Recipe) -> None:
         CheckpointError: if the model's folder is missing, corrupt or for other images.
         PlacementError: if a cluster cannot hold the model.
     """
-    check_zones(site.zone for site in recipes.build_topology(recipe.topology).sites.values())
+    config = _announced_config(recipe.model)
+    recipe = formed(recipe)
+    topology = recipes.build_topology(recipe.topology)
+    check_zones(site.zone for site in topology.sites.values())
     strategy_of(recipe.aggregation)
     train = load_splits(recipe.data, recipe.model.image_size, recipe.seed).train
-    clusters_of_edges = [recipe.topology.clusters_per_edge] * recipe.topology.edges
+    clusters_of_edges = [len(topology.clusters_of(edge_id)) for edge_id in topology.edge_ids]
     partition_examples(train.labels, recipe.data.partition, clusters_of_edges, recipe.seed)
-    config = _announced_config(recipe.model)
     if config is not None:
-        config.num_labels = _NUM_LABELS
+        config.num_labels = NUM_LABELS
         place_clusters(recipe, model_shape(config, recipe.tunables))
+    return recipe
 
 
 def _announced_config(model: recipes.Model) -> ViTConfig | None:

@@ -33,7 +33,7 @@ async def launch(
     Raises:
         ConfigError, CheckpointError, PlacementError: if the recipe cannot be carried out.
     """
-    check_recipe(recipe)
+    recipe = check_recipe(recipe)
     with tempfile.TemporaryDirectory(prefix="ecogen-") as temporary:
         async with _ENGINES[recipe.engine](recipe, Path(folder or temporary), tuned=tuned) as federation:
             yield federation
@@ -48,7 +48,7 @@ async def serve(run: Path, engine: str = "inproc") -> AsyncIterator[Federation]:
     """
     recipe = load_recipe(run)
     load_metadata(run / TUNABLES)
-    topology = replace(recipe.topology, edges=1, clusters_per_edge=1)
+    topology = _first_cluster(recipe.topology)
     known = recipes.build_topology(topology)
     one = replace(
         recipe,
@@ -59,6 +59,10 @@ async def serve(run: Path, engine: str = "inproc") -> AsyncIterator[Federation]:
             sites={name: site for name, site in topology.sites.items() if name in known.sites},
             devices={name: device for name, device in topology.devices.items() if name in known.nodes},
         ),
+        placement=replace(
+            recipe.placement, cuts_of={c: cuts for c, cuts in recipe.placement.cuts_of.items() if c in known.clusters}
+        ),
+        faults=recipes.Faults(),
         compute=replace(recipe.compute, nodes={n: c for n, c in recipe.compute.nodes.items() if n in known.nodes}),
         evaluation=recipes.Evaluation(split="none", requests=0),
     )
@@ -66,3 +70,12 @@ async def serve(run: Path, engine: str = "inproc") -> AsyncIterator[Federation]:
         async for _ in federation.watch():
             pass
         yield federation
+
+
+def _first_cluster(topology: recipes.TopologyRecipe) -> recipes.TopologyRecipe:
+    """The cloud, the first edge and its first cluster."""
+    own = [
+        (cluster_id, node_ids) for cluster_id, node_ids in topology.clusters.items() if cluster_id.startswith("edge-0.")
+    ]
+    rows = tuple(row for row in topology.pool if row.edge == "edge-0")
+    return replace(topology, edges=1, clusters_per_edge=1, pool=rows, clusters=dict(own[:1]))

@@ -18,6 +18,7 @@ from ecogen import config as recipes
 from ecogen.engines.attached import attach
 from ecogen.engines.check import check_recipe
 from ecogen.engines.federation import Federation, ask_status
+from ecogen.engines.forming import formed
 from ecogen.engines.launch import launch, serve
 from ecogen.engines.run_folder import (
     NODES,
@@ -51,6 +52,7 @@ async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Con
     Raises:
         EcoGenError: what a user can act on; the run can be resumed if it had begun.
     """
+    recipe = formed(recipe)
     check_run(folder, recipe, resume=resume)
     check_recipe(recipe)
     with locked(folder), ended_in_order():

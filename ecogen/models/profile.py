@@ -1,11 +1,14 @@
-"""The sizes of a model that planning and metering need, read off its configuration."""
+"""The sizes of a model that planning and metering need, read off its configuration. Imports no torch."""
 
 from __future__ import annotations
 
-from transformers import ViTConfig
+from typing import TYPE_CHECKING
 
 from ecogen.config import Tunables as TunablesSpec
 from ecogen.planning.cost import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import ViTConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 

@@ -132,7 +132,6 @@ class DeviceRole:
         stage = await context.worker.compute(self._load, config, segments, tensors, spec)
         shape = model_shape(config, spec)
         data = await context.worker.compute(self._own_data, topology, placement, welcome.digest, shape)
-        link = topology.links["d2d"]
         goes_down = recipe.wire.gradients_to == "start"
         routes = [Route(route, shape, goes_down) for route in rotations(placement, recipe.data.owners)]
         factor = recipe.faults.update_factor.get(cluster_id, 1.0)
@@ -149,7 +148,7 @@ class DeviceRole:
             update_factor=factor,
             controls=controls if recipe.aggregation.strategy == "scaffold" else None,
         )
-        serving = DeviceServing(cluster_id, placement, shape, link, stage, context.worker, self.neighbours)
+        serving = DeviceServing(cluster_id, placement, shape, topology.link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
         return _Resident(stage, tuning, serving, neighbour_ids)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -156,14 +157,14 @@ def sites_table(topology: Topology) -> Table:
 
 
 def links_table(topology: Topology) -> Table:
-    """The classes of links: round-trip time and bandwidth."""
+    """The classes of links: round-trip time and bandwidth; and the access links that devices have of their own."""
+    own = Counter(node.access for node in topology.nodes.values() if node.access)
+    named = [(LINK_NAMES[name], link) for name, link in topology.links.items()]
+    named += [(f"access of {count} end device{'s' * (count != 1)}", link) for link, count in own.items()]
     return Table(
         "Links",
         (word("link class"), Column("round trip", "ms"), Column("bandwidth", "Mbit/s")),
-        tuple(
-            (LINK_NAMES[name], f"{link.rtt_s * 1e3:g}", f"{link.bytes_per_s * 8 / 1e6:g}")
-            for name, link in topology.links.items()
-        ),
+        tuple((name, f"{link.rtt_s * 1e3:g}", f"{link.bytes_per_s * 8 / 1e6:g}") for name, link in named),
     )
 
 

@@ -33,6 +33,9 @@ def _key(key: str) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
+    if isinstance(value, Mapping):
+        pairs = (f"{_key(key)} = {_value(inner)}" for key, inner in value.items() if inner is not None)
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, Sequence):
         return f"[{', '.join(_value(item) for item in value)}]"
     return json.dumps(value)

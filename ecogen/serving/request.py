@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -25,6 +25,9 @@ from ecogen.runtime.worker import Worker
 from ecogen.topology import Link
 from ecogen.transport.base import Message
 from ecogen.transport.codec import encode_prefix
+
+LinkTo = Callable[[str, str], Link | None]
+"""The link from one node to another; None within a node."""
 
 INFER, ANSWER = "infer", "answer"
 REQUEST_METHODS = frozenset({INFER, ANSWER})
@@ -57,7 +60,7 @@ class DeviceServing:
     """One device's serving role.
 
     Args:
-        link: the D2D link, whose time is modelled.
+        link_to: the link between two devices, whose time is modelled.
     """
 
     def __init__(
@@ -65,12 +68,12 @@ class DeviceServing:
         cluster_id: str,
         placement: Placement,
         shape: ModelShape,
-        link: Link,
+        link_to: LinkTo,
         stage: Stage,
         worker: Worker,
         neighbours: Neighbours,
     ) -> None:
-        self._cluster_id, self._placement, self._shape, self._link = cluster_id, placement, shape, link
+        self._cluster_id, self._placement, self._shape, self._link_to = cluster_id, placement, shape, link_to
         self._stage, self._worker, self._neighbours = stage, worker, neighbours
         self._waiting: dict[str, asyncio.Future[tuple[RequestFlow, Tensor, int]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,7 +149,7 @@ class DeviceServing:
             future.set_exception(problem)
 
     def _record(self, flow: RequestFlow, num_inputs: int, received_bytes: int) -> RequestRecord:
-        hops = request_hops(self._placement, flow.reports, received_bytes, self._link)
+        hops = request_hops(self._placement, flow.reports, received_bytes, self._link_to)
         links = [hop.link_s for hop in hops if hop.receiver_id is not None]
         t_ul_s, t_dl_s = (links[0], links[-1]) if len(links) > 1 else (0.0, 0.0)
         t_inference_s = sum(hop.compute_s + hop.link_s for hop in hops) - t_ul_s - t_dl_s
@@ -155,7 +158,7 @@ class DeviceServing:
         )
 
 
-def request_hops(placement: Placement, reports: Sequence[VisitReport], answer_bytes: int, link: Link) -> list[Hop]:
+def request_hops(placement: Placement, reports: Sequence[VisitReport], answer_bytes: int, link_to: LinkTo) -> list[Hop]:
     """What each visit of a request computed and sent on.
 
     Args:
@@ -165,8 +168,7 @@ def request_hops(placement: Placement, reports: Sequence[VisitReport], answer_by
     sent = [*(report.received_bytes for report in reports[1:]), answer_bytes]
     hops = []
     for visit, report, receiver, num_bytes in zip(placement, reports, receivers, sent, strict=True):
-        crosses = receiver != visit.node_id
-        link_s = link.seconds(num_bytes) if crosses else 0.0
-        where = receiver if crosses else None
+        link = link_to(visit.node_id, receiver)
+        link_s, where = (link.seconds(num_bytes), receiver) if link else (0.0, None)
         hops.append(Hop(visit.node_id, str(visit.segment), report.compute_s, where, num_bytes, link_s))
     return hops

@@ -1,4 +1,4 @@
 from ecogen.topology.graph import Topology
-from ecogen.topology.node import Cluster, Device, Link, Node, Site, Tier
+from ecogen.topology.node import Cluster, Device, Link, Node, Site, Tier, link_between
 
-__all__ = ["Cluster", "Device", "Link", "Node", "Site", "Tier", "Topology"]
+__all__ = ["Cluster", "Device", "Link", "Node", "Site", "Tier", "Topology", "link_between"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ecogen.records import LinkClass
-from ecogen.topology.node import Cluster, Link, Node, Site, Tier
+from ecogen.topology.node import Cluster, Link, Node, Site, Tier, link_between
 
 _CLASS_OF_TIERS: dict[frozenset[Tier], LinkClass] = {
     frozenset({Tier.CLOUD, Tier.EDGE}): "cloud_edge",
@@ -55,9 +55,9 @@ class Topology:
                 return self.cluster_of(node_id).edge_id
 
     def link(self, sender_id: str, receiver_id: str) -> Link | None:
-        """The link between two nodes; None within a node, or to an operator who is not part of the federation."""
+        """The link between two nodes, as slow as the slower one's access; None within a node, or to an operator."""
         if sender_id == receiver_id or not {sender_id, receiver_id} <= self.nodes.keys():
             return None
-        tiers = frozenset({self.nodes[sender_id].tier, self.nodes[receiver_id].tier})
-        link_class = _CLASS_OF_TIERS.get(tiers)
-        return None if link_class is None else self.links[link_class]
+        sender, receiver = self.nodes[sender_id], self.nodes[receiver_id]
+        link_class = _CLASS_OF_TIERS.get(frozenset({sender.tier, receiver.tier}))
+        return None if link_class is None else link_between(sender, receiver, self.links[link_class])

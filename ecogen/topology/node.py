@@ -39,16 +39,6 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """One process on a device at a site."""
-
-    node_id: str
-    tier: Tier
-    site_id: str
-    device: Device
-
-
-@dataclass(frozen=True, slots=True)
 class Link:
     """A directed path between two classes of nodes.
 
@@ -64,6 +54,32 @@ class Link:
     def seconds(self, num_bytes: float) -> float:
         """One way: RTT/2 + bits / R (`reference` formula "link time")."""
         return self.rtt_s / 2 + num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One process on a device at a site.
+
+    Attributes:
+        access: what connects this device with all others; None for what is usual of its links' class.
+    """
+
+    node_id: str
+    tier: Tier
+    site_id: str
+    device: Device
+    access: Link | None = None
+
+
+def link_between(one: Node, other: Node, usual: Link) -> Link:
+    """The link between two nodes: half of each one's round trip, and the bandwidth of the slower.
+
+    Args:
+        usual: of their class; a node without an access link of its own is connected by one like that.
+    """
+    here, there = one.access or usual, other.access or usual
+    rtt_s, bytes_per_s = (here.rtt_s + there.rtt_s) / 2, min(here.bytes_per_s, there.bytes_per_s)
+    return Link(usual.link_class, rtt_s, bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True)

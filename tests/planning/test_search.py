@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ecogen.config import TunedBlock
 from ecogen.errors import PlacementError
-from ecogen.placement import Labels, Segment, place
+from ecogen.placement import Labels, Segment, place, segments_held
 from ecogen.planning import cost
 from ecogen.planning.cost import ModelShape
 from ecogen.planning.search import Plan, plan
@@ -129,3 +129,46 @@ def test_more_devices_than_blocks_or_none() -> None:
 def test_cuts_that_do_not_divide_the_blocks() -> None:
     with pytest.raises(PlacementError, match="do not divide 6 blocks"):
         plan(SHAPE, nodes([10**9] * 2), LINK, cuts=[6])
+
+
+def test_a_stage_pays_for_the_slower_end_of_each_link() -> None:
+    """Half of each one's round trip and the lesser bandwidth, to the neighbour that each message goes to."""
+    access = [Link("d2d", 0.010, 1e6), None, Link("d2d", 0.0, 1e9)]
+    devices = [replace(node, access=own) for node, own in zip(nodes([10**9] * 3, [1e18] * 3), access, strict=True)]
+    between, of_head = cost.activation_bytes(SHAPE, 2), cost.activation_bytes(SHAPE, 6)
+    first_second = (0.010 + 0.004) / 4 + between / 1e6  # half of the round trip, which is the sum of both halves
+    second_third = (0.004 + 0.0) / 4 + between / 1e7
+    third_first = (0.0 + 0.010) / 4 + of_head / 1e6
+    found = plan(SHAPE, devices, LINK, "start", cuts=[2, 4])
+    expected = (first_second + third_first, second_third + first_second, third_first + second_third)
+    assert found.stage_s == pytest.approx(expected, rel=1e-5)
+    assert found.sending_s == pytest.approx(expected)
+
+
+@given(
+    st.lists(st.integers(BLOCK, 14 * BLOCK), min_size=2, max_size=4),
+    st.integers(2, 4),
+    st.sampled_from(["start", "end"]),
+)
+def test_other_owners_hold_what_the_start_holds(memories: list[int], owners: int, labels: Labels) -> None:
+    """The search equals trying every cut, each device counted with all that its turns need."""
+    devices, ids = nodes(memories, [1e8, 4e8, 1e9, 2e8][: len(memories)]), range(len(memories))
+    fitting = []
+    for cuts in combinations(range(1, 6), len(devices) - 1):
+        placement = place([node.node_id for node in devices], cuts, 6, labels)
+        held = [segments_held(placement, owners, node.node_id) for node in devices]
+        if all(cost.memory_bytes(SHAPE, held[i], 1) <= memories[i] for i in ids):
+            fitting.append(plan(SHAPE, devices, LINK, labels, cuts=cuts).bottleneck_s)
+    if fitting:
+        found = plan(SHAPE, devices, LINK, labels, owners=owners)
+        assert found.bottleneck_s == min(fitting)
+        held = [segments_held(found.placement, owners, node.node_id) for node in devices]
+        assert found.memory_bytes == tuple(cost.memory_bytes(SHAPE, segments, 1) for segments in held)
+    else:
+        with pytest.raises(PlacementError, match=r"over\); it can"):
+            plan(SHAPE, devices, LINK, labels, owners=owners)
+
+
+def test_an_owner_that_cannot_take_its_turn_is_told_so() -> None:
+    with pytest.raises(PlacementError, match=r"device-1' has .*it takes turns as the start: lower data\.owners"):
+        plan(SHAPE, nodes([30 * BLOCK, 2 * BLOCK]), LINK, owners=2)

@@ -1,0 +1,68 @@
+"""Clusters formed of a recipe's pool before a run begins. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+from ecogen import config as recipes
+from ecogen.errors import CheckpointError, PlacementError
+from ecogen.models.profile import model_shape
+from ecogen.planning.clusters import form_clusters
+from ecogen.planning.cost import ModelShape
+
+NUM_LABELS = 10
+"""Of the data sets that there are; a head's size decides no placement."""
+
+
+def formed(recipe: recipes.Recipe) -> recipes.Recipe:
+    """The recipe with its pool's clusters in it; as it is where there are none to form.
+
+    The same recipe gives the same clusters. They are written down with the run, and sent to its nodes.
+
+    Raises:
+        PlacementError: if the pool cannot hold so many models, or it is not known yet how large a model is.
+        CheckpointError: if the model's folder cannot be read.
+    """
+    if not recipes.is_unformed(recipe.topology):
+        return recipe
+    clusters = form_clusters(recipe, announced_shape(recipe))
+    return replace(recipe, topology=replace(recipe.topology, clusters=clusters))
+
+
+def announced_shape(recipe: recipes.Recipe) -> ModelShape:
+    """The sizes of a recipe's model before there is one: of the recipe itself, or of the model's folder.
+
+    Raises:
+        PlacementError, CheckpointError: as `formed`.
+    """
+    model = recipe.model
+    if model.source.startswith("hf:"):
+        raise PlacementError(
+            f"the sizes of {model.source!r} are not known before it is here; download it and give its folder as "
+            "model.source"
+        )
+    config = SimpleNamespace(
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_blocks,
+        intermediate_size=model.intermediate_size,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        num_channels=model.num_channels,
+    )
+    if model.source not in ("pretrain", "untrained"):
+        vars(config).update(_read_config(Path(model.source)))
+    config.num_labels = NUM_LABELS
+    return model_shape(config, recipe.tunables)
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    try:
+        table: dict[str, object] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(
+            f"{folder} is no model folder: its config.json cannot be read ({problem}); give one of save_pretrained"
+        ) from problem
+    return table
