@@ -71,7 +71,9 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
         accuracy: of the aggregate on the evaluation split, in [0, 1]; None where none was asked for.
         members: the clusters (of an edge) or edges (of the cloud) whose updates are in the aggregate.
         missing: those that took part but were lost before their update was complete.
-        num_examples: examples behind the aggregate, each counted once a round.
+        num_examples: examples behind the aggregate, each counted once a round; 0 where that is private.
+        epsilon: of an edge with differential privacy of its clusters: spent so far. Loss, members and missing are then
+            private too, and not told; usages are spread evenly over the clusters.
     """
 
     node_id: str
@@ -84,6 +86,7 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
     wall_s: float
     usages: tuple[Usage, ...]
     time_s: float = 0.0
+    epsilon: float | None = None
 
 
 class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):

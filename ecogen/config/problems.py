@@ -28,6 +28,9 @@ _WORDS = {
 }
 """What the types of pydantic's problems are called here, where its own words are those of Python."""
 
+PRIVATE_STRATEGIES = ("fedavg", "fedadam", "fedyogi")
+"""Strategies of aggregation that need no more of a round than the mean change."""
+
 _DEPTH = 8  # of nested sections, of which each may go for want of a value in it
 
 
@@ -83,6 +86,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _unknown("topology.sites", topology.sites, built.sites)
     yield from _unknown("compute.nodes", recipe.compute.nodes, built.nodes)
     yield from _unknown("faults.update_factor", recipe.faults.update_factor, built.clusters)
+    yield from _of_privacy(recipe)
 
 
 def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:
@@ -113,6 +117,25 @@ def _of_sizes(recipe: Recipe) -> Iterator[Contradiction]:
         if _value(recipe, less) > _value(recipe, more):
             text = f"{less}: {_value(recipe, less)} is more than {more} {_value(recipe, more)}"
             yield Contradiction((less, more), text)
+
+
+def _of_privacy(recipe: Recipe) -> Iterator[Contradiction]:
+    """What would break the guarantee, or make it mean nothing."""
+    if not recipe.privacy.noise_multiplier:
+        return
+    strategy, delta, clusters = recipe.aggregation.strategy, recipe.privacy.delta, recipe.topology.clusters_per_edge
+    if strategy not in PRIVATE_STRATEGIES:
+        text = (
+            f"aggregation.strategy: {strategy!r} wants each cluster's own update, but with privacy.noise_multiplier "
+            f"nobody is shown more than their noised sum; choose one of {', '.join(PRIVATE_STRATEGIES)}"
+        )
+        yield Contradiction(("aggregation.strategy", "privacy.noise_multiplier"), text)
+    if delta * clusters >= 1:
+        text = (
+            f"privacy.delta: {delta:g} is not below 1 / topology.clusters_per_edge = {1 / clusters:g}: "
+            f"telling all about one cluster in {1 / delta:g} would count as private"
+        )
+        yield Contradiction(("privacy.delta", "topology.clusters_per_edge", "privacy.noise_multiplier"), text)
 
 
 def _unknown(place: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Contradiction]:

@@ -23,6 +23,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 DtypeName = Literal["float32", "bfloat16"]
 WireType = Literal["float32", "bfloat16", "int8"]
@@ -176,6 +177,7 @@ class Tuning:
     weight_decay: NonNegative = 0.01
     epsilon: Positive = 1e-8  # AdamW's; a larger one makes steps small where gradients are
     proximal: NonNegative = 0.0  # mu of FedProx: pulls local steps back to where the round began
+    participation: Rate = 1.0  # with this probability each cluster takes part in a round, drawn anew every round
     clip_norm: NonNegative = 1.0  # 0 turns clipping off
     augmentation: Share = 0.5  # strength of random shifts, rotations and scales on the device
     augmentation_views: Natural = 0  # how many images each example has, epoch by epoch in turn; 0: always a new one
@@ -196,6 +198,15 @@ class Aggregation:
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
+
+
+@dataclass(frozen=True, config=STRICT)
+class Privacy:
+    """Differential privacy of clusters: DP-FedAvg, McMahan et al. 2018, https://arxiv.org/abs/1710.06963."""
+
+    noise_multiplier: NonNegative = 0.0  # z: the noise's deviation by clip_norm; 0: nothing is clipped or noised
+    clip_norm: Positive = 1.0  # S: the longest change of all its tunables that a cluster may make in a round
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # with which epsilon may fail; below 1 / clusters
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -251,6 +262,7 @@ class Recipe:
     tunables: Tunables = field(default_factory=Tunables)
     tuning: Tuning = field(default_factory=Tuning)
     aggregation: Aggregation = field(default_factory=Aggregation)
+    privacy: Privacy = field(default_factory=Privacy)
     faults: Faults = field(default_factory=Faults)
     wire: Wire = field(default_factory=Wire)
     transport: TransportRecipe = field(default_factory=TransportRecipe)

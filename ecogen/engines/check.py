@@ -14,22 +14,25 @@ from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters
 from ecogen.tuning.data import load_splits, partition_examples
 from ecogen.tuning.foundation import MADE_HERE, vit_config
+from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of
 
 _NUM_LABELS = 10  # of the data sets that there are; a head's size decides no placement
 
 
 def check_recipe(recipe: recipes.Recipe) -> None:
-    """Check zones, the strategy, the number of examples, the model's folder and the placement of every cluster.
+    """Check zones, the strategy, privacy's accountant, the examples, the model's folder and every cluster's placement.
 
     Raises:
-        ConfigError: if zones are unknown (lists them all), or the strategy.
+        ConfigError: if zones are unknown (lists them all), or the strategy; or the accountant is missing.
         DataError: if there are too few examples.
         CheckpointError: if the model's folder is missing, corrupt or for other images.
         PlacementError: if a cluster cannot hold the model.
     """
     check_zones(site.zone for site in recipes.build_topology(recipe.topology).sites.values())
     strategy_of(recipe.aggregation)
+    if recipe.privacy.noise_multiplier:
+        check_accountant()
     train = load_splits(recipe.data, recipe.model.image_size, recipe.seed).train
     clusters_of_edges = [recipe.topology.clusters_per_edge] * recipe.topology.edges
     partition_examples(train.labels, recipe.data.partition, clusters_of_edges, recipe.seed)

@@ -41,9 +41,11 @@ from ecogen.storage import write_atomically
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_splits
+from ecogen.tuning.discretion import spread
 from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.foundation import fetch_foundation
 from ecogen.tuning.messages import placement_table
+from ecogen.tuning.privacy import ClusterPrivacy
 from ecogen.tuning.rounds import EdgeRounds, EdgeState
 
 
@@ -109,7 +111,15 @@ class EdgeRole:
             attempt=self._incarnation * 1_000_000,
             num_owners=recipe.data.owners,
             aggregation=recipe.aggregation,
+            seed=recipe.seed,
+            privacy=self._privacy(),
         )
+
+    def _privacy(self) -> ClusterPrivacy | None:
+        spec = self._recipe.privacy
+        if not spec.noise_multiplier:
+            return None
+        return ClusterPrivacy(spec, self._recipe.tuning.participation, len(self._placements))
 
     async def _fetch_foundation(self) -> Foundation:
         """The whole backbone on this edge's disk, fetched from the cloud unless it is there."""
@@ -188,6 +198,8 @@ class EdgeRole:
         usages = [reply.read(Ready).usage for reply in replies] + [self._context.worker.usage("serving")]
         self._books_closed = True
         wall_s = max(usage.wall_s for usage in usages)
+        if self._recipe.privacy.noise_multiplier:  # a device's last window begins with the last round it took part in
+            usages = list(spread(usages, [placement.node_ids for placement in self._placements.values()]))
         self._outbox.put(PhaseRecord(self._context.node_id, "serving", wall_s, tuple(usages), time_s=time.time()))
 
     async def _ask_device(self, node_id: str, message: Message) -> Message | None:

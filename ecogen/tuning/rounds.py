@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,9 @@ from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Transport
 from ecogen.transport.codec import Packed
 from ecogen.tuning.aggregate import Update, check_update
+from ecogen.tuning.discretion import conceal
 from ecogen.tuning.messages import SYNC, TUNE, AttemptKey, SyncOrder, TuneOrder, TuneResult
+from ecogen.tuning.privacy import ClusterPrivacy, draw_by_seed, draw_secretly
 from ecogen.tuning.strategies import strategy_of
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,8 @@ class EdgeRounds:
         attempt: a number larger than any that an earlier life of this edge used.
         evaluate: accuracy of tunables, run on the compute thread.
         aggregation: how the clusters' updates become one.
+        seed: draws who takes part in a round, where not all do.
+        privacy: what protects the clusters, where something does.
         publish: takes each record.
     """
 
@@ -111,13 +116,15 @@ class EdgeRounds:
         attempt: int,
         num_owners: int = 1,
         aggregation: Aggregation,
+        seed: int = 0,
+        privacy: ClusterPrivacy | None = None,
     ) -> None:
         self.state = state
         self._strategy, self._aggregation = strategy_of(aggregation), aggregation
         self._path, self._tuning, self._placements, self._members = path, tuning, placements, members
         self._transport, self._worker, self._cloud_id = transport, worker, cloud_id
         self._evaluate, self._publish, self._attempt = evaluate, publish, attempt
-        self._num_owners = num_owners
+        self._num_owners, self._seed, self._privacy = num_owners, seed, privacy
         self._failed: set[str] = set()
         self._parts: dict[tuple[Segment, ...], Packed] = {}  # of the tunables now, by who holds them
         self._last_problem = ""
@@ -133,11 +140,15 @@ class EdgeRounds:
 
     async def _round(self, round_index: int) -> None:
         began_s = time.perf_counter()
-        outcomes = await self._tune_clusters(round_index)
+        chosen, outcomes = await self._tune_clusters(round_index)
         updates = [outcome.update for outcome in outcomes]
         tunables, memory, accuracy = await self._worker.compute(self._average, updates)
-        record = self._record(round_index, outcomes, accuracy, time.perf_counter() - began_s)
-        unsynced = record.num_examples if self._is_sync_due(round_index) else None
+        record = self._record(round_index, chosen, outcomes, accuracy, time.perf_counter() - began_s)
+        weight = record.num_examples
+        if self._privacy is not None:  # how many examples the clusters have is theirs to know
+            weight = self._privacy.num_clusters
+            record = await self._worker.compute(self._conceal, record)
+        unsynced = weight if self._is_sync_due(round_index) else None
         await self._commit(EdgeState(tunables, round_index + 1, unsynced, record, memory))
         self._publish(record)
         await self._agree()
@@ -145,13 +156,24 @@ class EdgeRounds:
     def _average(self, updates: Sequence[Update]) -> tuple[Tunables, Tunables, float | None]:
         """On the compute thread: what the strategy makes of the updates and keeps, and the accuracy."""
         ordered = sorted(updates, key=lambda update: update.sender_id)
+        if self._privacy is not None:
+            ordered = [self._privacy.update(self.state.tunables, ordered)]
+        if not ordered:
+            return dict(self.state.tunables), dict(self.state.memory), self._evaluate(self.state.tunables)
         tunables, memory = self._strategy(self.state.tunables, ordered, self.state.memory, self._aggregation)
         return tunables, memory, self._evaluate(tunables)
 
+    def _conceal(self, record: RoundRecord) -> RoundRecord:
+        assert self._privacy is not None
+        routes = [placement.node_ids for placement in self._placements.values()]
+        return conceal(record, routes, self._privacy.epsilon(record.round_index + 1))
+
     # Clusters.
 
-    async def _tune_clusters(self, round_index: int) -> list[Outcome]:
-        """The outcomes of the clusters that finished; tries again while there is none.
+    async def _tune_clusters(self, round_index: int) -> tuple[list[str], list[Outcome]]:
+        """The clusters that were to take part, and the outcomes of those that finished; tries again while none did.
+
+        A private run does not: that a round had no outcome would make the draw for the next try another one.
 
         Raises:
             RunError: if no cluster comes back in time, or every try fails.
@@ -161,13 +183,24 @@ class EdgeRounds:
             self._announce_formed(formed, round_index)
             self._attempt += 1
             key = AttemptKey(round_index, self._attempt)
-            attempts = await asyncio.gather(*(self._attempt_cluster(cluster, key) for cluster in formed))
+            chosen = self._draw(round_index)
+            present = [cluster for cluster in chosen if cluster in formed]
+            attempts = await asyncio.gather(*(self._attempt_cluster(cluster, key) for cluster in present))
             outcomes = [outcome for outcome in attempts if outcome is not None]
-            if outcomes:
-                return outcomes
+            if outcomes or (formed and (self._privacy is not None or not chosen)):
+                return chosen, outcomes
             if not await self._members.wait_for(lambda: bool(self.formed()), self._tuning.rejoin_timeout_s):
                 raise self._give_up(round_index, f"none came back within {self._tuning.rejoin_timeout_s:g} s")
         raise self._give_up(round_index, f"{_MAX_TRIES} tries failed, the last one since {self._last_problem}")
+
+    def _draw(self, round_index: int) -> list[str]:
+        """Who takes part in a round."""
+        clusters, rate = list(self._placements), self._tuning.participation
+        if rate == 1:
+            return clusters
+        if self._privacy is not None:
+            return draw_secretly(clusters, rate)
+        return draw_by_seed(clusters, rate, [self._seed, round_index, zlib.crc32(self._node_id.encode())])
 
     def _give_up(self, round_index: int, reason: str) -> RunError:
         return RunError(
@@ -209,8 +242,10 @@ class EdgeRounds:
         for problem in problems:
             if isinstance(problem, NodeLostError):
                 await self._members.lose(problem.node_id, str(problem))
-        self._failed.add(cluster_id)
         self._last_problem = detail
+        if self._privacy is not None:  # that it took part is not to be told
+            return
+        self._failed.add(cluster_id)
         self._publish(EventRecord("cluster_failed", cluster_id, key.round_index, detail, time.time()))
 
     def _announce_formed(self, formed: Sequence[str], round_index: int) -> None:
@@ -264,7 +299,12 @@ class EdgeRounds:
         self._parts.clear()
 
     def _record(
-        self, round_index: int, outcomes: Sequence[Outcome], accuracy: float | None, wall_s: float
+        self,
+        round_index: int,
+        chosen: Sequence[str],
+        outcomes: Sequence[Outcome],
+        accuracy: float | None,
+        wall_s: float,
     ) -> RoundRecord:
         members = tuple(outcome.update.sender_id for outcome in outcomes)
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
@@ -276,7 +316,7 @@ class EdgeRounds:
             sum(losses) / len(losses) if losses else None,
             sum(outcome.update.num_examples for outcome in outcomes),
             members,
-            tuple(cluster for cluster in self._placements if cluster not in members),
+            tuple(cluster for cluster in chosen if cluster not in members),
             wall_s,
             (*usages, self._worker.usage("tuning")),
             time.time(),
