@@ -157,7 +157,7 @@ class DeviceRole:
                 return await self._context.worker.compute(load_tensors, path)
             except CheckpointError:
                 path.unlink()
-        names = parameter_names(config, segments)
+        names = await self._context.worker.compute(parameter_names, config, segments)
         tensors = await fetch_tensors(self._context.transport, self._edge_id, names)
         await self._context.worker.compute(save_tensors, path, tensors)
         return tensors
