@@ -170,7 +170,7 @@ class RunProgress:
         """Show a record that tells something to people."""
         if isinstance(record, RoundRecord):
             self._enter("tuning", self._rounds * self._edges)
-            if record.loss is not None:
+            if record.loss is not None or record.epsilon is not None:  # an edge's
                 self._bars.update(self._task, advance=1, detail=f"round {record.round_index + 1} of {self._rounds}")
             self._bars.console.print(round_line(record, self._rounds))
         elif isinstance(record, EventRecord) and record.event not in ("joined", "finished"):

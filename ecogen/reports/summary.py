@@ -67,10 +67,25 @@ class Spent(TypedDict):
     wall_s: float
 
 
+class PrivacyLoss(TypedDict):
+    """What differential privacy of the clusters cost; epsilon is the largest of all edges, since each has its own.
+
+    `per_round` has None where no edge recorded that round. `clusters` are those of an edge.
+    """
+
+    epsilon: float
+    delta: float
+    per_round: list[float | None]
+    noise_multiplier: float
+    clip_norm: float
+    participation: float
+    clusters: int
+
+
 class Summary(TypedDict):
     """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled.
 
-    `inversion` is by attacker and by blocks before the cut; None where nobody attacked.
+    `inversion` is by attacker and by blocks before the cut; None where nobody attacked. `privacy` is None without noise.
     """
 
     name: str
@@ -87,6 +102,7 @@ class Summary(TypedDict):
     emissions_g_bounds: dict[str, float]
     latency_s: dict[str, float] | None
     inversion: dict[str, dict[str, Recovered]] | None
+    privacy: PrivacyLoss | None
     wall_s: float
     events: list[dict[str, Any]]
 
@@ -111,6 +127,7 @@ def summarise(
         "emissions_g_bounds": _bounds(total.emissions_g),
         "latency_s": latency_s([record for record in records if isinstance(record, RequestRecord)]),
         "inversion": inversion(facts.inversion),
+        "privacy": privacy_loss(records, recipe, topology),
         "wall_s": facts.wall_s,
         "events": [_event(record) for record in records if isinstance(record, EventRecord)],
     }
@@ -199,6 +216,24 @@ def inversion(attacks: Sequence[InversionAttack]) -> dict[str, dict[str, Recover
         for attack in attacks
     }
     return recovered or None
+
+
+def privacy_loss(records: Sequence[Record], recipe: Recipe, topology: Topology) -> PrivacyLoss | None:
+    """Epsilon by round, of the edge that spent most; None where nothing was private."""
+    per_edge = [history(records, edge, lambda r: r.epsilon) for edge in topology.edge_ids]
+    per_round = [max((e for e in edges if e is not None), default=None) for edges in zip(*per_edge, strict=True)]
+    measured = [epsilon for epsilon in per_round if epsilon is not None]
+    if not measured:
+        return None
+    return {
+        "epsilon": max(measured),
+        "delta": recipe.privacy.delta,
+        "per_round": per_round,
+        "noise_multiplier": recipe.privacy.noise_multiplier,
+        "clip_norm": recipe.privacy.clip_norm,
+        "participation": recipe.tuning.participation,
+        "clusters": recipe.topology.clusters_per_edge,
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

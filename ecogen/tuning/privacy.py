@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -119,7 +120,9 @@ def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> 
 
     accountant = PRVAccountant()
     accountant.history = [(noise_multiplier, rate, rounds)]
-    return float(accountant.get_epsilon(delta))
+    with np.errstate(divide="ignore"), warnings.catch_warnings():  # log(0) where everybody takes part is meant
+        warnings.simplefilter("ignore", UserWarning)  # of a first guess, which need not be tight
+        return float(accountant.get_epsilon(delta))
 
 
 @dataclass(frozen=True)
