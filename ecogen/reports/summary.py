@@ -85,7 +85,8 @@ class PrivacyLoss(TypedDict):
 class Summary(TypedDict):
     """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled.
 
-    `inversion` is by attacker and by blocks before the cut; None where nobody attacked. `privacy` is None without noise.
+    `inversion` is by attacker and by blocks before the cut; None where nobody attacked. `privacy` is None where no
+    noise was added.
     """
 
     name: str

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 Normal = Callable[[int], Tensor]
 """Draws so many independent standard normal numbers, in double precision."""
 
+_HOPELESS = 100.0  # epsilon of which nobody needs to know whether it is tight
 _MANTISSA_BITS = 52  # (k + 1/2) / 2^52 is exact in double precision and never 0 or 1
 
 
@@ -112,17 +113,21 @@ def check_accountant() -> None:
 def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> float:
     """What so many rounds of the Poisson-subsampled Gaussian mechanism cost together: an upper bound.
 
-    Opacus' accountant of privacy loss distributions (Gopi et al. 2021, https://arxiv.org/abs/2106.02848).
+    Opacus' accountant of privacy loss distributions (Gopi et al. 2021, https://arxiv.org/abs/2106.02848); where there
+    is no privacy to speak of, its looser one of Renyi divergences (Mironov et al. 2019,
+    https://arxiv.org/abs/1908.10530), since the former's memory grows with epsilon.
     """
     if not rounds:
         return 0.0
-    from opacus.accountants import PRVAccountant
+    from opacus.accountants import PRVAccountant, RDPAccountant
 
-    accountant = PRVAccountant()
-    accountant.history = [(noise_multiplier, rate, rounds)]
+    history = [(noise_multiplier, rate, rounds)]
+    rough, tight = RDPAccountant(), PRVAccountant()
+    rough.history, tight.history = history, list(history)
     with np.errstate(divide="ignore"), warnings.catch_warnings():  # log(0) where everybody takes part is meant
-        warnings.simplefilter("ignore", UserWarning)  # of a first guess, which need not be tight
-        return float(accountant.get_epsilon(delta))
+        warnings.simplefilter("ignore", UserWarning)  # of the rough one's orders
+        bound = float(rough.get_epsilon(delta))
+        return bound if bound > _HOPELESS else float(tight.get_epsilon(delta))
 
 
 @dataclass(frozen=True)
