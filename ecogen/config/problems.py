@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ecogen.config.nodes import build_topology
 from ecogen.config.schema import Recipe
+from ecogen.topology import Tier
 
 Place = tuple[str, ...]
 
@@ -87,6 +88,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _unknown("compute.nodes", recipe.compute.nodes, built.nodes)
     yield from _unknown("faults.update_factor", recipe.faults.update_factor, built.clusters)
     yield from _of_privacy(recipe)
+    yield from _of_labels(recipe, [name for name, node in built.nodes.items() if node.tier is Tier.EDGE])
 
 
 def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:
@@ -136,6 +138,17 @@ def _of_privacy(recipe: Recipe) -> Iterator[Contradiction]:
             f"telling all about one cluster in {1 / delta:g} would count as private"
         )
         yield Contradiction(("privacy.delta", "topology.clusters_per_edge", "privacy.noise_multiplier"), text)
+
+
+def _of_labels(recipe: Recipe, edge_ids: Sequence[str]) -> Iterator[Contradiction]:
+    given = recipe.data.labels_of_edges
+    yield from _unknown("data.labels_of_edges", given, dict.fromkeys(edge_ids))
+    for name, labels in given.items():
+        if len(set(labels)) < len(labels):
+            yield Contradiction(("data.labels_of_edges",), f"data.labels_of_edges.{name}: a label stands there twice")
+    if given and not recipe.tunables.head:
+        text = "tunables.head: a head for chosen labels has to be tuned; set it to true, or drop data.labels_of_edges"
+        yield Contradiction(("tunables.head", "data.labels_of_edges"), text)
 
 
 def _unknown(place: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Contradiction]:

@@ -180,7 +180,9 @@ def _drop_beyond(table: dict[str, Any]) -> None:
     topology, compute, default = table["topology"], table.get("compute"), TopologyRecipe()
     counts = [topology.get(name, getattr(default, name)) for name in _COUNTS]
     nodes = compute.get("nodes") if isinstance(compute, dict) else None
-    sections = (topology.get("sites"), topology.get("devices"), nodes)
+    data = table.get("data")
+    labels = data.get("labels_of_edges") if isinstance(data, dict) else None
+    sections = (topology.get("sites"), topology.get("devices"), nodes, labels)
     for section in (section for section in sections if isinstance(section, dict)):
         for name in list(section):
             if (match := _NUMBERED.fullmatch(name)) and _is_beyond(match, counts):

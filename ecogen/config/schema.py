@@ -76,6 +76,8 @@ class Data:
     test: Natural = 0  # 0: all that is left; another number gives the same test examples whatever `train` is
     owners: Count = 1  # devices of each cluster that own data; they take turns as the start, an epoch each
     partition: Partition = field(default_factory=Partition)
+    # By edge, the labels that it knows; others know all. Where edges differ, heads stay at the edges.
+    labels_of_edges: Mapping[str, Annotated[tuple[Natural, ...], Field(min_length=2)]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)

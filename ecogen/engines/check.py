@@ -14,6 +14,7 @@ from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters
 from ecogen.tuning.data import load_splits, partition_examples
 from ecogen.tuning.foundation import MADE_HERE, vit_config
+from ecogen.tuning.labels import label_sets
 from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of
 
@@ -24,7 +25,8 @@ def check_recipe(recipe: recipes.Recipe) -> None:
     """Check zones, the strategy, privacy's accountant, the examples, the model's folder and every cluster's placement.
 
     Raises:
-        ConfigError: if zones are unknown (lists them all), or the strategy; or the accountant is missing.
+        ConfigError: if zones (lists them all), the strategy or an edge's labels are unknown; or the accountant is
+            missing.
         DataError: if there are too few examples.
         CheckpointError: if the model's folder is missing, corrupt or for other images.
         PlacementError: if a cluster cannot hold the model.
@@ -33,9 +35,11 @@ def check_recipe(recipe: recipes.Recipe) -> None:
     strategy_of(recipe.aggregation)
     if recipe.privacy.noise_multiplier:
         check_accountant()
-    train = load_splits(recipe.data, recipe.model.image_size, recipe.seed).train
+    splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
     clusters_of_edges = [recipe.topology.clusters_per_edge] * recipe.topology.edges
-    partition_examples(train.labels, recipe.data.partition, clusters_of_edges, recipe.seed)
+    sets = label_sets(recipe.data, recipes.build_topology(recipe.topology).edge_ids, splits.num_labels)
+    known = [labels.labels for labels in sets.values()]
+    partition_examples(splits.train.labels, recipe.data.partition, clusters_of_edges, recipe.seed, known)
     config = _announced_config(recipe.model)
     if config is not None:
         config.num_labels = _NUM_LABELS

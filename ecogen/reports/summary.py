@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 from ecogen.accounting.ledger import Bounds, Ledger
@@ -14,10 +15,16 @@ from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.topology import Topology
 
+NOTHING: Mapping[str, int] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What a report tells besides the records: sizes, wall time, host, placement and the closing measurements."""
+    """What a report tells besides the records: sizes, wall time, host, placement and the closing measurements.
+
+    Attributes:
+        num_evaluated: on how many examples each edge was evaluated, where they know different labels.
+    """
 
     tunable_parameters: int
     total_parameters: int
@@ -28,6 +35,7 @@ class RunFacts:
     probe: Probe | None = None
     inversion: tuple[InversionAttack, ...] = ()
     placements: Mapping[str, Placement] = field(default_factory=dict)
+    num_evaluated: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tunable_fraction(self) -> float:
@@ -119,7 +127,7 @@ def summarise(
         "engine": facts.engine,
         "rounds": len(round_indices(records)),
         "rounds_planned": recipe.tuning.rounds,
-        "accuracy": accuracy(records, topology),
+        "accuracy": accuracy(records, topology, facts.num_evaluated),
         "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,
         "traffic_bytes": traffic_bytes(ledger),
@@ -148,15 +156,21 @@ def history(
     return [rounds.get(index) for index in round_indices(records)]
 
 
-def accuracy(records: Sequence[Record], topology: Topology) -> Accuracy:
+def accuracy(records: Sequence[Record], topology: Topology, num_evaluated: Mapping[str, int] = NOTHING) -> Accuracy:
     """Accuracy by round and by edge.
 
     A round's is the cloud's where the cloud averaged in that round, else the mean over the edges, weighted equally.
+
+    Args:
+        num_evaluated: the weights of edges that know different labels; the cloud has no accuracy then.
     """
     per_edge = {edge: history(records, edge, lambda r: r.accuracy) for edge in topology.edge_ids}
     of_cloud = history(records, topology.cloud_id, lambda r: r.accuracy)
     of_edges = zip(*per_edge.values(), strict=True) if per_edge else ()
-    per_round = [_mean(edges) if cloud is None else cloud for cloud, edges in zip(of_cloud, of_edges, strict=True)]
+    weights = [num_evaluated.get(edge, 1) for edge in per_edge]
+    per_round = [
+        _mean(edges, weights) if cloud is None else cloud for cloud, edges in zip(of_cloud, of_edges, strict=True)
+    ]
     measured = [share for share in per_round if share is not None]
     return {
         "first": measured[0] if measured else None,
@@ -237,9 +251,9 @@ def privacy_loss(records: Sequence[Record], recipe: Recipe, topology: Topology) 
     }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return fmean(measured) if measured else None
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    measured = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    return fmean(*zip(*measured, strict=True)) if sum(weight for _, weight in measured) else None
 
 
 def _bounds(bounds: Bounds) -> dict[str, Any]:

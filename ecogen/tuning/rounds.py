@@ -30,6 +30,7 @@ from ecogen.transport.base import Message, Transport
 from ecogen.transport.codec import Packed
 from ecogen.tuning.aggregate import Update, check_update
 from ecogen.tuning.discretion import conceal
+from ecogen.tuning.labels import without_heads
 from ecogen.tuning.messages import SYNC, TUNE, AttemptKey, SyncOrder, TuneOrder, TuneResult
 from ecogen.tuning.privacy import ClusterPrivacy, draw_by_seed, draw_secretly
 from ecogen.tuning.strategies import strategy_of
@@ -97,6 +98,7 @@ class EdgeRounds:
         aggregation: how the clusters' updates become one.
         seed: draws who takes part in a round, where not all do.
         privacy: what protects the clusters, where something does.
+        keeps_head: the cloud averages all but the head, since other edges' heads are for other labels.
         publish: takes each record.
     """
 
@@ -118,13 +120,14 @@ class EdgeRounds:
         aggregation: Aggregation,
         seed: int = 0,
         privacy: ClusterPrivacy | None = None,
+        keeps_head: bool = False,
     ) -> None:
         self.state = state
         self._strategy, self._aggregation = strategy_of(aggregation), aggregation
         self._path, self._tuning, self._placements, self._members = path, tuning, placements, members
         self._transport, self._worker, self._cloud_id = transport, worker, cloud_id
         self._evaluate, self._publish, self._attempt = evaluate, publish, attempt
-        self._num_owners, self._seed, self._privacy = num_owners, seed, privacy
+        self._num_owners, self._seed, self._privacy, self._keeps_head = num_owners, seed, privacy, keeps_head
         self._failed: set[str] = set()
         self._parts: dict[tuple[Segment, ...], Packed] = {}  # of the tunables now, by who holds them
         self._last_problem = ""
@@ -273,10 +276,10 @@ class EdgeRounds:
         if self.state.unsynced is None:
             return
         order = SyncOrder(self.state.next_round - 1, self.state.unsynced)
-        message = Message.of(SYNC, order, kind="tunables", tensors=self.state.tunables)
-        reply = await self._call_cloud(message)
-        agreed = self.state.tunables if reply is None else reply.tensors
-        await self._commit(replace(self.state, tunables=agreed, unsynced=None))
+        shared = without_heads(self.state.tunables) if self._keeps_head else self.state.tunables
+        reply = await self._call_cloud(Message.of(SYNC, order, kind="tunables", tensors=shared))
+        agreed = shared if reply is None else reply.tensors
+        await self._commit(replace(self.state, tunables={**self.state.tunables, **agreed}, unsynced=None))
 
     async def _call_cloud(self, message: Message) -> Message | None:
         """The cloud's answer; None where it stays away for too long, and the edge goes on alone."""
