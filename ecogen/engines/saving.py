@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import msgspec
+import torch
 from torch import Tensor
 
 from ecogen import config as recipes
@@ -27,7 +28,7 @@ from ecogen.accounting.ledger import settle
 from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
 from ecogen.errors import RunError
 from ecogen.metering.hardware import describe_host
-from ecogen.models.adapters import classification_config, save_by_edge, save_tuned
+from ecogen.models.adapters import classification_config, load_tuned, save_by_edge, save_tuned
 from ecogen.models.checkpoint import Foundation
 from ecogen.models.profile import model_shape
 from ecogen.placement import Segment
@@ -43,6 +44,8 @@ from ecogen.tuning.labels import LabelSet, without_heads
 from ecogen.tuning.probe import probe_foundation
 
 RECORDS, FACTS, REPORT = "records.jsonl", "facts.json", "report.html"
+
+_BATCH = 128
 
 
 def save_run(
@@ -75,8 +78,11 @@ def save_run(
         save_tuned(folder, foundation, tunables, recipe.tunables, known)
     write_atomically(folder / RECORDS, b"".join(map(to_line, records)))
     facts = gather_facts(recipe, foundation, _num_labels(tunables), tunables, wall_s, engine)
-    if len(set(labels.values())) > 1:
-        facts = replace(facts, num_evaluated=_num_evaluated(recipe, labels))
+    if len(set(labels.values())) > 1 and recipe.evaluation.split != "none":
+        scores = {edge_id: _score(folder, recipe, edge_id, LabelSet(known)) for edge_id, known in labels.items()}
+        counts = {edge_id: count for edge_id, (_, count) in scores.items()}
+        accuracies = {edge_id: correct / count for edge_id, (correct, count) in scores.items() if count}
+        facts = replace(facts, num_evaluated=counts, saved_accuracy=accuracies)
     write_atomically(folder / FACTS, msgspec.json.encode(facts))
     return rebuild_report(folder)
 
@@ -90,13 +96,17 @@ def _num_labels(tunables: Mapping[str, Tensor]) -> int:
     return int(tunables["classifier.bias"].shape[0]) if "classifier.bias" in tunables else 10
 
 
-def _num_evaluated(recipe: recipes.Recipe, labels: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """On how many examples each edge was evaluated."""
-    if recipe.evaluation.split == "none":
-        return {}
+@torch.no_grad()
+def _score(folder: Path, recipe: recipes.Recipe, edge_id: str, labels: LabelSet) -> tuple[int, int]:
+    """How many examples of its labels an edge's saved model gets right, and of how many."""
     splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
-    examples = getattr(splits, recipe.evaluation.split)
-    return {edge_id: len(LabelSet(tuple(known)).keep(examples)) for edge_id, known in labels.items()}
+    examples = labels.keep(getattr(splits, recipe.evaluation.split))
+    model = load_tuned(folder, edge=edge_id)
+    right = 0
+    for start in range(0, len(examples), _BATCH):
+        logits = model(pixel_values=examples.images[start : start + _BATCH]).logits
+        right += int((logits.argmax(-1) == examples.labels[start : start + _BATCH]).sum())
+    return right, len(examples)
 
 
 def rebuild_report(folder: Path) -> Summary:

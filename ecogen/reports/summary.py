@@ -24,6 +24,7 @@ class RunFacts:
 
     Attributes:
         num_evaluated: on how many examples each edge was evaluated, where they know different labels.
+        saved_accuracy: then, of each edge's saved model: the cloud's last average with the edge's own head.
     """
 
     tunable_parameters: int
@@ -36,6 +37,7 @@ class RunFacts:
     inversion: tuple[InversionAttack, ...] = ()
     placements: Mapping[str, Placement] = field(default_factory=dict)
     num_evaluated: Mapping[str, int] = field(default_factory=dict)
+    saved_accuracy: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tunable_fraction(self) -> float:

@@ -115,6 +115,9 @@ async def test_a_saved_run_answers_with_true_labels_of_each_edge(
     mean = sum(counts[edge] * last[edge] for edge in LABELS) / sum(counts.values())
     assert summary["accuracy"]["last"] == pytest.approx(mean)
     assert rebuild_report(tmp_path / "run")["accuracy"] == summary["accuracy"]
+    if cloud_every == 0:  # nobody changed the models after the edges evaluated them
+        facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+        assert facts["saved_accuracy"] == pytest.approx(last)
     assert "The edges know different labels" in (tmp_path / "run" / "report.html").read_text()
 
     with pytest.raises(CheckpointError, match=r"has a head for each edge; name one: edge-0, edge-1"):
