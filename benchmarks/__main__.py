@@ -12,7 +12,18 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS
 
-NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", "table3", "poisoned", "traffic"]
+NAMES = [
+    "hop",
+    "round_overhead",
+    "split_vs_central",
+    "node_startup",
+    "accuracy",
+    "table3",
+    "poisoned",
+    "traffic",
+    "private",
+    "labels",
+]
 
 
 def main(names: list[str]) -> int:

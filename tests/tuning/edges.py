@@ -20,6 +20,7 @@ from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.transport.memory import MemoryNetwork
 from ecogen.tuning.messages import SYNC, TUNE, SyncOrder, SyncResult, TuneOrder, TuneResult
+from ecogen.tuning.privacy import ClusterPrivacy
 from ecogen.tuning.rounds import EdgeRounds, EdgeState
 
 CLUSTERS = {name: place([f"{name}-0", f"{name}-1"], [1], 2) for name in ("near", "far")}
@@ -114,7 +115,13 @@ class Edge:
         await self.network.join(Peer("cloud", "cloud")).serve(cloud)
         return cloud
 
-    def rounds(self, state: EdgeState | None = None, aggregation: Aggregation = FEDAVG, **tuning: Any) -> EdgeRounds:
+    def rounds(
+        self,
+        state: EdgeState | None = None,
+        aggregation: Aggregation = FEDAVG,
+        privacy: ClusterPrivacy | None = None,
+        **tuning: Any,
+    ) -> EdgeRounds:
         return EdgeRounds(
             state or EdgeState(tunables(0.0)),
             self.path,
@@ -128,6 +135,7 @@ class Edge:
             self.publish,
             attempt=FIRST_ATTEMPT,
             aggregation=aggregation,
+            privacy=privacy,
         )
 
     async def run(self, state: EdgeState | None = None, aggregation: Aggregation = FEDAVG, **tuning: Any) -> EdgeState:
