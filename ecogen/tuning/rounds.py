@@ -190,9 +190,14 @@ class EdgeRounds:
             present = [cluster for cluster in chosen if cluster in formed]
             attempts = await asyncio.gather(*(self._attempt_cluster(cluster, key) for cluster in present))
             outcomes = [outcome for outcome in attempts if outcome is not None]
-            if outcomes or (formed and (self._privacy is not None or not chosen)):
+            is_done = formed if self._privacy is not None else not chosen
+            if outcomes or is_done:
                 return chosen, outcomes
-            if not await self._members.wait_for(lambda: bool(self.formed()), self._tuning.rejoin_timeout_s):
+            awaited = set(self._placements if self._privacy is not None else chosen)
+            if not await self._members.wait_for(
+                lambda awaited=awaited: not awaited.isdisjoint(self.formed()),  # type: ignore[misc]
+                self._tuning.rejoin_timeout_s,
+            ):
                 raise self._give_up(round_index, f"none came back within {self._tuning.rejoin_timeout_s:g} s")
         raise self._give_up(round_index, f"{_MAX_TRIES} tries failed, the last one since {self._last_problem}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
@@ -99,3 +100,22 @@ async def test_a_round_in_which_nobody_takes_part_changes_nothing(edge: Edge) ->
     (record,) = edge.round_records
     assert (record.members, record.missing, record.loss, record.epsilon) == ((), (), None, None)
     assert not edge.devices["near-0"].rounds
+
+
+async def test_a_sampled_round_waits_for_one_of_those_who_were_drawn(alone: Edge) -> None:
+    """far is here, but near was drawn: it is waited for, and far is left in peace."""
+    await alone.arrive("far-0", "far-1")
+    rounds = alone.rounds(participation=0.5, rejoin_timeout_s=1)
+    rounds._draw = lambda _: ["near"]  # type: ignore[method-assign]
+    rounds._form_all = _at_once  # type: ignore[method-assign]
+    running = asyncio.create_task(rounds.run())
+    await asyncio.sleep(0.05)
+    assert not running.done()
+    await alone.arrive("near-0", "near-1")
+    await running
+    assert values(rounds.state.tunables) == {1.0}
+    assert not alone.devices["far-0"].rounds
+
+
+async def _at_once() -> None:
+    """Begin without waiting for all clusters."""
