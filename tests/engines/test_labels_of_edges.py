@@ -64,8 +64,8 @@ async def test_the_rest_is_averaged_and_heads_never_reach_the_cloud(
 
 async def test_where_sets_are_the_same_nothing_changes(recipe_of: RecipeOf, tmp_path: Path) -> None:
     everything = {"labels_of_edges": {"edge-0": list(reversed(range(10))), "edge-1": list(range(10))}}
-    plain = await run(recipe_of(topology=EDGES), tmp_path / "plain")
-    given = await run(recipe_of(topology=EDGES, data=everything), tmp_path / "given")
+    plain = await run(recipe_of(topology=EDGES), tmp_path / "plain", timeout_s=90)
+    given = await run(recipe_of(topology=EDGES, data=everything), tmp_path / "given", timeout_s=90)
     assert plain.tunables.keys() == given.tunables.keys()
     assert all(torch.equal(plain.tunables[name], given.tunables[name]) for name in plain.tunables)
     assert [r.accuracy for r in plain.rounds("cloud")] == [r.accuracy for r in given.rounds("cloud")]
@@ -73,7 +73,7 @@ async def test_where_sets_are_the_same_nothing_changes(recipe_of: RecipeOf, tmp_
 
 async def test_an_edge_that_starts_again_keeps_its_head(uneven: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = uneven(tuning={"rounds": 4})
-    undisturbed = await run(recipe, tmp_path / "one")
+    undisturbed = await run(recipe, tmp_path / "one", timeout_s=90)
     async with running(recipe, tmp_path / "other") as (federation, engine):
         async for record in federation.tune():
             if record.node_id == "edge-0" and record.round_index == 1:

@@ -25,7 +25,7 @@ async def test_records_tell_epsilon_and_nothing_of_who_took_part(recipe_of: Reci
         privacy={"noise_multiplier": 1.0, "delta": 0.01},
         evaluation={"requests": 0},
     )
-    finished = await run(recipe, tmp_path)
+    finished = await run(recipe, tmp_path, timeout_s=90)
     for edge in ("edge-0", "edge-1"):
         rounds = finished.rounds(edge)
         spent = [record.epsilon for record in rounds]
@@ -51,7 +51,7 @@ async def test_one_round_moves_by_the_clipped_updates_and_noise_alone(recipe_of:
         privacy={"noise_multiplier": 1e-9, "clip_norm": 0.01, "delta": 0.01},
         evaluation={"requests": 0},
     )
-    finished = await run(recipe, tmp_path)
+    finished = await run(recipe, tmp_path, timeout_s=90)
     start = start_values(recipe)
     moved = torch.cat([(finished.tunables[name] - start[name]).flatten() for name in start]).double()
     assert 0.001 < float(moved.norm()) <= 0.01 + 1e-6
@@ -65,7 +65,7 @@ async def test_what_is_sent_to_anybody_is_noised(recipe_of: RecipeOf, tmp_path: 
         privacy={"noise_multiplier": 1000.0, "delta": 0.01},
         evaluation={"requests": 0},
     )
-    one, other = await run(recipe, tmp_path / "one"), await run(recipe, tmp_path / "other")
+    one, other = await run(recipe, tmp_path / "one", timeout_s=90), await run(recipe, tmp_path / "other", timeout_s=90)
     start = start_values(recipe)
     left, right = (
         torch.cat([(run.tunables[name] - start[name]).flatten() for name in start]).double() for run in (one, other)
@@ -81,7 +81,7 @@ async def test_without_noise_a_sampled_round_is_the_mean_of_who_took_part(recipe
         tuning={"participation": 0.4, "rounds": 4, "cloud_every": 0},
         evaluation={"requests": 0},
     )
-    one, other = await run(recipe, tmp_path / "one"), await run(recipe, tmp_path / "other")
+    one, other = await run(recipe, tmp_path / "one", timeout_s=90), await run(recipe, tmp_path / "other", timeout_s=90)
     members = [record.members for record in one.rounds("edge-0")]
     assert members == [record.members for record in other.rounds("edge-0")]
     assert {len(names) for names in members} - {4}
