@@ -13,7 +13,8 @@ from rich.table import Table
 from benchmarks.common import RESULTS
 
 STUDIES = ["table3", "poisoned", "traffic", "tunables", "ranks"]
-NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", *STUDIES, "straggler", "forming"]
+OTHERS = ["straggler", "forming", "private", "labels"]
+NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", *STUDIES, *OTHERS]
 
 
 def main(names: list[str]) -> int:

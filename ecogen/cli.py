@@ -126,6 +126,9 @@ def predict(
     run_folder: RunFolder,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG files.")],
     engine: Annotated[EngineName, typer.Option(help="All nodes in this process, or a process a node.")] = "inproc",
+    edge: Annotated[
+        str | None, typer.Option(metavar="EDGE_ID", help="Whose model, where the edges know different labels.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
 ) -> None:
     """Classify pictures through the split chain.
@@ -134,7 +137,7 @@ def predict(
     """
     from ecogen.engines import session
 
-    asked, topology = asyncio.run(session.predict(run_folder, images, engine))
+    asked, topology = asyncio.run(session.predict(run_folder, images, engine, edge))
     if as_json:
         print(json.dumps(session.prediction_table(images, asked)))
         return

@@ -71,9 +71,11 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
         accuracy: of the aggregate on the evaluation split, in [0, 1]; None where none was asked for.
         members: the clusters (of an edge) or edges (of the cloud) whose updates are in the aggregate.
         missing: those that took part but were lost before their update was complete.
-        num_examples: examples behind the aggregate, each counted once a round.
         lora_error: by how much LoRA's products miss the mean of the members' products, as a share of that mean's norm;
             None where they are averaged factor by factor.
+        num_examples: examples behind the aggregate, each counted once a round; 0 where that is private.
+        epsilon: of an edge with differential privacy of its clusters: spent so far. Loss, members and missing are then
+            private too, and not told; usages are spread evenly over the clusters.
     """
 
     node_id: str
@@ -87,6 +89,7 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
     usages: tuple[Usage, ...]
     time_s: float = 0.0
     lora_error: float | None = None
+    epsilon: float | None = None
 
 
 class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ecogen.config.contradictions import Contradiction, of_tunables
+from ecogen.config.contradictions import Contradiction, of_tunables, takes_products
 from ecogen.config.nodes import build_topology, edge_ids, is_unformed, pool_rows
 from ecogen.config.schema import Recipe, TopologyRecipe
 from ecogen.topology import Topology
@@ -37,6 +37,9 @@ _UNBUFFERED = {
     "scaffold": "a cluster begins its next attempt before its control variate of the last one is committed",
 }
 """Strategies that need all clusters' updates of the same round, and why."""
+
+PRIVATE_STRATEGIES = ("fedavg", "fedadam", "fedyogi")
+"""Strategies of aggregation that need no more of a round than the mean change."""
 
 _DEPTH = 8  # of nested sections, of which each may go for want of a value in it
 
@@ -88,6 +91,8 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _unknown("tunables.cluster_ranks", recipe.tunables.cluster_ranks, clusters)
     above = (built.cloud_id, *built.edge_ids)
     yield from _unknown("faults.slow", recipe.faults.slow, {name: name for name in nodes if name not in above})
+    yield from _of_privacy(recipe)
+    yield from _of_labels(recipe, built.edge_ids)
 
 
 def _of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
@@ -96,6 +101,15 @@ def _of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
     if aggregation.buffer and reason:
         text = f"aggregation.buffer: {aggregation.strategy} needs 0, not {aggregation.buffer}: {reason}"
         yield Contradiction(("aggregation.buffer", "aggregation.strategy"), text)
+    for place, is_there in (
+        ("tuning.participation", recipe.tuning.participation < 1),
+        ("privacy.noise_multiplier", recipe.privacy.noise_multiplier > 0),
+    ):
+        if aggregation.buffer and is_there:
+            text = (
+                f"aggregation.buffer: {place} draws who takes part in a round, and with a buffer who is quickest does"
+            )
+            yield Contradiction(("aggregation.buffer", place), f"{text}; set one of them to its default")
 
 
 def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:
@@ -209,6 +223,39 @@ def _of_cuts(recipe: Recipe, built: Topology) -> Iterator[Contradiction]:
             text = f"placement.cuts_of.{cluster_id}: {list(cuts)} does not divide the model over {devices} devices; "
             text += f"give {devices - 1} rising cut{'s' * (devices != 2)}"
             yield Contradiction((*places, "topology.devices_per_cluster"), text)
+
+
+def _of_privacy(recipe: Recipe) -> Iterator[Contradiction]:
+    """What would break the guarantee, or make it mean nothing."""
+    if not recipe.privacy.noise_multiplier:
+        return
+    strategy, delta, clusters = recipe.aggregation.strategy, recipe.privacy.delta, recipe.topology.clusters_per_edge
+    if strategy not in PRIVATE_STRATEGIES:
+        text = (
+            f"aggregation.strategy: {strategy!r} wants each cluster's own update, but with privacy.noise_multiplier "
+            f"nobody is shown more than their noised sum; choose one of {', '.join(PRIVATE_STRATEGIES)}"
+        )
+        yield Contradiction(("aggregation.strategy", "privacy.noise_multiplier"), text)
+    if recipe.tunables.cluster_ranks or takes_products(recipe):
+        text = "aggregation.lora: products of LoRA are each cluster's own, and nobody is shown more than a noised sum"
+        yield Contradiction(("aggregation.lora", "tunables.cluster_ranks", "privacy.noise_multiplier"), text)
+    if clusters != "auto" and delta * clusters >= 1:
+        text = (
+            f"privacy.delta: {delta:g} is not below 1 / topology.clusters_per_edge = {1 / clusters:g}: "
+            f"telling all about one cluster in {1 / delta:g} would count as private"
+        )
+        yield Contradiction(("privacy.delta", "topology.clusters_per_edge", "privacy.noise_multiplier"), text)
+
+
+def _of_labels(recipe: Recipe, edge_ids: Sequence[str]) -> Iterator[Contradiction]:
+    given = recipe.data.labels_of_edges
+    yield from _unknown("data.labels_of_edges", given, dict.fromkeys(edge_ids))
+    for name, labels in given.items():
+        if len(set(labels)) < len(labels):
+            yield Contradiction(("data.labels_of_edges",), f"data.labels_of_edges.{name}: a label stands there twice")
+    if given and not recipe.tunables.head:
+        text = "tunables.head: a head for chosen labels has to be tuned; set it to true, or drop data.labels_of_edges"
+        yield Contradiction(("tunables.head", "data.labels_of_edges"), text)
 
 
 def _unknown(place: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Contradiction]:

@@ -179,7 +179,14 @@ def _drop_beyond(table: dict[str, Any]) -> None:
     """Leave out what a recipe says of edges, clusters and devices that an override has just taken away."""
     topology, default = table["topology"], TopologyRecipe()
     counts = [topology.get(name, getattr(default, name)) for name in _COUNTS]
-    places = (("compute", "nodes"), ("placement", "cuts_of"), ("faults", "update_factor"))
+    places = (
+        ("compute", "nodes"),
+        ("placement", "cuts_of"),
+        ("faults", "update_factor"),
+        ("faults", "slow"),
+        ("tunables", "cluster_ranks"),
+        ("data", "labels_of_edges"),
+    )
     others = [table[section].get(key) for section, key in places if isinstance(table.get(section), dict)]
     sections = (topology.get("sites"), topology.get("devices"), topology.get("clusters"), *others)
     for section in (section for section in sections if isinstance(section, dict)):

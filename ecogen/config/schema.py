@@ -25,6 +25,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Slowness = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 DtypeName = Literal["float32", "bfloat16"]
 WireType = Literal["float32", "bfloat16", "int8"]
@@ -82,6 +83,8 @@ class Data:
     test: Natural = 0  # 0: all that is left; another number gives the same test examples whatever `train` is
     owners: Count = 1  # devices of each cluster that own data; they take turns as the start, an epoch each
     partition: Partition = field(default_factory=Partition)
+    # By edge, the labels that it knows; others know all. Where edges differ, heads stay at the edges.
+    labels_of_edges: Mapping[str, Annotated[tuple[Natural, ...], Field(min_length=2)]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -277,6 +280,7 @@ class Tuning:
     weight_decay: NonNegative = 0.01
     epsilon: Positive = 1e-8  # AdamW's; a larger one makes steps small where gradients are
     proximal: NonNegative = 0.0  # mu of FedProx: pulls local steps back to where the round began
+    participation: Rate = 1.0  # with this probability each cluster takes part in a round, drawn anew every round
     clip_norm: NonNegative = 1.0  # 0 turns clipping off
     augmentation: Share = 0.5  # strength of random shifts, rotations and scales on the device
     augmentation_views: Natural = 0  # how many images each example has, epoch by epoch in turn; 0: always a new one
@@ -302,6 +306,15 @@ class Aggregation:
     # What becomes of LoRA's two factors: each averaged by itself, or the mean of their products, or of the changes of
     # these, exact but for the cut to the edge's rank. auto: factors where clusters have one rank, else changes.
     lora: Literal["auto", "factors", "products", "changes"] = "auto"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Privacy:
+    """Differential privacy of clusters: DP-FedAvg, McMahan et al. 2018, https://arxiv.org/abs/1710.06963."""
+
+    noise_multiplier: NonNegative = 0.0  # z: the noise's deviation by clip_norm; 0: nothing is clipped or noised
+    clip_norm: Positive = 1.0  # S: the longest change of all its tunables that a cluster may make in a round
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # with which epsilon may fail; below 1 / clusters
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -358,6 +371,7 @@ class Recipe:
     tunables: Tunables = field(default_factory=Tunables)
     tuning: Tuning = field(default_factory=Tuning)
     aggregation: Aggregation = field(default_factory=Aggregation)
+    privacy: Privacy = field(default_factory=Privacy)
     faults: Faults = field(default_factory=Faults)
     wire: Wire = field(default_factory=Wire)
     transport: TransportRecipe = field(default_factory=TransportRecipe)

@@ -15,16 +15,19 @@ from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters
 from ecogen.tuning.data import load_splits, partition_examples
 from ecogen.tuning.foundation import MADE_HERE, vit_config
+from ecogen.tuning.labels import label_sets
+from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of
 
 
 def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
-    """Check zones, the strategy, the number of examples, the model's folder and the placement of every cluster.
+    """Check zones, the strategy, privacy's accountant, the examples, the model's folder and every cluster's placement.
 
     Returns the recipe with its pool's clusters formed.
 
     Raises:
-        ConfigError: if zones are unknown (lists them all), or the strategy.
+        ConfigError: if zones (lists them all), the strategy or an edge's labels are unknown; or the accountant is
+            missing.
         DataError: if there are too few examples.
         CheckpointError: if the model's folder is missing, corrupt or for other images.
         PlacementError: if a cluster cannot hold the model.
@@ -34,9 +37,13 @@ def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
     topology = recipes.build_topology(recipe.topology)
     check_zones(site.zone for site in topology.sites.values())
     strategy_of(recipe.aggregation)
-    train = load_splits(recipe.data, recipe.model.image_size, recipe.seed).train
+    if recipe.privacy.noise_multiplier:
+        check_accountant()
+    splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
     clusters_of_edges = [len(topology.clusters_of(edge_id)) for edge_id in topology.edge_ids]
-    partition_examples(train.labels, recipe.data.partition, clusters_of_edges, recipe.seed)
+    sets = label_sets(recipe.data, topology.edge_ids, splits.num_labels)
+    known = [labels.labels for labels in sets.values()]
+    partition_examples(splits.train.labels, recipe.data.partition, clusters_of_edges, recipe.seed, known)
     if config is not None:
         config.num_labels = NUM_LABELS
         place_clusters(recipe, model_shape(config, recipe.tunables))

@@ -102,7 +102,8 @@ class Federation:
             StorageError: if the disk is full.
         """
         tunables, foundation, wall_s = await self.tunables(), await self.foundation(), self.wall_s
-        made = (foundation, tunables, wall_s, self.engine)
+        edges = {e: await self.tunables_of(e) for e in self.topology.edge_ids if self.recipe.data.labels_of_edges}
+        made = (foundation, tunables, wall_s, self.engine, edges)
         return await asyncio.to_thread(save_run, Path(folder), self.recipe, self.records, *made)
 
     async def foundation(self) -> Foundation:

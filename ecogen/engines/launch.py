@@ -14,7 +14,8 @@ from ecogen.engines.federation import Federation
 from ecogen.engines.inproc import launch_inproc
 from ecogen.engines.local import launch_local
 from ecogen.engines.run_folder import load_recipe
-from ecogen.models.adapters import BACKBONE, TUNABLES
+from ecogen.errors import RunError
+from ecogen.models.adapters import BACKBONE, tunables_file
 from ecogen.models.checkpoint import load_metadata
 
 _ENGINES = {"inproc": launch_inproc, "local": launch_local}
@@ -40,20 +41,29 @@ async def launch(
 
 
 @asynccontextmanager
-async def serve(run: Path, engine: str = "inproc") -> AsyncIterator[Federation]:
+async def serve(run: Path, engine: str = "inproc", *, edge: str | None = None) -> AsyncIterator[Federation]:
     """One cluster of a finished run, ready to answer with its tuned model.
 
+    Args:
+        edge: whose model, where the edges know different labels.
+
     Raises:
-        RunError, CheckpointError: if the folder holds no finished run.
+        RunError, CheckpointError: if the folder holds no finished run; or `edge` is missing or unknown.
     """
     recipe = load_recipe(run)
-    load_metadata(run / TUNABLES)
+    tuned = tunables_file(run, edge)
+    load_metadata(tuned)
+    known_edges = recipes.build_topology(recipe.topology).edge_ids
+    if edge not in (None, *known_edges):
+        raise RunError(f"{run} has no edge {edge!r}; name one of {', '.join(known_edges)}")
+    labels = recipe.data.labels_of_edges.get(edge or known_edges[0])
     topology = _first_cluster(recipe.topology)
     known = recipes.build_topology(topology)
     one = replace(
         recipe,
         engine=engine,  # type: ignore[arg-type]
         model=replace(recipe.model, source=str(run / BACKBONE)),
+        data=replace(recipe.data, labels_of_edges={"edge-0": labels} if labels else {}),
         topology=replace(
             topology,
             sites={name: site for name, site in topology.sites.items() if name in known.sites},
@@ -62,11 +72,15 @@ async def serve(run: Path, engine: str = "inproc") -> AsyncIterator[Federation]:
         placement=replace(
             recipe.placement, cuts_of={c: cuts for c, cuts in recipe.placement.cuts_of.items() if c in known.clusters}
         ),
+        # What concerns tuning alone, and names clusters that are not here.
+        tunables=replace(recipe.tunables, cluster_ranks={}),
+        aggregation=recipes.Aggregation(),
+        privacy=recipes.Privacy(),
         faults=recipes.Faults(),
         compute=replace(recipe.compute, nodes={n: c for n, c in recipe.compute.nodes.items() if n in known.nodes}),
         evaluation=recipes.Evaluation(split="none", requests=0),
     )
-    async with launch(one, tuned=run / TUNABLES) as federation:
+    async with launch(one, tuned=tuned) as federation:
         async for _ in federation.watch():
             pass
         yield federation

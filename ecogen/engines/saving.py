@@ -4,7 +4,8 @@ recipe.toml recipe.json   the resolved recipe
 records.jsonl             every record, as the cloud kept it
 facts.json summary.json   what the report needs besides the records, and the figures of `ecogen run --json`
 backbone/                 the foundation model, as save_pretrained writes it
-tunables.safetensors      everything that was tuned
+tunables.safetensors      everything that was tuned; what edges share, where they know different labels
+edges/                    then each edge's whole model, by its id
 adapter/                  the same as a PEFT directory, where there is LoRA or IA3
 report.html               made from the files above, again at any time
 nodes/ certificates/      the nodes' disks and identities, for --resume
@@ -14,9 +15,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
+import torch
 from torch import Tensor
 
 from ecogen import config as recipes
@@ -24,7 +28,7 @@ from ecogen.accounting.ledger import settle
 from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
 from ecogen.errors import RunError
 from ecogen.metering.hardware import describe_host
-from ecogen.models.adapters import classification_config, save_tuned
+from ecogen.models.adapters import classification_config, load_tuned, save_by_edge, save_tuned
 from ecogen.models.checkpoint import Foundation
 from ecogen.models.profile import model_shape
 from ecogen.placement import Segment
@@ -34,10 +38,14 @@ from ecogen.records import Record, read_records, to_line
 from ecogen.reports.html import write_report
 from ecogen.reports.summary import RunFacts, Summary, summarise
 from ecogen.storage import write_atomically
+from ecogen.tuning.data import load_splits
 from ecogen.tuning.inversion import attack_first_cut
+from ecogen.tuning.labels import LabelSet, without_heads
 from ecogen.tuning.probe import probe_foundation
 
 RECORDS, FACTS, REPORT = "records.jsonl", "facts.json", "report.html"
+
+_BATCH = 128
 
 
 def save_run(
@@ -48,18 +56,57 @@ def save_run(
     tunables: Mapping[str, Tensor],
     wall_s: float,
     engine: str,
+    edges: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> Summary:
-    """Write everything that outlives the federation; returns the summary."""
+    """Write everything that outlives the federation; returns the summary.
+
+    Args:
+        edges: each edge's own tunables, where the recipe says which labels they know.
+    """
     if (folder / RECIPE).exists():
         check_same(recipe, folder)
     write_recipe(folder, recipe)
     wall_s += earlier_s(folder, [record.time_s for record in records])
-    num_labels = int(tunables["classifier.bias"].shape[0]) if "classifier.bias" in tunables else 10
-    save_tuned(folder, foundation, tunables, recipe.tunables, num_labels)
+    labels = {edge_id: _labels(recipe, edge_id, own) for edge_id, own in edges.items()}
+    if len(set(labels.values())) > 1:
+        by_edge = {edge_id: (own, labels[edge_id]) for edge_id, own in edges.items()}
+        shared = without_heads(tunables) if recipe.tuning.cloud_every else {}
+        save_by_edge(folder, foundation, shared, by_edge, recipe.tunables)
+        tunables = next(iter(edges.values()))
+    else:
+        known = next(iter(labels.values()), range(_num_labels(tunables)))
+        save_tuned(folder, foundation, tunables, recipe.tunables, known)
     write_atomically(folder / RECORDS, b"".join(map(to_line, records)))
-    facts = gather_facts(recipe, foundation, num_labels, tunables, wall_s, engine)
+    facts = gather_facts(recipe, foundation, _num_labels(tunables), tunables, wall_s, engine)
+    if len(set(labels.values())) > 1 and recipe.evaluation.split != "none":
+        scores = {edge_id: _score(folder, recipe, edge_id, LabelSet(known)) for edge_id, known in labels.items()}
+        counts = {edge_id: count for edge_id, (_, count) in scores.items()}
+        accuracies = {edge_id: correct / count for edge_id, (correct, count) in scores.items() if count}
+        facts = replace(facts, num_evaluated=counts, saved_accuracy=accuracies)
     write_atomically(folder / FACTS, msgspec.json.encode(facts))
     return rebuild_report(folder)
+
+
+def _labels(recipe: recipes.Recipe, edge_id: str, tunables: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The labels that an edge knows: those of its own head."""
+    return tuple(sorted(recipe.data.labels_of_edges.get(edge_id, range(_num_labels(tunables)))))
+
+
+def _num_labels(tunables: Mapping[str, Tensor]) -> int:
+    return int(tunables["classifier.bias"].shape[0]) if "classifier.bias" in tunables else 10
+
+
+@torch.no_grad()
+def _score(folder: Path, recipe: recipes.Recipe, edge_id: str, labels: LabelSet) -> tuple[int, int]:
+    """How many examples of its labels an edge's saved model gets right, and of how many."""
+    splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
+    examples = labels.keep(getattr(splits, recipe.evaluation.split))
+    model = load_tuned(folder, edge=edge_id)
+    right = 0
+    for start in range(0, len(examples), _BATCH):
+        logits = model(pixel_values=examples.images[start : start + _BATCH]).logits
+        right += int((logits.argmax(-1) == examples.labels[start : start + _BATCH]).sum())
+    return right, len(examples)
 
 
 def rebuild_report(folder: Path) -> Summary:

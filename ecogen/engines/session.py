@@ -110,7 +110,7 @@ def _runs_in(folder: Path) -> list[Path]:
     return sorted(path.parent for path in found)
 
 
-async def predict(folder: Path, images: Sequence[Path], engine: str) -> tuple[Asked, Topology]:
+async def predict(folder: Path, images: Sequence[Path], engine: str, edge: str | None = None) -> tuple[Asked, Topology]:
     """What the tuned model of a run says of pictures, through the split chain.
 
     Raises:
@@ -119,7 +119,7 @@ async def predict(folder: Path, images: Sequence[Path], engine: str) -> tuple[As
     """
     if missing := [str(path) for path in images if not path.is_file()]:
         raise DataError(f"no such file: {', '.join(missing)}; give PNG files")
-    async with serve(folder, engine) as federation:
+    async with serve(folder, engine, edge=edge) as federation:
         start_id = next(iter(federation.topology.clusters.values())).node_ids[0]
         return await federation.ask(start_id, images), federation.topology
 
@@ -172,7 +172,7 @@ class RunProgress:
         """Show a record that tells something to people."""
         if isinstance(record, RoundRecord):
             self._enter("tuning", self._rounds * self._edges)
-            if record.loss is not None:
+            if record.loss is not None or record.epsilon is not None:  # an edge's
                 self._bars.update(self._task, advance=1, detail=f"round {record.round_index + 1} of {self._rounds}")
             self._bars.console.print(round_line(record, self._rounds))
         elif isinstance(record, EventRecord) and record.event not in ("joined", "finished"):

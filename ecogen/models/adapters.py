@@ -1,13 +1,14 @@
 """The tuned model on disk: an ordinary PEFT directory, and `load_tuned` for what PEFT does not know.
 
 A saved folder holds `backbone/` (the foundation model), `tunables.safetensors` with everything that was tuned, and
-`adapter/`, which `peft.PeftModel.from_pretrained` loads onto the whole model.
+`adapter/`, which `peft.PeftModel.from_pretrained` loads onto the whole model. Where edges know different labels,
+`tunables.safetensors` holds what they share, and `edges/<edge>/` each edge's whole model: tunables and adapter.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,14 +30,21 @@ from ecogen.models.tunables import (
 from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
 from ecogen.storage import copy_folder, write_atomically
 
-BACKBONE, TUNABLES, ADAPTER, RECIPE = "backbone", "tunables.safetensors", "adapter", "recipe.json"
+BACKBONE, TUNABLES, ADAPTER, EDGES = "backbone", "tunables.safetensors", "adapter", "edges"
 
 
-def classification_config(foundation: Foundation, num_labels: int) -> ViTConfig:
-    """The foundation model's configuration with a head for the task."""
+def classification_config(foundation: Foundation, labels: int | Sequence[int]) -> ViTConfig:
+    """The foundation model's configuration with a head for the task.
+
+    Args:
+        labels: how many there are; or which, where they are not 0, 1, ...: `id2label` then tells them.
+    """
     values = foundation.config.to_dict()
     values.pop("id2label", None), values.pop("label2id", None)
-    return ViTConfig.from_dict(values | {"num_labels": num_labels})
+    known = range(labels) if isinstance(labels, int) else labels
+    if list(known) == list(range(len(known))):
+        return ViTConfig.from_dict(values | {"num_labels": len(known)})
+    return ViTConfig.from_dict(values | {"id2label": {place: str(label) for place, label in enumerate(known)}})
 
 
 def read_backbone(foundation: Foundation, config: ViTConfig, names: Iterable[str]) -> dict[str, Tensor]:
@@ -66,44 +74,108 @@ def load_whole(foundation: Foundation, config: ViTConfig, spec: recipes.Tunables
 
 
 def save_tuned(
-    folder: Path, foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables, num_labels: int
+    folder: Path,
+    foundation: Foundation,
+    tunables: Mapping[str, Tensor],
+    spec: recipes.Tunables,
+    labels: int | Sequence[int],
 ) -> None:
-    """Write `backbone/`, `tunables.safetensors` and, where there is LoRA or IA3, the PEFT directory `adapter/`."""
-    backbone = folder / BACKBONE
-    if foundation.folder != backbone:
-        copy_folder(foundation.folder, backbone)
-    save_tensors(
-        folder / TUNABLES, tunables, {"spec": json.dumps(recipes.section_table(spec)), "labels": str(num_labels)}
-    )
-    if peft_config := _peft_config(foundation, spec):
-        _save_adapter(folder / ADAPTER, foundation, peft_config, tunables, spec, num_labels)
+    """Write `backbone/`, `tunables.safetensors` and, where there is LoRA or IA3, the PEFT directory `adapter/`.
+
+    Args:
+        labels: how many there are, or which.
+    """
+    _save_backbone(folder, foundation)
+    known = range(labels) if isinstance(labels, int) else labels
+    _save_model(folder, f"../{BACKBONE}", foundation, tunables, spec, known)
 
 
-def load_tuned(folder: str | Path) -> ViTForImageClassification:
-    """The whole tuned model of a run folder, with prompts, LoRA and head on.
+def save_by_edge(
+    folder: Path,
+    foundation: Foundation,
+    shared: Mapping[str, Tensor],
+    edges: Mapping[str, tuple[Mapping[str, Tensor], Sequence[int]]],
+    spec: recipes.Tunables,
+) -> None:
+    """Write `backbone/`, `tunables.safetensors` with what the edges share, and each edge's whole model.
+
+    Args:
+        shared: what the cloud averaged last; empty where it averaged nothing.
+        edges: tunables with the own head, and its labels.
+    """
+    _save_backbone(folder, foundation)
+    save_tensors(folder / TUNABLES, shared, _metadata(spec, ()))
+    for edge_id, (tunables, labels) in edges.items():
+        _save_model(folder / EDGES / edge_id, f"../../../{BACKBONE}", foundation, tunables, spec, labels)
+
+
+def tunables_file(folder: Path, edge: str | None = None) -> Path:
+    """Where the tunables of a whole model are: of the run, or of one edge where each has its own head.
 
     Raises:
-        CheckpointError: if the folder holds no tuned model, or a corrupt one.
+        CheckpointError: if there are none, or it does not say of which edge although each has its own.
     """
-    path = Path(folder)
-    if not (path / TUNABLES).exists():
-        raise CheckpointError(f"{path} holds no {TUNABLES}; give the folder of a finished run")
-    metadata = load_metadata(path / TUNABLES)
+    if not (folder / TUNABLES).exists():
+        raise CheckpointError(f"{folder} holds no {TUNABLES}; give the folder of a finished run")
+    by_edge = {path.name: path / TUNABLES for path in sorted((folder / EDGES).glob("*"))}
+    if not by_edge:
+        return folder / TUNABLES
+    if edge not in by_edge:
+        found = "" if edge is None else f", not {edge!r}"
+        raise CheckpointError(f"{folder} has a head for each edge; name one: {', '.join(by_edge)}{found}")
+    return by_edge[edge]
+
+
+def load_tuned(folder: str | Path, *, edge: str | None = None) -> ViTForImageClassification:
+    """The whole tuned model of a run folder, with prompts, LoRA and head on.
+
+    Args:
+        edge: whose head, where the edges know different labels; `config.id2label` tells them.
+
+    Raises:
+        CheckpointError: if the folder holds no tuned model, or a corrupt one; or `edge` is missing or unknown.
+    """
+    path = tunables_file(Path(folder), edge)
+    metadata = load_metadata(path)
     try:
         spec = recipes.section_from_table(recipes.Tunables, json.loads(metadata["spec"]))
-        foundation = open_foundation(path / BACKBONE)
-        model = load_whole(foundation, classification_config(foundation, int(metadata["labels"])), spec, seed=0)
+        labels = json.loads(metadata["labels"])
+        foundation = open_foundation(Path(folder) / BACKBONE)
+        model = load_whole(foundation, classification_config(foundation, labels), spec, seed=0)
     except (KeyError, ValueError) as problem:
-        raise CheckpointError(
-            f"{path / TUNABLES} does not say what it holds ({problem}); save the run again"
-        ) from problem
-    set_tunables(model, load_tensors(path / TUNABLES))
+        raise CheckpointError(f"{path} does not say what it holds ({problem}); save the run again") from problem
+    set_tunables(model, load_tensors(path))
     return model.whole.eval()
+
+
+def _save_backbone(folder: Path, foundation: Foundation) -> None:
+    if foundation.folder != folder / BACKBONE:
+        copy_folder(foundation.folder, folder / BACKBONE)
+
+
+def _save_model(
+    folder: Path,
+    backbone: str,
+    foundation: Foundation,
+    tunables: Mapping[str, Tensor],
+    spec: recipes.Tunables,
+    labels: Sequence[int],
+) -> None:
+    save_tensors(folder / TUNABLES, tunables, _metadata(spec, labels))
+    if peft_config := _peft_config(foundation, spec):
+        peft_config.base_model_name_or_path = backbone
+        _save_adapter(folder / ADAPTER, foundation, peft_config, tunables, spec, len(labels))
 
 
 def _peft_config(foundation: Foundation, spec: recipes.Tunables) -> PeftConfig | None:
     blocks = range(foundation.config.num_hidden_layers)
     return adapter_config(spec, blocks, modules_to_save=["classifier"], inference_mode=True)
+
+
+def _metadata(spec: recipes.Tunables, labels: Sequence[int]) -> dict[str, str]:
+    """What a file of tunables says of itself: how many labels, or which."""
+    known: int | list[int] = len(labels) if list(labels) == list(range(len(labels))) else list(labels)
+    return {"spec": json.dumps(recipes.section_table(spec)), "labels": json.dumps(known)}
 
 
 def _save_adapter(
@@ -114,7 +186,6 @@ def _save_adapter(
     spec: recipes.Tunables,
     num_labels: int,
 ) -> None:
-    peft_config.base_model_name_or_path = f"../{BACKBONE}"
     write_atomically(
         folder / "adapter_config.json", json.dumps(_plain(peft_config.to_dict()), indent=2, sort_keys=True)
     )
@@ -122,7 +193,10 @@ def _save_adapter(
     config = classification_config(foundation, num_labels)
     head = read_backbone(foundation, config, _head_shapes(config))
     save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in (head | known).items()})
-    write_atomically(folder / "README.md", _adapter_readme(_lacks(foundation, spec), num_labels))
+    write_atomically(
+        folder / "README.md",
+        _adapter_readme(_lacks(foundation, spec), str(peft_config.base_model_name_or_path), num_labels),
+    )
 
 
 def _peft_name(name: str) -> str:
@@ -153,7 +227,7 @@ def _plain(values: dict[str, object]) -> dict[str, object]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
-def _adapter_readme(lacks: list[str], num_labels: int) -> str:
+def _adapter_readme(lacks: list[str], backbone: str, num_labels: int) -> str:
     missing = (
         f"\nPlain PEFT misses {' and '.join(lacks)}, which it has no format for: its "
         "outputs differ from the tuned model's. Load the run folder with `ecogen.load_tuned(DIR)` for all of it.\n"
@@ -164,7 +238,7 @@ def _adapter_readme(lacks: list[str], num_labels: int) -> str:
         "# A PEFT adapter written by EcoGen\n\n"
         "```python\n"
         "from peft import PeftModel\nfrom transformers import ViTForImageClassification\n\n"
-        f'model = ViTForImageClassification.from_pretrained("../{BACKBONE}", num_labels={num_labels})\n'
+        f'model = ViTForImageClassification.from_pretrained("{backbone}", num_labels={num_labels})\n'
         'model = PeftModel.from_pretrained(model, ".")\n'
         "```\n" + missing
     )

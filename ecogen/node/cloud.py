@@ -46,6 +46,7 @@ from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_splits
 from ecogen.tuning.evaluate import Evaluator
+from ecogen.tuning.labels import common_labels, label_sets, without_heads
 from ecogen.tuning.messages import SYNC
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.sync import CloudState, CloudSync
@@ -176,7 +177,9 @@ class CloudRole:
 
     def _load(self) -> None:
         num_labels = load_splits(self._recipe.data, self._recipe.model.image_size, self._recipe.seed).num_labels
-        self._config = classification_config(self._foundation, num_labels)
+        self._labels = label_sets(self._recipe.data, self._topology.edge_ids, num_labels)
+        common = common_labels(self._labels)
+        self._config = classification_config(self._foundation, common.labels if common else range(num_labels))
         self._shape = model_shape(self._config, self._recipe.tunables)
         place_clusters(self._recipe, self._shape)
         model = load_whole(self._foundation, self._config, self._recipe.tunables, self._recipe.seed)
@@ -187,21 +190,27 @@ class CloudRole:
 
     def _first_state(self) -> CloudState:
         if self._tuned is None:
-            return CloudState(get_tunables(self._stage.model))
+            tunables = get_tunables(self._stage.model)
+            return CloudState(tunables if common_labels(self._labels) else without_heads(tunables))
         return CloudState(load_tensors(self._tuned), self._recipe.tuning.rounds - 1)
 
     def _evaluator(self) -> Evaluator:
         recipe = self._recipe
         splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
-        examples = None if recipe.evaluation.split == "none" else getattr(splits, recipe.evaluation.split)
+        common = common_labels(self._labels)
+        if recipe.evaluation.split == "none" or common is None:  # without common labels there is no head here
+            return Evaluator(self._stage, self._shape, self._context.worker, None)
+        examples = common.keep(getattr(splits, recipe.evaluation.split))
         return Evaluator(self._stage, self._shape, self._context.worker, examples)
 
     # Edges.
 
-    async def _welcome(self, _: str) -> Message:
+    async def _welcome(self, node_id: str) -> Message:
         await self._prepared.wait()
         state = self._sync.state
-        table, model = recipes.to_table(self._recipe), self._config.to_dict()
+        labels = self._labels.get(node_id)  # None for an operator
+        config = classification_config(self._foundation, labels.labels) if labels else self._config
+        table, model = recipes.to_table(self._recipe), config.to_dict()
         welcome = Welcome(table, model, self._digest, next_round=state.round_index + 1)
         return Message.of("join", welcome, kind="tunables", tensors=state.tunables)
 

@@ -33,6 +33,7 @@ from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.controls import Controls
 from ecogen.tuning.data import load_pictures, load_splits, partition_examples
 from ecogen.tuning.device import DeviceTuning, LocalData
+from ecogen.tuning.labels import LabelSet, label_sets
 from ecogen.tuning.messages import FLOW_METHODS, TUNE, placement_from_table
 from ecogen.tuning.prefix import why_not_kept
 from ecogen.tuning.route import Route
@@ -161,7 +162,7 @@ class DeviceRole:
                 return await self._context.worker.compute(load_tensors, path)
             except CheckpointError:
                 path.unlink()
-        names = parameter_names(config, segments)
+        names = await self._context.worker.compute(parameter_names, config, segments)
         tensors = await fetch_tensors(self._context.transport, self._edge_id, names)
         await self._context.worker.compute(save_tensors, path, tensors)
         return tensors
@@ -194,12 +195,14 @@ class DeviceRole:
         owner_index = owners.index(self._context.node_id)
         splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
         counts = [len(topology.clusters_of(edge_id)) for edge_id in topology.edge_ids]
-        parts = partition_examples(splits.train.labels, recipe.data.partition, counts, recipe.seed)
+        sets = label_sets(recipe.data, topology.edge_ids, splits.num_labels)
+        known = [labels.labels for labels in sets.values()]
+        parts = partition_examples(splits.train.labels, recipe.data.partition, counts, recipe.seed, known)
         cluster = topology.cluster_of(self._context.node_id)
         place = topology.clusters_of(cluster.edge_id).index(cluster)
         own = parts[topology.edge_ids.index(cluster.edge_id)][place][owner_index :: len(owners)]
         cluster_index = list(topology.clusters).index(cluster.cluster_id)
-        data = LocalData(splits.train[own], recipe.seed, cluster_index, owner_index)
+        data = LocalData(sets[self._edge_id].keep(splits.train[own]), recipe.seed, cluster_index, owner_index)
         if reason := why_not_kept(recipe.tuning, recipe.wire, shape):
             logger.info("activations from below the tunables are sent in every epoch: %s", reason)
             return data.with_views(recipe.tuning, None)
@@ -226,8 +229,9 @@ class DeviceRole:
         ask = message.read(Ask)
         images, truth = await self._context.worker.compute(self._inputs, ask)
         answer = await self._held.serving.ask(ask.request_id, images)
-        probabilities, labels = torch.softmax(answer.logits.float(), -1).max(-1)
-        asked = Asked(labels.tolist(), probabilities.tolist(), answer.record, truth)
+        probabilities, places = torch.softmax(answer.logits.float(), -1).max(-1)
+        labels = self._known.at(places.tolist()) if self._known else places.tolist()
+        asked = Asked(labels, probabilities.tolist(), answer.record, truth)
         return Message.of(ASK, asked, counted=message.counted)
 
     def _inputs(self, ask: Ask) -> tuple[Tensor, list[int]]:
@@ -235,10 +239,17 @@ class DeviceRole:
         if ask.paths:
             return load_pictures([Path(path) for path in ask.paths], size), []
         test = load_splits(self._recipe.data, size, self._recipe.seed).test
+        test = self._known.keep(test) if self._known else test
         if not ask.test_indices or max(ask.test_indices) >= len(test):
             raise DataError(f"ask for test examples 0..{len(test) - 1} or for files, not {ask.test_indices}")
         chosen = test[ask.test_indices]
-        return chosen.images, chosen.labels.tolist()
+        return chosen.images, self._known.at(chosen.labels.tolist()) if self._known else chosen.labels.tolist()
+
+    @property
+    def _known(self) -> LabelSet | None:
+        """The labels that this device's edge knows, where the recipe says so; None for all."""
+        given = self._recipe.data.labels_of_edges.get(self._edge_id)
+        return LabelSet(tuple(sorted(given))) if given else None
 
     @property
     def _held(self) -> _Resident:

@@ -12,10 +12,10 @@ from transformers import ViTConfig
 
 from ecogen import config as recipes
 from ecogen.errors import NodeLostError, ProtocolError, TransportError
-from ecogen.models.adapters import load_whole
+from ecogen.models.adapters import load_whole, read_backbone
 from ecogen.models.checkpoint import Foundation, open_foundation
 from ecogen.models.profile import model_shape
-from ecogen.models.tunables import tunables_of
+from ecogen.models.tunables import get_tunables, tunables_of
 from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.node.context import (
     BOOKS,
@@ -41,10 +41,13 @@ from ecogen.storage import write_atomically
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.data import load_splits
+from ecogen.tuning.discretion import spread
 from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.foundation import fetch_foundation
+from ecogen.tuning.labels import label_sets
 from ecogen.tuning.messages import placement_table
+from ecogen.tuning.privacy import ClusterPrivacy
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds
 
@@ -96,7 +99,8 @@ class EdgeRole:
         self._stage = await context.worker.compute(self._load)
         self._evaluate = await context.worker.compute(self._evaluator)
         path = context.folder / "state.safetensors"
-        state = EdgeState.load(path) if path.exists() else EdgeState(tunables, welcome.next_round)
+        own = get_tunables(self._stage.model)  # of which the cloud has all, but for the head where labels differ
+        state = EdgeState.load(path) if path.exists() else EdgeState({**own, **tunables}, welcome.next_round)
         self._rounds = EdgeRounds(
             state,
             path,
@@ -112,7 +116,16 @@ class EdgeRole:
             num_owners=recipe.data.owners,
             aggregation=recipe.aggregation,
             ranks=LoraRanks.of(recipe),
+            seed=recipe.seed,
+            privacy=self._privacy(),
+            keeps_head=not tunables.keys() >= own.keys(),
         )
+
+    def _privacy(self) -> ClusterPrivacy | None:
+        spec = self._recipe.privacy
+        if not spec.noise_multiplier:
+            return None
+        return ClusterPrivacy(spec, self._recipe.tuning.participation, len(self._placements))
 
     async def _fetch_foundation(self) -> Foundation:
         """The whole backbone on this edge's disk, fetched from the cloud unless it is there."""
@@ -130,12 +143,14 @@ class EdgeRole:
         return Stage(model, device=self._context.device, dtype=self._context.dtype)
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return self._foundation.read(names)
+        return read_backbone(self._foundation, self._config, names)
 
     def _evaluator(self) -> Evaluator:
         recipe = self._recipe
         splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
-        examples = None if recipe.evaluation.split == "none" else getattr(splits, recipe.evaluation.split)
+        edge_ids = recipes.build_topology(recipe.topology).edge_ids
+        labels = label_sets(recipe.data, edge_ids, splits.num_labels)[self._context.node_id]
+        examples = None if recipe.evaluation.split == "none" else labels.keep(getattr(splits, recipe.evaluation.split))
         return Evaluator(self._stage, self._shape, self._context.worker, examples)
 
     async def _welcome(self, device_id: str) -> Message:
@@ -192,6 +207,8 @@ class EdgeRole:
         usages = [reply.read(Ready).usage for reply in replies] + [self._context.worker.usage("serving")]
         self._books_closed = True
         wall_s = max(usage.wall_s for usage in usages)
+        if self._recipe.privacy.noise_multiplier:  # a device's last window begins with the last round it took part in
+            usages = list(spread(usages, [placement.node_ids for placement in self._placements.values()]))
         self._outbox.put(PhaseRecord(self._context.node_id, "serving", wall_s, tuple(usages), time_s=time.time()))
 
     async def _ask_device(self, node_id: str, message: Message) -> Message | None:

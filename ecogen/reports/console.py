@@ -18,7 +18,17 @@ from ecogen.records import RequestRecord, RoundRecord
 from ecogen.reports.study import Greenest, StudyRow, StudySummary
 from ecogen.reports.summary import Summary
 from ecogen.reports.tables import Column, Table, hops_tables, word
-from ecogen.reports.wording import DASH, LINK_NAMES, format_grams, format_loss, format_range, format_share, plural
+from ecogen.reports.wording import (
+    DASH,
+    LINK_NAMES,
+    format_epsilon,
+    format_grams,
+    format_loss,
+    format_range,
+    format_share,
+    plural,
+    warn_of_epsilon,
+)
 from ecogen.topology import Tier, Topology
 from ecogen.units import format_bytes, format_joules, format_seconds
 
@@ -43,10 +53,13 @@ class NodeStatus:
 def round_line(record: RoundRecord, num_rounds: int) -> Text:
     """One round in one line: `round 3/8  edge-0  accuracy 95.2 %  loss 0.3009  3 clusters  4.4 s`."""
     members = f"{len(record.members)} of {plural(len(record.members) + len(record.missing), 'member')}"
+    if record.epsilon is not None:
+        members = f"epsilon {format_epsilon(record.epsilon)}"
+    is_bad = record.missing or warn_of_epsilon(record.epsilon or 0.0)
     line = Text(f"round {record.round_index + 1}/{num_rounds}  ")
     line.append(f"{record.node_id:<8}", style="bold")
     line.append(f"  accuracy {format_share(record.accuracy):>7}  loss {format_loss(record.loss)}  ")
-    line.append(members, style="red" if record.missing else "")
+    line.append(members, style="red" if is_bad else "")
     return line.append(f"  {format_seconds(record.wall_s)}")
 
 
@@ -128,6 +141,7 @@ def _summary_rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("all sent", format_bytes(sum(sent[link] for link in LINK_NAMES)), links),
         ("energy", format_joules(energy_j.mid), f"{format_range(energy_j)}, modelled"),
         ("emissions", f"{format_grams(emissions_g.mid)} CO2e", f"{format_range(emissions_g, format_grams)}, modelled"),
+        *_privacy_rows(summary),
         *_latency_rows(summary),
         ("wall time", format_seconds(summary["wall_s"]), f"engine {summary['engine']}"),
         *_event_rows(summary),
@@ -141,6 +155,16 @@ def _lora_rows(summary: Summary) -> list[tuple[str, str, str]]:
 
 def _bounds(values: Mapping[str, float | str]) -> Bounds:
     return Bounds(float(values["low"]), float(values["mid"]), float(values["high"]))
+
+
+def _privacy_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    spent = summary["privacy"]
+    if spent is None:
+        return []
+    remark = f"at delta {spent['delta']:g}, of each of {spent['clusters']} clusters an edge"
+    rows = [("epsilon", format_epsilon(spent["epsilon"]), remark)]
+    warning = warn_of_epsilon(spent["epsilon"])
+    return [*rows, ("warning", "", warning)] if warning else rows
 
 
 def _latency_rows(summary: Summary) -> list[tuple[str, str, str]]:

@@ -25,6 +25,7 @@ from ecogen.reports.wording import (
     format_share,
     phase_name,
     plural,
+    warn_of_epsilon,
 )
 from ecogen.storage import write_atomically
 from ecogen.topology import Topology
@@ -63,11 +64,12 @@ def render_report(
         total=ledger.total,
         headline=_headline(summary, ledger, recipe, facts),
         figures={name: Markup(svg) for name, svg in _figures(records, ledger, topology, facts).items()},
-        tables=_tables(records, ledger, topology, facts),
+        tables=_tables(records, ledger, topology, facts) | {"privacy": tables.privacy_table(summary)},
         hidden_parts=drawing.hidden_parts(topology),
         num_joined=_num_joined(records),
         first_cuts=first_cuts(facts.placements),
         strongest=strongest(facts.inversion),
+        privacy_warning=warn_of_epsilon(summary["privacy"]["epsilon"]) if summary["privacy"] else "",
         exact_db=EXACT_DB,
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from ecogen.reports.wording import format_count, format_grams, format_range, format_share, plural
+from ecogen.reports.wording import format_count, format_epsilon, format_grams, format_range, format_share, plural
 from ecogen.units import format_bytes, format_joules, format_seconds
 
 _CONTROL_CHARACTERS = {code: None for code in range(32) if chr(code) not in "\t\n\r"}  # HTML allows no others
@@ -24,6 +24,7 @@ def render_page(template: str, **values: Any) -> str:
     environment.filters |= {
         "bytes": format_bytes,
         "count": format_count,
+        "epsilon": format_epsilon,
         "grams": format_grams,
         "joules": format_joules,
         "plural": plural,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 from ecogen.accounting.ledger import Bounds, Ledger
@@ -14,10 +15,17 @@ from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.topology import Topology
 
+NOTHING: Mapping[str, int] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What a report tells besides the records: sizes, wall time, host, placement and the closing measurements."""
+    """What a report tells besides the records: sizes, wall time, host, placement and the closing measurements.
+
+    Attributes:
+        num_evaluated: on how many examples each edge was evaluated, where they know different labels.
+        saved_accuracy: then, of each edge's saved model: the cloud's last average with the edge's own head.
+    """
 
     tunable_parameters: int
     total_parameters: int
@@ -28,6 +36,8 @@ class RunFacts:
     probe: Probe | None = None
     inversion: tuple[InversionAttack, ...] = ()
     placements: Mapping[str, Placement] = field(default_factory=dict)
+    num_evaluated: Mapping[str, int] = field(default_factory=dict)
+    saved_accuracy: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tunable_fraction(self) -> float:
@@ -67,11 +77,27 @@ class Spent(TypedDict):
     wall_s: float
 
 
+class PrivacyLoss(TypedDict):
+    """What differential privacy of the clusters cost; epsilon is the largest of all edges, since each has its own.
+
+    `per_round` has None where no edge recorded that round. `clusters` are those of an edge.
+    """
+
+    epsilon: float
+    delta: float
+    per_round: list[float | None]
+    noise_multiplier: float
+    clip_norm: float
+    participation: float
+    clusters: int
+
+
 class Summary(TypedDict):
     """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled.
 
     `lora_error` is the mean over rounds; None where LoRA is averaged factor by factor between clusters of equal rank.
-    `inversion` is by attacker and by blocks before the cut; None where nobody attacked.
+    `inversion` is by attacker and by blocks before the cut; None where nobody attacked. `privacy` is None where no
+    noise was added.
     """
 
     name: str
@@ -90,6 +116,7 @@ class Summary(TypedDict):
     emissions_g_bounds: dict[str, float]
     latency_s: dict[str, float] | None
     inversion: dict[str, dict[str, Recovered]] | None
+    privacy: PrivacyLoss | None
     wall_s: float
     events: list[dict[str, Any]]
 
@@ -105,10 +132,10 @@ def summarise(
         "engine": facts.engine,
         "rounds": len(round_indices(records)),
         "rounds_planned": recipe.tuning.rounds,
-        "accuracy": accuracy(records, topology),
+        "accuracy": accuracy(records, topology, facts.num_evaluated),
         "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,
-        "lora_error": _mean([record.lora_error for record in records if isinstance(record, RoundRecord)]),
+        "lora_error": _lora_error(records),
         "traffic_bytes": traffic_bytes(ledger),
         "flops": sum(usage.flops for record in records for usage in getattr(record, "usages", ())),
         "energy_j": {**_bounds(total.energy_j), "method": ledger.method},
@@ -116,6 +143,7 @@ def summarise(
         "emissions_g_bounds": _bounds(total.emissions_g),
         "latency_s": latency_s([record for record in records if isinstance(record, RequestRecord)]),
         "inversion": inversion(facts.inversion),
+        "privacy": privacy_loss(records, recipe, topology),
         "wall_s": facts.wall_s,
         "events": [_event(record) for record in records if isinstance(record, EventRecord)],
     }
@@ -135,15 +163,21 @@ def history(
     return [rounds.get(index) for index in round_indices(records)]
 
 
-def accuracy(records: Sequence[Record], topology: Topology) -> Accuracy:
+def accuracy(records: Sequence[Record], topology: Topology, num_evaluated: Mapping[str, int] = NOTHING) -> Accuracy:
     """Accuracy by round and by edge.
 
     A round's is the cloud's where the cloud averaged in that round, else the mean over the edges, weighted equally.
+
+    Args:
+        num_evaluated: the weights of edges that know different labels; the cloud has no accuracy then.
     """
     per_edge = {edge: history(records, edge, lambda r: r.accuracy) for edge in topology.edge_ids}
     of_cloud = history(records, topology.cloud_id, lambda r: r.accuracy)
     of_edges = zip(*per_edge.values(), strict=True) if per_edge else ()
-    per_round = [_mean(edges) if cloud is None else cloud for cloud, edges in zip(of_cloud, of_edges, strict=True)]
+    weights = [num_evaluated.get(edge, 1) for edge in per_edge]
+    per_round = [
+        _mean(edges, weights) if cloud is None else cloud for cloud, edges in zip(of_cloud, of_edges, strict=True)
+    ]
     measured = [share for share in per_round if share is not None]
     return {
         "first": measured[0] if measured else None,
@@ -206,9 +240,32 @@ def inversion(attacks: Sequence[InversionAttack]) -> dict[str, dict[str, Recover
     return recovered or None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return fmean(measured) if measured else None
+def privacy_loss(records: Sequence[Record], recipe: Recipe, topology: Topology) -> PrivacyLoss | None:
+    """Epsilon by round, of the edge that spent most; None where nothing was private."""
+    per_edge = [history(records, edge, lambda r: r.epsilon) for edge in topology.edge_ids]
+    per_round = [max((e for e in edges if e is not None), default=None) for edges in zip(*per_edge, strict=True)]
+    measured = [epsilon for epsilon in per_round if epsilon is not None]
+    if not measured:
+        return None
+    return {
+        "epsilon": max(measured),
+        "delta": recipe.privacy.delta,
+        "per_round": per_round,
+        "noise_multiplier": recipe.privacy.noise_multiplier,
+        "clip_norm": recipe.privacy.clip_norm,
+        "participation": recipe.tuning.participation,
+        "clusters": max(len(topology.clusters_of(edge)) for edge in topology.edge_ids),
+    }
+
+
+def _lora_error(records: Sequence[Record]) -> float | None:
+    errors = [r.lora_error for r in records if isinstance(r, RoundRecord) and r.lora_error is not None]
+    return fmean(errors) if errors else None
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    measured = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    return fmean(*zip(*measured, strict=True)) if sum(weight for _, weight in measured) else None
 
 
 def _bounds(bounds: Bounds) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from ecogen.accounting.ledger import Bill, Ledger
 from ecogen.measurements import Inversion, InversionAttack
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Hop, Record, RequestRecord, RoundRecord
-from ecogen.reports.summary import RunFacts, history, round_indices
+from ecogen.reports.summary import RunFacts, Summary, history, round_indices
 from ecogen.reports.wording import (
     DASH,
     LINK_NAMES,
     format_count,
+    format_epsilon,
     format_loss,
     format_number,
     format_share,
@@ -70,6 +71,14 @@ def rounds_table(records: Sequence[Record], topology: Topology) -> Table:
     columns += [Column("LoRA error", "of the mean")] if has_error else []
     columns += [Column("loss", "mean of edges"), Column("examples"), Column("longest edge", "s"), word("missing")]
     return Table("Rounds", tuple(columns), tuple(rows))
+
+
+def privacy_table(summary: Summary) -> Table:
+    """Epsilon by round; no rows without noise."""
+    spent = summary["privacy"]
+    rows = [] if spent is None else enumerate(spent["per_round"], start=1)
+    cells = tuple((str(number), DASH if value is None else format_epsilon(value)) for number, value in rows)
+    return Table("Epsilon by round", (word("round"), Column("epsilon")), cells)
 
 
 def traffic_table(ledger: Ledger) -> Table:
@@ -216,7 +225,8 @@ def _round_totals(edges: Sequence[RoundRecord]) -> tuple[str, str, str, str]:
     loss = sum(losses) / len(losses) if losses else None
     missing = ", ".join(name for record in edges for name in record.missing)
     longest_s = max((record.wall_s for record in edges), default=0.0)
-    return format_loss(loss), format_count(sum(r.num_examples for r in edges)), f"{longest_s:.2f}", missing or DASH
+    num_examples = sum(record.num_examples for record in edges)  # 0 where it is private
+    return format_loss(loss), format_count(num_examples) if num_examples else DASH, f"{longest_s:.2f}", missing or DASH
 
 
 def _emissions_unit(bills: Iterable[Bill]) -> tuple[float, str]:

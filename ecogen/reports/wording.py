@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ecogen.accounting.ledger import Bounds
@@ -18,6 +19,10 @@ LINK_NAMES: dict[LinkClass, str] = {
 }
 
 
+WEAK_EPSILON = 10.0
+"""Above this, a report warns: the guarantee lets one cluster's part change any outcome's odds by e^10, 22,000 times."""
+
+
 def phase_name(phase: str) -> str:
     """A phase for people."""
     return "pre-training" if phase == "pretraining" else phase
@@ -31,6 +36,21 @@ def format_share(share: float | None) -> str:
 def format_loss(loss: float | None) -> str:
     """A loss for people; one that was not measured is a dash."""
     return DASH if loss is None else f"{loss:.4f}"
+
+
+def format_epsilon(epsilon: float) -> str:
+    """A privacy loss for people, rounded up: `format_epsilon(7.912)` is `'7.92'`."""
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+
+
+def warn_of_epsilon(epsilon: float) -> str:
+    """What to say of a privacy loss that promises next to nothing; nothing where it is smaller."""
+    if epsilon <= WEAK_EPSILON:
+        return ""
+    return (
+        f"epsilon is above {WEAK_EPSILON:g}: hardly a promise; take more noise, fewer rounds, a smaller share of the "
+        "clusters, or more clusters"
+    )
 
 
 def format_grams(grams: float) -> str:

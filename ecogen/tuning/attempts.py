@@ -59,6 +59,7 @@ class Attempts:
         publish: takes each record.
         last: a number larger than that of any attempt in an earlier life of this edge.
         ranks: of LoRA, where clusters have their own.
+        is_discreet: that a cluster took part is not to be told, and so not that it failed.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Attempts:
         last: int,
         num_owners: int = 1,
         ranks: LoraRanks | None = None,
+        is_discreet: bool = False,
     ) -> None:
         self.cluster_ids = list(placements)
         self._tuning, self._placements, self._members = tuning, placements, members
         self._transport, self._worker, self._publish = transport, worker, publish
-        self._last, self._num_owners, self._ranks = last, num_owners, ranks
+        self._last, self._num_owners, self._ranks, self._is_discreet = last, num_owners, ranks, is_discreet
         self._failed: set[str] = set()
         self._cache = _Cache(None)
         self._last_problem = ""
@@ -181,8 +183,10 @@ class Attempts:
         for problem in problems:
             if isinstance(problem, NodeLostError):
                 await self._members.lose(problem.node_id, str(problem))
-        self._failed.add(cluster_id)
         self._last_problem = detail
+        if self._is_discreet:
+            return
+        self._failed.add(cluster_id)
         self._publish(EventRecord("cluster_failed", cluster_id, key.round_index, detail, time.time()))
 
     # None at all.

@@ -76,13 +76,18 @@ def load_splits(data: Data, image_size: int, seed: int) -> Splits:
 
 
 def partition_examples(
-    labels: Tensor, partition: Partition, clusters_of_edges: Sequence[int], seed: int
+    labels: Tensor,
+    partition: Partition,
+    clusters_of_edges: Sequence[int],
+    seed: int,
+    known: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Indices]]:
-    """Indices of the training examples by edge and cluster: every example once.
+    """Indices of the training examples by edge and cluster: every example once that an edge knows the label of.
 
     Args:
         labels: [N] class indices.
         clusters_of_edges: how many clusters each edge has.
+        known: the labels that each edge knows; None for all. Labels that the same edges know are divided together.
 
     Raises:
         DataError: if there are fewer examples than clusters.
@@ -91,11 +96,27 @@ def partition_examples(
     numbers = labels.numpy()
     if len(numbers) < sum(clusters_of_edges):
         raise DataError(f"{len(numbers)} training examples cannot be divided over {sum(clusters_of_edges)} clusters")
-    edges = _divide(np.arange(len(numbers)), numbers, partition.across_edges, clusters_of_edges, partition.alpha, rng)
+    parts: list[list[Indices]] = [[np.arange(0)] for _ in clusters_of_edges]
+    for members, group in _by_who_knows(numbers, known or [np.unique(numbers).tolist()] * len(parts)):
+        sizes = [clusters_of_edges[edge] for edge in group]
+        shares = _divide(members, numbers, partition.across_edges, sizes, partition.alpha, rng)
+        for edge, share in zip(group, shares, strict=True):
+            parts[edge].append(share)
+    edges = [np.sort(np.concatenate(part)) for part in parts]
+    for edge, (own, count) in enumerate(zip(edges, clusters_of_edges, strict=True)):
+        if len(own) < count:
+            raise DataError(f"edge {edge} has {len(own)} training examples of its labels, for {count} clusters")
     return [
         _divide(edge, numbers, partition.within_edge, [1] * count, partition.alpha, rng)
         for edge, count in zip(edges, clusters_of_edges, strict=True)
     ]
+
+
+def _by_who_knows(labels: Indices, known: Sequence[Sequence[int]]) -> list[tuple[Indices, tuple[int, ...]]]:
+    """Examples by the edges that know their labels; those that nobody knows are left out."""
+    knowing = {int(label): tuple(e for e, own in enumerate(known) if label in own) for label in np.unique(labels)}
+    groups = sorted(set(knowing.values()) - {()})
+    return [(np.flatnonzero(np.isin(labels, [n for n in knowing if knowing[n] == group])), group) for group in groups]
 
 
 def _divide(

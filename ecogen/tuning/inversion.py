@@ -32,11 +32,12 @@ from ecogen.measurements import EXACT_DB, Image, Inversion, InversionAttack
 from ecogen.models.adapters import classification_config, load_whole
 from ecogen.models.checkpoint import Foundation
 from ecogen.models.prompts import without_prompts
-from ecogen.models.tunables import set_tunables
+from ecogen.models.tunables import get_tunables, set_tunables
 from ecogen.models.vit import SegmentedViT
 from ecogen.placement import Segment
 from ecogen.tuning.data import Examples, Splits, load_splits
 from ecogen.tuning.glyphs import augment, render_glyphs
+from ecogen.tuning.labels import without_heads
 
 Encode = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] -> the activations [B, T, D] that cross the cut."""
@@ -100,7 +101,7 @@ def attack_first_cut(
     """Attack test images through the tuned model, cut after 0, 1 and 2 blocks; the same seed gives the same figures."""
     splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
     model = load_whole(foundation, classification_config(foundation, splits.num_labels), recipe.tunables, seed=0)
-    set_tunables(model, tunables)
+    set_tunables(model, {**get_tunables(model), **without_heads(tunables)})  # the cuts are below any head
     model.requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(int(np.random.default_rng([recipe.seed, _ATTACK_KEY]).integers(2**62)))
     own, whose = own_images(splits, generator)

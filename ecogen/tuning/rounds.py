@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,8 +29,11 @@ from ecogen.transport.base import Message, Transport
 from ecogen.tuning.aggregate import Update
 from ecogen.tuning.attempts import MAX_TRIES, Attempts, Outcome
 from ecogen.tuning.buffer import Buffer
+from ecogen.tuning.discretion import conceal
 from ecogen.tuning.edge_state import EdgeState
+from ecogen.tuning.labels import without_heads
 from ecogen.tuning.messages import SYNC, SyncOrder
+from ecogen.tuning.privacy import ClusterPrivacy, draw_by_seed, draw_secretly
 from ecogen.tuning.ranks import LoraRanks, Together
 from ecogen.tuning.strategies import strategy_of
 
@@ -48,6 +52,9 @@ class EdgeRounds:
         evaluate: accuracy of tunables, run on the compute thread.
         aggregation: how the clusters' updates become one.
         ranks: how LoRA's do, where ranks differ or products are averaged.
+        seed: draws who takes part in a round, where not all do.
+        privacy: what protects the clusters, where something does.
+        keeps_head: the cloud averages all but the head, since other edges' heads are for other labels.
         publish: takes each record.
     """
 
@@ -68,15 +75,27 @@ class EdgeRounds:
         num_owners: int = 1,
         aggregation: Aggregation,
         ranks: LoraRanks | None = None,
+        seed: int = 0,
+        privacy: ClusterPrivacy | None = None,
+        keeps_head: bool = False,
     ) -> None:
         self.state = state
         self._strategy, self._aggregation = strategy_of(aggregation), aggregation
         self._path, self._tuning, self._placements = path, tuning, placements
         self._transport, self._worker, self._cloud_id = transport, worker, cloud_id
         self._evaluate, self._publish = evaluate, publish
-        self._ranks = ranks
+        self._ranks, self._seed, self._privacy, self._keeps_head = ranks, seed, privacy, keeps_head
         self._attempts = Attempts(
-            tuning, placements, members, transport, worker, publish, last=attempt, num_owners=num_owners, ranks=ranks
+            tuning,
+            placements,
+            members,
+            transport,
+            worker,
+            publish,
+            last=attempt,
+            num_owners=num_owners,
+            ranks=ranks,
+            is_discreet=privacy is not None,
         )
         self._buffer: Buffer | None = None
         if aggregation.buffer:
@@ -96,13 +115,17 @@ class EdgeRounds:
 
     async def _round(self, round_index: int) -> None:
         began_s = time.perf_counter()
-        outcomes = await (self._buffer.take() if self._buffer else self._tune_clusters(round_index))
+        chosen, outcomes = await self._take_outcomes(round_index)
         updates = [outcome.update for outcome in outcomes]
         (tunables, memory, error), accuracy = await self._worker.compute(self._average, updates)
         if error is not None:
             logger.info("round %d: LoRA misses the mean of its products by %.2g of it", round_index + 1, error)
-        record = self._record(round_index, outcomes, accuracy, error, time.perf_counter() - began_s)
-        unsynced = record.num_examples if self._is_sync_due(round_index) else None
+        record = self._record(round_index, chosen, outcomes, accuracy, error, time.perf_counter() - began_s)
+        weight = record.num_examples
+        if self._privacy is not None:  # how many examples the clusters have is theirs to know
+            weight = self._privacy.num_clusters
+            record = await self._worker.compute(self._conceal, record)
+        unsynced = weight if self._is_sync_due(round_index) else None
         counted = self.state.count((outcome.update.sender_id, outcome.key.attempt) for outcome in outcomes)
         await self._commit(EdgeState(tunables, round_index + 1, unsynced, record, memory, counted))
         self._publish(record)
@@ -112,16 +135,35 @@ class EdgeRounds:
         """On the compute thread: what the strategy makes of the updates and keeps, and the accuracy."""
         ordered = sorted(updates, key=lambda update: update.sender_id)
         before, memory = self.state.tunables, self.state.memory
+        if self._privacy is not None:
+            ordered = [self._privacy.update(before, ordered)]
+        if not ordered:
+            return Together(dict(before), dict(memory)), self._evaluate(before)
         if self._ranks is None:
             together = Together(*self._strategy(before, ordered, memory, self._aggregation))
         else:
             together = self._ranks.put_together(before, ordered, memory, self._strategy, self._aggregation)
         return together, self._evaluate(together.tunables)
 
+    def _conceal(self, record: RoundRecord) -> RoundRecord:
+        assert self._privacy is not None
+        routes = [placement.node_ids for placement in self._placements.values()]
+        return conceal(record, routes, self._privacy.epsilon(record.round_index + 1))
+
     # Clusters.
 
-    async def _tune_clusters(self, round_index: int) -> list[Outcome]:
-        """The outcomes of the clusters that finished; tries again while there is none.
+    async def _take_outcomes(self, round_index: int) -> tuple[Sequence[str], list[Outcome]]:
+        """The clusters that were to take part in a round, and what it is made of."""
+        if self._buffer is None:
+            return await self._tune_clusters(round_index)
+        outcomes = await self._buffer.take()
+        at_work = self._buffer.at_work
+        return [cluster for cluster in self._placements if cluster not in at_work], outcomes
+
+    async def _tune_clusters(self, round_index: int) -> tuple[Sequence[str], list[Outcome]]:
+        """The clusters that were to take part, and the outcomes of those that finished; tries again while none did.
+
+        A private run does not: that a round had no outcome would make the draw for the next try another one.
 
         Raises:
             RunError: if no cluster comes back in time, or every try fails.
@@ -130,13 +172,29 @@ class EdgeRounds:
             formed = self.formed()
             self._attempts.announce_formed(formed, round_index)
             key = self._attempts.next_key(round_index)
-            tried = (self._attempts.attempt(cluster_id, key, self.state, round_index) for cluster_id in formed)
+            chosen = self._draw(round_index)
+            present = [cluster_id for cluster_id in chosen if cluster_id in formed]
+            tried = (self._attempts.attempt(cluster_id, key, self.state, round_index) for cluster_id in present)
             outcomes = [outcome for outcome in await asyncio.gather(*tried) if outcome is not None]
-            if outcomes:
-                return outcomes
-            if not await self._attempts.wait_for(lambda: bool(self.formed()), self._tuning.rejoin_timeout_s):
+            is_done = formed if self._privacy is not None else not chosen
+            if outcomes or is_done:
+                return chosen, outcomes
+            awaited = set(self._placements if self._privacy is not None else chosen)
+            if not await self._attempts.wait_for(
+                lambda awaited=awaited: not awaited.isdisjoint(self.formed()),  # type: ignore[misc]
+                self._tuning.rejoin_timeout_s,
+            ):
                 raise self._attempts.nobody_came(round_index)
         raise self._attempts.all_failed(round_index, MAX_TRIES)
+
+    def _draw(self, round_index: int) -> list[str]:
+        """Who takes part in a round."""
+        clusters, rate = list(self._placements), self._tuning.participation
+        if rate == 1:
+            return clusters
+        if self._privacy is not None:
+            return draw_secretly(clusters, rate)
+        return draw_by_seed(clusters, rate, [self._seed, round_index, zlib.crc32(self._node_id.encode())])
 
     async def begin_of(self, cluster_id: str) -> Mapping[str, Tensor]:
         """What a cluster would begin with now: the tunables, cut to its LoRA rank."""
@@ -156,10 +214,10 @@ class EdgeRounds:
         if self.state.unsynced is None:
             return
         order = SyncOrder(self.state.next_round - 1, self.state.unsynced)
-        message = Message.of(SYNC, order, kind="tunables", tensors=self.state.tunables)
-        reply = await self._call_cloud(message)
-        agreed = self.state.tunables if reply is None else reply.tensors
-        await self._commit(replace(self.state, tunables=agreed, unsynced=None))
+        shared = without_heads(self.state.tunables) if self._keeps_head else self.state.tunables
+        reply = await self._call_cloud(Message.of(SYNC, order, kind="tunables", tensors=shared))
+        agreed = shared if reply is None else reply.tensors
+        await self._commit(replace(self.state, tunables={**self.state.tunables, **agreed}, unsynced=None))
 
     async def _call_cloud(self, message: Message) -> Message | None:
         """The cloud's answer; None where it stays away for too long, and the edge goes on alone."""
@@ -183,13 +241,13 @@ class EdgeRounds:
     def _record(
         self,
         round_index: int,
+        chosen: Sequence[str],
         outcomes: Sequence[Outcome],
         accuracy: float | None,
         lora_error: float | None,
         wall_s: float,
     ) -> RoundRecord:
         examples = {outcome.update.sender_id: outcome.update.num_examples for outcome in outcomes}
-        at_work = self._buffer.at_work if self._buffer else examples.keys()
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
         usages = tuple(usage for outcome in outcomes for usage in outcome.usages)
         return RoundRecord(
@@ -199,7 +257,7 @@ class EdgeRounds:
             sum(losses) / len(losses) if losses else None,
             sum(examples.values()),
             tuple(examples),
-            tuple(cluster for cluster in self._placements if cluster not in at_work | examples.keys()),
+            tuple(cluster for cluster in chosen if cluster not in examples),
             wall_s,
             (*usages, self._worker.usage("tuning")),
             time.time(),

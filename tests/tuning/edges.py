@@ -21,6 +21,7 @@ from ecogen.transport.base import Message, Peer, Stream
 from ecogen.transport.memory import MemoryNetwork
 from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.messages import SYNC, TUNE, SyncOrder, SyncResult, TuneOrder, TuneResult
+from ecogen.tuning.privacy import ClusterPrivacy
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds
 
@@ -121,6 +122,7 @@ class Edge:
         state: EdgeState | None = None,
         aggregation: Aggregation = FEDAVG,
         ranks: LoraRanks | None = None,
+        privacy: ClusterPrivacy | None = None,
         **tuning: Any,
     ) -> EdgeRounds:
         return EdgeRounds(
@@ -137,6 +139,7 @@ class Edge:
             attempt=FIRST_ATTEMPT,
             aggregation=aggregation,
             ranks=ranks,
+            privacy=privacy,
         )
 
     async def run(self, state: EdgeState | None = None, aggregation: Aggregation = FEDAVG, **tuning: Any) -> EdgeState:
