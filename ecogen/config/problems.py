@@ -71,6 +71,7 @@ def explain(error: ValidationError, section: Any = Recipe, *, within: Place = ()
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What is wrong between values that are right by themselves."""
     yield from _of_sizes(recipe)
+    yield from _of_data(recipe)
     tunables, topology = recipe.tunables, recipe.topology
     if not (tunables.prompts or tunables.lora_rank or tunables.head or tunables.backbone != "frozen"):
         places = ("tunables.prompts", "tunables.lora_rank", "tunables.head", "tunables.backbone")
@@ -113,6 +114,17 @@ def _of_sizes(recipe: Recipe) -> Iterator[Contradiction]:
         if _value(recipe, less) > _value(recipe, more):
             text = f"{less}: {_value(recipe, less)} is more than {more} {_value(recipe, more)}"
             yield Contradiction((less, more), text)
+
+
+def _of_data(recipe: Recipe) -> Iterator[Contradiction]:
+    if recipe.data.name != "digits":
+        return
+    if recipe.data.path:
+        text = f"data.path: digits come with scikit-learn, not from {recipe.data.path!r}; set data.name or leave it out"
+        yield Contradiction(("data.path", "data.name"), text)
+    if recipe.pretraining.corpus == "data":
+        text = "pretraining.corpus: 'data' needs a data set with images that no device owns, such as mnist, not digits"
+        yield Contradiction(("pretraining.corpus", "data.name"), text)
 
 
 def _unknown(place: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Contradiction]:

@@ -13,10 +13,9 @@ from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters
 from ecogen.tuning.data import load_splits, partition_examples
+from ecogen.tuning.datasets import NUM_LABELS
 from ecogen.tuning.foundation import MADE_HERE, vit_config
 from ecogen.tuning.strategies import strategy_of
-
-_NUM_LABELS = 10  # of the data sets that there are; a head's size decides no placement
 
 
 def check_recipe(recipe: recipes.Recipe) -> None:
@@ -24,7 +23,7 @@ def check_recipe(recipe: recipes.Recipe) -> None:
 
     Raises:
         ConfigError: if zones are unknown (lists them all), or the strategy.
-        DataError: if there are too few examples.
+        DataError: if the data set is missing or damaged, or has too few examples.
         CheckpointError: if the model's folder is missing, corrupt or for other images.
         PlacementError: if a cluster cannot hold the model.
     """
@@ -35,7 +34,7 @@ def check_recipe(recipe: recipes.Recipe) -> None:
     partition_examples(train.labels, recipe.data.partition, clusters_of_edges, recipe.seed)
     config = _announced_config(recipe.model)
     if config is not None:
-        config.num_labels = _NUM_LABELS
+        config.num_labels = NUM_LABELS
         place_clusters(recipe, model_shape(config, recipe.tunables))
 
 
