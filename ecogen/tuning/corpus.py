@@ -37,7 +37,7 @@ class Corpus:
     """
 
     images: Tensor
-    amounts: Augmentation = Augmentation()
+    amounts: Augmentation
     blur_sigma: float = 0.0
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ def open_corpus(pretraining: Pretraining, data: Data) -> Corpus:
         DataError: if the data set is missing, damaged, or has no such images.
     """
     if pretraining.corpus == "glyphs":
-        return Corpus(render_glyphs())
+        return Corpus(render_glyphs(), Augmentation())
     return Corpus(read_corpus(data).unsqueeze(1), HANDWRITING, _HANDWRITING_BLUR)
 
 

@@ -1,7 +1,7 @@
 """The data sets that there are: scikit-learn's digits, which come along, and MNIST, which a file holds.
 
 MNIST's training images are divided once: the first five sixths are for the cloud, which learns from them without
-labels; devices own images of the last sixth, and validation takes others of it. So the cloud has seen no device's image.
+labels; devices own images of the last sixth, and validation takes others of it. So the cloud sees no device's image.
 
 Shapes: N images, S side of an image.
 """

@@ -7,6 +7,7 @@ from transformers import ViTConfig, ViTModel
 
 from ecogen.config import Data, Pretraining, section_table
 from ecogen.tuning.corpus import Corpus, open_corpus
+from ecogen.tuning.glyphs import Augmentation
 from ecogen.tuning.pretrain import (
     OnStep,
     contrast,
@@ -128,8 +129,9 @@ def test_standardised_features_have_zero_mean_and_unit_deviation() -> None:
 
 def test_an_untrained_models_features_are_standardised_and_nothing_else_is_changed() -> None:
     images = torch.rand(300, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    model, begun = untrained(tiny(), Corpus(images), 0), new_model(tiny(), 0)
-    views = Corpus(images).views(torch.arange(300), 28, torch.Generator().manual_seed(1))
+    corpus = Corpus(images, Augmentation())
+    model, begun = untrained(tiny(), corpus, 0), new_model(tiny(), 0)
+    views = corpus.views(torch.arange(300), 28, torch.Generator().manual_seed(1))
     seen = features(model, views).detach()
     assert seen.mean(0).abs().max() < 0.4
     assert 0.5 < seen.std(0).min() <= seen.std(0).max() < 2
