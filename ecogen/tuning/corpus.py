@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecogen.config import Data, Pretraining
-from ecogen.tuning.datasets import corpus_digest, read_corpus
+from ecogen.tuning.datasets import corpus_digest, read_corpus, resized
 from ecogen.tuning.glyphs import Augmentation, augment, blur, render_glyphs
 
 HANDWRITING = Augmentation(
@@ -29,16 +29,18 @@ _HANDWRITING_BLUR = 0.75  # pixels of 28: the slope that `glyphs.BLUR_SIGMA` giv
 
 @dataclass(frozen=True)
 class Corpus:
-    """Images [N, 1, S, S], ink in [0, 1] or as bytes.
+    """Images [N, 1, S, S], ink in [0, 1], or as bytes where lifelike.
 
     Attributes:
         amounts: how far views stray.
         blur_sigma: of the images before a view is taken, so that a stroke's edge is a slope, in pixels; 0: none.
+        is_lifelike: whether the images are like the devices' as they are, and not only views of them.
     """
 
     images: Tensor
     amounts: Augmentation
     blur_sigma: float = 0.0
+    is_lifelike: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,6 +54,13 @@ class Corpus:
             images = blur(images, self.blur_sigma)
         return augment(images, generator=generator, amounts=self.amounts, size=size) * 2 - 1
 
+    def examples(self, count: int, size: int, generator: torch.Generator) -> Tensor:
+        """The first images as devices would have them, or as near as it gets: [B, 1, R, R]."""
+        chosen = torch.arange(min(count, len(self)))
+        if not self.is_lifelike:
+            return self.views(chosen, size, generator)
+        return resized(self.images[chosen].to(torch.float32) / 127.5 - 1, size)
+
 
 def open_corpus(pretraining: Pretraining, data: Data) -> Corpus:
     """The corpus of a recipe: rendered glyphs, or the images of its data set that no device owns.
@@ -61,7 +70,7 @@ def open_corpus(pretraining: Pretraining, data: Data) -> Corpus:
     """
     if pretraining.corpus == "glyphs":
         return Corpus(render_glyphs(), Augmentation())
-    return Corpus(read_corpus(data).unsqueeze(1), HANDWRITING, _HANDWRITING_BLUR)
+    return Corpus(read_corpus(data).unsqueeze(1), HANDWRITING, _HANDWRITING_BLUR, is_lifelike=True)
 
 
 def digest_of(pretraining: Pretraining, data: Data) -> str:

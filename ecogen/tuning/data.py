@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ecogen.config import Data, Partition
 from ecogen.errors import DataError
-from ecogen.tuning.datasets import NUM_LABELS, DataSet, Pool, open_data
+from ecogen.tuning.datasets import NUM_LABELS, DataSet, Pool, open_data, resized
 
 Indices = NDArray[np.int64]
 
@@ -75,11 +75,7 @@ class Splits:
     def _examples(self, part: int) -> Examples:
         pool, chosen = self._parts[part]
         images = pool.images[chosen].to(torch.float32)[:, None] / pool.white
-        size = (self._image_size, self._image_size)
-        if images.shape[-2:] != size:
-            shrinks = self._image_size < images.shape[-1]
-            images = torch.nn.functional.interpolate(images, size=size, mode="bilinear", antialias=shrinks)
-        return Examples(images * 2 - 1, pool.labels[chosen])
+        return Examples(resized(images, self._image_size) * 2 - 1, pool.labels[chosen])
 
 
 def load_splits(data: Data, image_size: int, seed: int) -> Splits:

@@ -87,6 +87,14 @@ def corpus_digest(data: Data) -> str:
     return _digest(*_found(data))
 
 
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images [N, 1, S, S] at another size [N, 1, size, size], as they are if they have it."""
+    if images.shape[-1] == size:
+        return images
+    shrinks = size < images.shape[-1]
+    return torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear", antialias=shrinks)
+
+
 @lru_cache(maxsize=1)
 def _digits() -> DataSet:
     """scikit-learn's 1,797 handwritten digits of 8 x 8."""

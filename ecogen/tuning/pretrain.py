@@ -75,8 +75,9 @@ def untrained(config: ViTConfig, corpus: Corpus, seed: int) -> ViTModel:
 
 
 def standardised(model: ViTModel, corpus: Corpus, generator: torch.Generator) -> ViTModel:
-    """The model, ready to use: its features have zero mean and unit deviation over views of the corpus."""
-    standardise(model, _views(model.config, corpus, torch.arange(min(len(corpus), _STANDARDISED_OVER)), generator))
+    """The model, ready to use: over images of the corpus its features have zero mean and unit deviation."""
+    images = corpus.examples(_STANDARDISED_OVER, model.config.image_size, generator)
+    standardise(model, images.expand(-1, model.config.num_channels, -1, -1))
     return model.eval()
 
 

@@ -229,6 +229,13 @@ def test_views_are_of_their_images_and_in_the_devices_range(path: Path) -> None:
     assert not torch.equal(views[0], views[2])
 
 
+def test_what_features_are_standardised_over_are_the_images_as_devices_would_have_them(path: Path) -> None:
+    corpus = open_corpus(Pretraining(corpus="data"), data_at(path))
+    examples = corpus.examples(7, 8, torch.Generator())
+    assert images_of(examples) == [image.tobytes() for image in arrays_of()["x_train"][:7]]
+    assert corpus.examples(2, 12, torch.Generator()).shape == (2, 1, 12, 12)
+
+
 # Whole runs.
 
 
