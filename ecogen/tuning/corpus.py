@@ -22,7 +22,7 @@ HANDWRITING = Augmentation(
     elastic=0.06,
     resolution=28,
 )
-"""How far a view of a handwritten digit may stray; chosen by a linear probe on validation images."""
+"""How far a view of a handwritten digit may stray: about as glyphs', but no coarser than MNIST is."""
 
 _HANDWRITING_BLUR = 0.75  # pixels of 28: the slope that `glyphs.BLUR_SIGMA` gives a stroke's edge on twice as many
 

@@ -1,7 +1,8 @@
 """The data sets that there are: scikit-learn's digits, which come along, and MNIST, which a file holds.
 
-MNIST's training images are divided once: the first five sixths are for the cloud, which learns from them without
-labels; devices own images of the last sixth, and validation takes others of it. So the cloud sees no device's image.
+MNIST's training images are divided once, by lot and not by their order, since a file may be sorted by label: five
+sixths are the cloud's, which learns from them without labels; devices own images of the other sixth, and validation
+takes others of it. So the cloud sees no device's image.
 
 Shapes: N images, S side of an image.
 """
@@ -26,12 +27,15 @@ from ecogen.config import Data
 from ecogen.errors import DataError
 
 Array = NDArray[np.generic]
+Indices = NDArray[np.int64]
 
 FOLDER_VARIABLE = "ECOGEN_DATA"
 """The environment variable that names the folder of data sets which do not come with EcoGen."""
 
 NUM_LABELS = 10
 """Of each data set."""
+
+_DIVISION_KEY = 6  # so that the lot is the same for every seed, and nobody else's
 
 _PLACES = ("mnist/mnist.npz", "mnist.npz")  # below that folder
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -79,7 +83,7 @@ def read_corpus(data: Data) -> Tensor:
     if data.name == "digits":
         raise DataError("all digits are the devices'; pre-train on glyphs: pretraining.corpus=glyphs")
     images = _checked(_found(data)[0])["x_train"]
-    return torch.from_numpy(images[: _num_unlabelled(len(images))])
+    return torch.from_numpy(images[divided(len(images))[0]])
 
 
 def corpus_digest(data: Data) -> str:
@@ -108,14 +112,14 @@ def _digits() -> DataSet:
 def _mnist(path: Path, _: int) -> DataSet:
     """The parts of MNIST that are labelled: 18 MB, of 55."""
     arrays = _checked(path)
-    own = slice(_num_unlabelled(len(arrays["y_train"])), None)
+    _, own = divided(len(arrays["y_train"]))
     return DataSet(_pool(arrays["x_train"][own], arrays["y_train"][own]), _pool(arrays["x_test"], arrays["y_test"]))
 
 
 @lru_cache(maxsize=2)
 def _digest(path: Path, _: int) -> str:
     images = _checked(path)["x_train"]
-    corpus = images[: _num_unlabelled(len(images))]
+    corpus = images[divided(len(images))[0]]
     return hashlib.sha256(repr(corpus.shape).encode() + corpus.tobytes()).hexdigest()
 
 
@@ -123,9 +127,11 @@ def _pool(images: Array, labels: Array) -> Pool:
     return Pool(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)), white=255)
 
 
-def _num_unlabelled(num_images: int) -> int:
-    """How many of the training images are the cloud's: of MNIST, the usual 50,000."""
-    return num_images * 5 // 6
+def divided(num_images: int) -> tuple[Indices, Indices]:
+    """Which of the training images are the cloud's, of MNIST 50,000, and which may be the devices'."""
+    order = np.random.default_rng(_DIVISION_KEY).permutation(num_images)
+    unlabelled, own = np.split(order, [num_images * 5 // 6])
+    return unlabelled, own
 
 
 def _found(data: Data) -> tuple[Path, int]:

@@ -17,7 +17,7 @@ from ecogen.config import Data, Pretraining
 from ecogen.errors import ConfigError, DataError
 from ecogen.tuning.corpus import open_corpus
 from ecogen.tuning.data import load_splits
-from ecogen.tuning.datasets import FOLDER_VARIABLE, corpus_digest, open_data, read_corpus
+from ecogen.tuning.datasets import FOLDER_VARIABLE, corpus_digest, divided, open_data, read_corpus
 from ecogen.tuning.foundation import foundation_folder, obtain_foundation
 from tests.command import Ran, save_recipe, started
 
@@ -26,11 +26,11 @@ RecipeOf = Callable[..., recipes.Recipe]
 
 
 def arrays_of(num_train: int = 600, num_test: int = 90, side: int = 8, seed: int = 0) -> dict[str, Any]:
-    """Arrays as MNIST's, each image another; its class is where it is bright."""
+    """Arrays as MNIST's, sorted by label as a file may be, each image another; a class is where it is bright."""
     draw = np.random.default_rng(seed)
 
     def part(count: int) -> tuple[Any, Any]:
-        labels = draw.permutation(np.arange(count) % 10).astype(np.uint8)
+        labels = np.sort(np.arange(count) % 10).astype(np.uint8)
         images = draw.integers(0, 60, (count, side, side), dtype=np.uint8)
         images[np.arange(count), labels % side, :] += 190 + 6 * (labels // side)[:, None]
         return images, labels
@@ -63,11 +63,21 @@ def test_the_cloud_the_devices_validation_and_the_test_have_no_image_in_common(p
     data, arrays = data_at(path, train=70, validation=30), arrays_of()
     splits = load_splits(data, 8, 0)
     corpus = [image.tobytes() for image in read_corpus(data).numpy()]
-    assert corpus == [image.tobytes() for image in arrays["x_train"][:500]]
     owned = images_of(splits.train.images) + images_of(splits.validation.images)
-    assert sorted(owned) == sorted(image.tobytes() for image in arrays["x_train"][500:])
+    assert (len(corpus), len(owned)) == (500, 100)
+    assert sorted(corpus + owned) == sorted(image.tobytes() for image in arrays["x_train"])
+    assert len(set(corpus + owned)) == 600
     assert sorted(images_of(splits.test.images)) == sorted(image.tobytes() for image in arrays["x_test"])
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [70, 30, 90]
+
+
+def test_every_class_is_in_every_part_of_a_file_that_is_sorted_by_label(path: Path) -> None:
+    splits, (unlabelled, own) = load_splits(data_at(path), 8, 0), divided(600)
+    labels = arrays_of()["y_train"]
+    assert np.bincount(labels[unlabelled], minlength=10).min() > 40
+    assert np.bincount(labels[own], minlength=10).min() > 4
+    for part in (splits.train, splits.validation, splits.test):
+        assert set(part.labels.tolist()) == set(range(10))
 
 
 def test_images_keep_their_labels(path: Path) -> None:
@@ -205,7 +215,8 @@ def test_labels_devices_images_and_test_images_have_no_part_in_the_model(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     one, _ = obtain_foundation(small(path), lambda *_: None)
     changed = arrays_of(seed=7)
-    changed["x_train"][:500] = arrays_of()["x_train"][:500]
+    unlabelled, _ = divided(600)
+    changed["x_train"][unlabelled] = arrays_of()["x_train"][unlabelled]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     other, _ = obtain_foundation(small(save(tmp_path / "changed.npz", **changed)), lambda *_: None)
     assert one.digest == other.digest
@@ -215,7 +226,7 @@ def test_the_cache_knows_a_corpus_by_its_content_wherever_it_is(path: Path, tmp_
     copied, arrays = save(tmp_path / "copy.npz"), arrays_of()
     assert corpus_digest(data_at(copied)) == corpus_digest(data_at(path))
     assert foundation_folder(small(copied)) == foundation_folder(small(path))
-    arrays["x_train"][0, 0, 0] ^= 1
+    arrays["x_train"][divided(600)[0][0], 0, 0] ^= 1
     other = save(tmp_path / "other.npz", **arrays)
     assert foundation_folder(small(other)) != foundation_folder(small(path))
     assert foundation_folder(small(path, "pretraining.corpus=glyphs")) != foundation_folder(small(path))
@@ -232,7 +243,7 @@ def test_views_are_of_their_images_and_in_the_devices_range(path: Path) -> None:
 def test_what_features_are_standardised_over_are_the_images_as_devices_would_have_them(path: Path) -> None:
     corpus = open_corpus(Pretraining(corpus="data"), data_at(path))
     examples = corpus.examples(7, 8, torch.Generator())
-    assert images_of(examples) == [image.tobytes() for image in arrays_of()["x_train"][:7]]
+    assert images_of(examples) == [image.tobytes() for image in arrays_of()["x_train"][divided(600)[0][:7]]]
     assert corpus.examples(2, 12, torch.Generator()).shape == (2, 1, 12, 12)
 
 
@@ -284,3 +295,4 @@ def test_the_real_file_is_mnist() -> None:
     assert (len(source.own), len(source.test), source.own.images.shape[1:]) == (10_000, 10_000, (28, 28))
     assert np.bincount(source.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert len(read_corpus(Data(name="mnist"))) == 50_000
+    assert np.bincount(source.own.labels, minlength=10).min() > 800
