@@ -109,7 +109,7 @@ def _digits() -> DataSet:
 
 
 @lru_cache(maxsize=2)
-def _mnist(path: Path, _: int) -> DataSet:
+def _mnist(path: Path, changed_ns: int) -> DataSet:
     """The parts of MNIST that are labelled: 18 MB, of 55."""
     arrays = _checked(path)
     _, own = divided(len(arrays["y_train"]))
@@ -117,7 +117,7 @@ def _mnist(path: Path, _: int) -> DataSet:
 
 
 @lru_cache(maxsize=2)
-def _digest(path: Path, _: int) -> str:
+def _digest(path: Path, changed_ns: int) -> str:
     images = _checked(path)["x_train"]
     corpus = images[divided(len(images))[0]]
     return hashlib.sha256(repr(corpus.shape).encode() + corpus.tobytes()).hexdigest()
