@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ecogen.storage import cache_folder
 
 RESULTS = Path(__file__).parent / "results"
+
+SKIPPED = 77  # the exit code by which automake's tests say so
 
 _PRESSURE = Path("/proc/pressure/cpu")
 # Others on the machine disturb too much above this: percent of the last 10 s in which some task waited for a core.
@@ -109,6 +111,12 @@ def circumstances(packages: Sequence[str] = ()) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "kernel": platform.release()}
         | {package: _version(package) for package in packages},
     }
+
+
+def skip(reason: str) -> NoReturn:
+    """End this benchmark without a result, saying what it lacks."""
+    print(f"skipped: {reason}")
+    sys.exit(SKIPPED)
 
 
 def peer_environment(name: str, packages: Sequence[str]) -> Path:

@@ -24,7 +24,10 @@ Goals = Callable[[Mapping[str, Any]], dict[str, bool]]
 
 
 def carry_out(name: str, goals: Goals, arguments: list[str]) -> dict[str, Any]:
-    """Run the study, in a folder of `--out` if given, and write benchmarks/results/NAME.json and .html."""
+    """Run the study, in a folder of `--out` if given, and write benchmarks/results/NAME.json and .html.
+
+    Of the name, dashes are underscores there, as in the script's.
+    """
     parser = argparse.ArgumentParser(description=f"the study {name}")
     parser.add_argument("--out", type=Path, help="the study's folder; default a temporary one")
     parser.add_argument("--resume", action="store_true", help="go on in that folder")
@@ -35,12 +38,12 @@ def carry_out(name: str, goals: Goals, arguments: list[str]) -> dict[str, Any]:
         folder = options.out or Path(temporary) / name
         command = [sys.executable, "-m", "ecogen.cli", "run", name, "--out", str(folder), "--json", *others]
         done = subprocess.run([*command, *(["--resume"] if options.resume else [])], stdout=subprocess.PIPE, check=True)
-        shutil.copy(folder / "report.html", RESULTS / f"{name}.html")
+        shutil.copy(folder / "report.html", RESULTS / f"{name.replace('-', '_')}.html")
     summary = json.loads(done.stdout)
     took = {"wall_s": round(time.perf_counter() - began_s, 1), "cpu_s": round(_cpu_s() - began_cpu_s, 1)}
     result = {**circumstances(["torch", "transformers", "peft"]), "others_before": quiet, **took}
     result |= {"study": summary, "goals": goals(summary)}
-    write_result(name, result)
+    write_result(name.replace("-", "_"), result)
     return result
 
 

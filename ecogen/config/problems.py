@@ -74,6 +74,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What is wrong between values that are right by themselves."""
     yield from _of_sizes(recipe)
     yield from _of_aggregation(recipe)
+    yield from _of_data(recipe)
     topology = recipe.topology
     yield from of_tunables(recipe)
     wrong = list(_of_pool(topology))
@@ -256,6 +257,17 @@ def _of_labels(recipe: Recipe, edge_ids: Sequence[str]) -> Iterator[Contradictio
     if given and not recipe.tunables.head:
         text = "tunables.head: a head for chosen labels has to be tuned; set it to true, or drop data.labels_of_edges"
         yield Contradiction(("tunables.head", "data.labels_of_edges"), text)
+
+
+def _of_data(recipe: Recipe) -> Iterator[Contradiction]:
+    if recipe.data.name != "digits":
+        return
+    if recipe.data.path:
+        text = f"data.path: digits come with scikit-learn, not from {recipe.data.path!r}; set data.name or leave it out"
+        yield Contradiction(("data.path", "data.name"), text)
+    if recipe.pretraining.corpus == "data":
+        text = "pretraining.corpus: 'data' needs a data set with images that no device owns, such as mnist, not digits"
+        yield Contradiction(("pretraining.corpus", "data.name"), text)
 
 
 def _unknown(place: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Contradiction]:

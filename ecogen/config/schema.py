@@ -53,7 +53,7 @@ class Model:
 
 @dataclass(frozen=True, config=STRICT)
 class Pretraining:
-    """How the cloud pre-trains the foundation model on unlabelled glyphs: arguments of `tuning.pretrain.pretrain`."""
+    """How the cloud pre-trains the foundation model on unlabelled images: arguments of `tuning.pretrain.pretrain`."""
 
     seed: Seed = 0
     steps: Count = 700
@@ -62,6 +62,7 @@ class Pretraining:
     matrix_rate: Positive = 0.02
     learning_rate: Positive = 2e-3
     weight_decay: NonNegative = 0.05
+    corpus: Literal["glyphs", "data"] = "glyphs"  # rendered from fonts, or those of the data set that no device owns
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -77,10 +78,11 @@ class Partition:
 class Data:
     """Which labelled examples the devices own."""
 
-    name: Literal["digits"] = "digits"
+    name: Literal["digits", "mnist"] = "digits"
+    path: str = ""  # mnist: an npz file on every node's machine; empty: mnist/mnist.npz or mnist.npz below $ECOGEN_DATA
     train: Count = 1200
     validation: Natural = 147
-    test: Natural = 0  # 0: all that is left; another number gives the same test examples whatever `train` is
+    test: Natural = 0  # 0: all there are; another number gives the same test examples whatever `train` is
     owners: Count = 1  # devices of each cluster that own data; they take turns as the start, an epoch each
     partition: Partition = field(default_factory=Partition)
     # By edge, the labels that it knows; others know all. Where edges differ, heads stay at the edges.

@@ -28,7 +28,7 @@ def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
     Raises:
         ConfigError: if zones (lists them all), the strategy or an edge's labels are unknown; or the accountant is
             missing.
-        DataError: if there are too few examples.
+        DataError: if the data set is missing or damaged, or has too few examples.
         CheckpointError: if the model's folder is missing, corrupt or for other images.
         PlacementError: if a cluster cannot hold the model.
     """

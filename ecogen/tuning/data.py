@@ -1,4 +1,4 @@
-"""Labelled examples: scikit-learn's digits, split once and partitioned over clusters.
+"""Labelled examples: a data set split once, and partitioned over clusters.
 
 Every node makes the same split and partition from the seed, and reads only its own part.
 Shapes: N examples, C channels, H height, W width.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ecogen.config import Data, Partition
 from ecogen.errors import DataError
+from ecogen.tuning.datasets import NUM_LABELS, DataSet, Pool, open_data, resized
 
 Indices = NDArray[np.int64]
 
-_SPLIT_KEY, _PARTITION_KEY = 1, 2  # so that the same seed draws different numbers for different purposes
+_SPLIT_KEY, _PARTITION_KEY, _TEST_KEY = 1, 2, 5  # so that the same seed draws different numbers for different purposes
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,83 @@ class Examples:
         return Examples(self.images[chosen], self.labels[chosen], None if self.keys is None else self.keys[chosen])
 
 
-@dataclass(frozen=True)
 class Splits:
-    """Training, validation and test examples; together the whole data set, disjoint."""
+    """Training, validation and test examples, disjoint; pixels are converted when a part is first asked for.
 
-    train: Examples
-    validation: Examples
-    test: Examples
-    num_labels: int
+    Args:
+        parts: for each, where it is from and which images it has.
+    """
+
+    num_labels = NUM_LABELS
+
+    def __init__(self, parts: Sequence[tuple[Pool, Indices]], image_size: int) -> None:
+        self._parts, self._image_size = parts, image_size
+
+    @cached_property
+    def train(self) -> Examples:
+        """What the devices own."""
+        return self._examples(0)
+
+    @cached_property
+    def validation(self) -> Examples:
+        """What hyper-parameters are chosen by."""
+        return self._examples(1)
+
+    @cached_property
+    def test(self) -> Examples:
+        """What results are told of."""
+        return self._examples(2)
+
+    def _examples(self, part: int) -> Examples:
+        pool, chosen = self._parts[part]
+        images = pool.images[chosen].to(torch.float32)[:, None] / pool.white
+        return Examples(resized(images, self._image_size) * 2 - 1, pool.labels[chosen])
 
 
 def load_splits(data: Data, image_size: int, seed: int) -> Splits:
-    """The data set, shuffled by the seed and split with each class in proportion.
+    """The data set, shuffled by the seed and split with each class in proportion; one copy a process.
+
+    Test examples are of the data set's own test images where it has some: the same for every seed.
 
     Raises:
-        DataError: if the data set has too few examples for the splits.
+        DataError: if the data set is missing or damaged, or has too few examples for the splits.
     """
-    images, labels = _digits(image_size)
-    left = len(labels) - data.train - data.validation
-    num_test = data.test or left
-    if not 1 <= num_test <= left:
+    source = open_data(data)
+    return _split(source, data.train, data.validation, _num_test(source, data), image_size, seed)
+
+
+def _num_test(source: DataSet, data: Data) -> int:
+    """How many test examples there are to be.
+
+    Raises:
+        DataError: if the splits ask for more examples than there are.
+    """
+    asked = f"data.train {data.train} + data.validation {data.validation}"
+    left = len(source.own) - data.train - data.validation
+    if source.test is not None:
+        if left < 0:
+            raise DataError(f"{asked} are more than the {len(source.own)} images that devices may own; lower one")
+        if data.test > len(source.test):
+            raise DataError(f"data.test {data.test} is more than the {len(source.test)} test images; lower it")
+        return data.test or len(source.test)
+    if not 1 <= (data.test or left) <= left:
         raise DataError(
-            f"data.train {data.train} + data.validation {data.validation} leave {max(0, left) or 'no'} test examples "
-            f"of {len(labels)}{f', not the {data.test} of data.test' if data.test else ''}; lower one of them"
+            f"{asked} leave {max(0, left) or 'no'} test examples of {len(source.own)}"
+            f"{f', not the {data.test} of data.test' if data.test else ''}; lower one of them"
         )
-    order = _stratified_order(labels, np.random.default_rng([seed, _SPLIT_KEY]))
-    kept, test = np.split(order, [len(order) - num_test])
-    parts = (kept[: data.train], kept[len(kept) - data.validation :], test)
-    train, validation, test_examples = (Examples(images[part], labels[part]) for part in parts)
-    return Splits(train, validation, test_examples, num_labels=int(labels.max()) + 1)
+    return data.test or left
+
+
+@lru_cache(maxsize=2)
+def _split(source: DataSet, num_train: int, num_validation: int, num_test: int, image_size: int, seed: int) -> Splits:
+    own, tested_on = source.own, source.own if source.test is None else source.test
+    kept = _stratified_order(own.labels, np.random.default_rng([seed, _SPLIT_KEY]))
+    if source.test is None:
+        kept, test = np.split(kept, [len(kept) - num_test])
+    else:
+        test = _stratified_order(tested_on.labels, np.random.default_rng([_TEST_KEY]))[:num_test]
+    validation = kept[len(kept) - num_validation :]
+    return Splits(((own, kept[:num_train]), (own, validation), (tested_on, test)), image_size)
 
 
 def partition_examples(
@@ -153,17 +202,6 @@ def _stratified_order(labels: Tensor, rng: np.random.Generator) -> Indices:
         members = rng.permutation(np.flatnonzero(numbers == label))
         position[members] = (np.arange(len(members)) + rng.random()) / len(members)
     return np.argsort(position, kind="stable")
-
-
-@lru_cache(maxsize=2)
-def _digits(image_size: int) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8, enlarged bilinearly."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    enlarged = torch.nn.functional.interpolate(images, size=(image_size, image_size), mode="bilinear")
-    return enlarged * 2 - 1, torch.tensor(digits.target, dtype=torch.int64)
 
 
 def load_pictures(paths: Sequence[Path], image_size: int) -> Tensor:

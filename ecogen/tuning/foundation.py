@@ -22,7 +22,8 @@ from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.storage import cache_folder, make_folder, write_atomically
 from ecogen.transport.base import Transport
-from ecogen.tuning.pretrain import RECIPE_VERSION, new_model, pretrain
+from ecogen.tuning.corpus import digest_of, open_corpus
+from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain, untrained
 
 Compute = Callable[..., Awaitable[Any]]
 MADE_HERE = ("pretrain", "untrained")
@@ -37,6 +38,7 @@ def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundati
 
     Raises:
         CheckpointError: if a folder is no model's, or the hub cannot be reached.
+        DataError: if the data set that it learns from is missing or damaged.
         StorageError: if the cache cannot be written.
     """
     source = recipe.model.source
@@ -78,11 +80,16 @@ async def fetch_foundation(
 
 
 def foundation_folder(recipe: recipes.Recipe) -> Path:
-    """Where the pre-trained model is cached, by everything that makes it what it is."""
+    """Where the model is cached, by everything that makes it what it is.
+
+    Raises:
+        DataError: if the data set that it learns from is missing or damaged.
+    """
     made_by: dict[str, Any] = recipes.section_table(recipe.model) | {
         "pretraining": recipes.section_table(recipe.pretraining)
     }
     made_by |= {"version": RECIPE_VERSION, "torch": torch.__version__}
+    made_by |= {"corpus": digest_of(recipe.pretraining, recipe.data)}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "foundation" / key
 
@@ -107,10 +114,12 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
 
 
 def _model(recipe: recipes.Recipe, on_step: OnStep) -> ViTModel:
-    config = vit_config(recipe.model)
+    config, corpus = vit_config(recipe.model), open_corpus(recipe.pretraining, recipe.data)
     if recipe.model.source == "untrained":
-        return new_model(config, recipe.pretraining.seed).eval()
-    return pretrain(config, on_step=on_step, **asdict(recipe.pretraining))
+        return untrained(config, corpus, recipe.pretraining.seed)
+    arguments = asdict(recipe.pretraining)
+    del arguments["corpus"]
+    return pretrain(config, corpus, on_step=on_step, **arguments)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

@@ -62,7 +62,7 @@ def render_glyphs(fonts: tuple[str, ...] = FONTS, characters: str = CHARACTERS) 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     typefaces = [ImageFont.truetype(str(folder / f"{name}.ttf"), 2 * INK_SIZE) for name in fonts]
     glyphs = torch.stack([_render(typeface, character) for typeface in typefaces for character in characters])
-    return _blur(glyphs.unsqueeze(1), BLUR_SIGMA)
+    return blur(glyphs.unsqueeze(1), BLUR_SIGMA)
 
 
 def _render(typeface: ImageFont.FreeTypeFont, character: str) -> Tensor:
@@ -76,7 +76,7 @@ def _render(typeface: ImageFont.FreeTypeFont, character: str) -> Tensor:
     return torch.from_numpy(np.asarray(canvas, dtype=np.float32) / 255)
 
 
-def _blur(images: Tensor, sigma: float) -> Tensor:
+def blur(images: Tensor, sigma: float) -> Tensor:
     """Gaussian blur, one axis after the other: [B, 1, S, S] -> [B, 1, S, S]."""
     offsets = torch.arange(-4.0, 5.0)
     kernel = torch.softmax(-offsets.square() / (2 * sigma**2), dim=0)
@@ -127,7 +127,7 @@ def _set_thickness(views: Tensor, threshold: tuple[float, float], generator: tor
 def _lose_resolution(views: Tensor, coarsest: int, generator: torch.Generator) -> Tensor:
     """Reduce each view to a random number of cells a side and enlarge it again, as `R V R^T`."""
     size = views.shape[-1]
-    table = torch.stack([_resampler(cells, size) for cells in range(coarsest, size + 1)])
+    table = torch.stack([_resampler(cells, size) for cells in range(min(coarsest, size), size + 1)])
     # Squared, so that coarse grids, which change an image most, are drawn most often.
     draws = _uniform(len(views), 0, 1, generator).square() * len(table)
     operators = table[draws.long()].unsqueeze(1)

@@ -1,10 +1,10 @@
-"""Pre-training in the cloud: a vision transformer learns from unlabelled glyphs in about 100 CPU seconds.
+"""Pre-training in the cloud: a vision transformer learns from unlabelled images in about 100 CPU seconds.
 
-Two random views of one rendered glyph should have like features, views of different glyphs unlike ones (SimCLR, Chen et
-al. 2020: https://arxiv.org/abs/2002.05709). Which character a glyph shows is never used. Two things make it cheap:
+Two random views of one image should have like features, views of different images unlike ones (SimCLR, Chen et
+al. 2020: https://arxiv.org/abs/2002.05709). What an image shows is never used. Two things make it cheap:
 matrices learn by Muon, and in the end features are standardised, so that a new head learns in its first round.
 
-Shapes: B glyphs a batch, C channels, R image side, D hidden, N images. Images are in [-1, 1], as the devices' data.
+Shapes: B images a batch, C channels, R image side, D hidden, N images. Images are in [-1, 1], as the devices' data.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from transformers import ViTConfig, ViTModel
 
-from ecogen.tuning.glyphs import augment, render_glyphs
+from ecogen.tuning.corpus import Corpus
 from ecogen.tuning.muon import Muon
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raise it with any change that makes the same arguments give another model: caches are keyed by it."""
 
 OnStep = Callable[[str, int, int, float], None]
 
 _PROJECTION_SIZE = 64
+_STANDARDISED_OVER = 2000  # images; 128 means and deviations need no more
 _WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 
 def pretrain(
     config: ViTConfig,
+    corpus: Corpus,
     *,
     seed: int,
     on_step: OnStep,
@@ -42,14 +44,14 @@ def pretrain(
     learning_rate: float,
     weight_decay: float,
 ) -> ViTModel:
-    """A foundation model, pre-trained on unlabelled glyphs; the same for the same arguments and number of threads.
+    """A foundation model, pre-trained on a corpus; the same for the same arguments and number of threads.
 
     Args:
         config: the architecture; any square image size and number of channels.
         on_step: called after each step with phase, step, steps and loss.
         steps: optimiser steps; the cost is proportional to `steps * batch_size`.
-        batch_size: glyphs a step, two views of each, as many as there are glyphs at most.
-        temperature: of the contrast; low weighs the most similar glyphs most.
+        batch_size: images a step, two views of each, as many as the corpus has at most.
+        temperature: of the contrast; low weighs the most similar images most.
         matrix_rate: Muon's peak learning rate, for the blocks' matrices.
         learning_rate: AdamW's peak learning rate, for everything else.
         weight_decay: of both.
@@ -58,14 +60,24 @@ def pretrain(
     model, projector = new_model(config, seed), _projector(config.hidden_size, seed)
     optimizers = _optimizers(model, projector, matrix_rate, learning_rate, weight_decay)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    glyphs = render_glyphs()
-    for step, chosen in zip(range(steps), _batches(len(glyphs), batch_size, generator), strict=False):
+    for step, chosen in zip(range(steps), _batches(len(corpus), batch_size, generator), strict=False):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * _schedule((step + 1) / steps)
-        loss = contrast(projector(features(model, _views(config, glyphs[chosen.repeat(2)], generator))), temperature)
+        loss = contrast(projector(features(model, _views(config, corpus, chosen.repeat(2), generator))), temperature)
         _descend(loss, optimizers)
         on_step("contrast", step + 1, steps, loss.item())
-    standardise(model, _views(config, glyphs, generator))
+    return standardised(model, corpus, generator)
+
+
+def untrained(config: ViTConfig, corpus: Corpus, seed: int) -> ViTModel:
+    """What pre-training begins with, its features standardised as pre-training does: a fair model to compare with."""
+    return standardised(new_model(config, seed), corpus, torch.Generator().manual_seed(seed))
+
+
+def standardised(model: ViTModel, corpus: Corpus, generator: torch.Generator) -> ViTModel:
+    """The model, ready to use: over images of the corpus its features have zero mean and unit deviation."""
+    images = corpus.examples(_STANDARDISED_OVER, model.config.image_size, generator)
+    standardise(model, images.expand(-1, model.config.num_channels, -1, -1))
     return model.eval()
 
 
@@ -98,7 +110,7 @@ def features(model: ViTModel, images: Tensor) -> Tensor:
 
 
 def contrast(projections: Tensor, temperature: float) -> Tensor:
-    """NT-Xent: rows i and B + i of [2B, P] are views of one glyph and find each other among all others."""
+    """NT-Xent: rows i and B + i of [2B, P] are views of one image and find each other among all others."""
     pairs = len(projections) // 2
     directions = F.normalize(projections, dim=1)
     similarities = directions @ directions.T / temperature
@@ -168,16 +180,15 @@ def _schedule(progress: float) -> float:
     return (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP))) / 2
 
 
-def _batches(num_glyphs: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of different glyphs, all of them in a new order again and again, without end."""
+def _batches(num_images: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of different images, all of them in a new order again and again, without end."""
     while True:
-        order = torch.randperm(num_glyphs, generator=generator)
-        yield from order[: num_glyphs // batch_size * batch_size].split(batch_size)
+        order = torch.randperm(num_images, generator=generator)
+        yield from order[: num_images // batch_size * batch_size].split(batch_size)
 
 
-def _views(config: ViTConfig, glyphs: Tensor, generator: torch.Generator) -> Tensor:
-    views = augment(glyphs, generator=generator, size=config.image_size)
-    return (views * 2 - 1).expand(-1, config.num_channels, -1, -1)
+def _views(config: ViTConfig, corpus: Corpus, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    return corpus.views(chosen, config.image_size, generator).expand(-1, config.num_channels, -1, -1)
 
 
 def _descend(loss: Tensor, optimizers: list[Optimizer]) -> None:

@@ -1,13 +1,13 @@
 """Pre-training: repeatable, really learns, changes the whole backbone, and its features can be read."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
-from ecogen.config import Pretraining
+from ecogen.config import Data, Pretraining, section_table
+from ecogen.tuning.corpus import Corpus, open_corpus
+from ecogen.tuning.glyphs import Augmentation
 from ecogen.tuning.pretrain import (
     OnStep,
     contrast,
@@ -17,6 +17,7 @@ from ecogen.tuning.pretrain import (
     position_embeddings,
     pretrain,
     standardise,
+    untrained,
 )
 
 Losses = list[float]
@@ -35,7 +36,9 @@ def tiny(num_channels: int = 1) -> ViTConfig:
 
 
 def run(recipe: Pretraining, on_step: OnStep = lambda *_: None, *, num_channels: int = 1) -> ViTModel:
-    return pretrain(tiny(num_channels), on_step=on_step, **asdict(recipe))
+    arguments = section_table(recipe)
+    del arguments["corpus"]
+    return pretrain(tiny(num_channels), open_corpus(recipe, Data()), on_step=on_step, **arguments)
 
 
 def short_run(seed: int = 0, steps: int = 40) -> tuple[ViTModel, Losses]:
@@ -72,9 +75,9 @@ def test_a_short_run_lowers_the_loss(trained: tuple[ViTModel, Losses]) -> None:
 
 
 def test_every_parameter_of_the_backbone_changes(trained: tuple[ViTModel, Losses]) -> None:
-    untrained = dict(new_model(tiny(), 0).named_parameters())
+    begun = dict(new_model(tiny(), 0).named_parameters())
     # A key's bias shifts all scores of a query alike, so softmax ignores it and only noise moves it.
-    same = [name for name, value in trained[0].named_parameters() if torch.equal(value, untrained[name])]
+    same = [name for name, value in trained[0].named_parameters() if torch.equal(value, begun[name])]
     assert [name for name in same if not name.endswith("k_proj.bias")] == []
 
 
@@ -122,6 +125,19 @@ def test_standardised_features_have_zero_mean_and_unit_deviation() -> None:
     seen = features(model, images).detach()
     assert torch.allclose(seen.mean(0), torch.zeros(32), atol=1e-3)
     assert torch.allclose(seen.std(0), torch.ones(32), atol=1e-3)
+
+
+def test_an_untrained_models_features_are_standardised_and_nothing_else_is_changed() -> None:
+    images = torch.rand(300, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    corpus = Corpus(images, Augmentation())
+    model, begun = untrained(tiny(), corpus, 0), new_model(tiny(), 0)
+    views = corpus.views(torch.arange(300), 28, torch.Generator().manual_seed(1))
+    seen = features(model, views).detach()
+    assert seen.mean(0).abs().max() < 0.4
+    assert 0.5 < seen.std(0).min() <= seen.std(0).max() < 2
+    assert features(begun, views).std(0).mean() < 0.2  # as it was: a head on it would hardly learn
+    same = {name for name, value in begun.state_dict().items() if torch.equal(value, model.state_dict()[name])}
+    assert begun.state_dict().keys() - same == {"layernorm.weight", "layernorm.bias"}
 
 
 def bright_or_dark(seed: int) -> tuple[Tensor, Tensor]:
