@@ -72,6 +72,7 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
         members: the clusters (of an edge) or edges (of the cloud) whose updates are in the aggregate.
         missing: those that took part but were lost before their update was complete.
         num_examples: examples behind the aggregate, each counted once a round.
+        confident: share of unlabelled examples with a pseudo-label, over local steps and clusters; None without any.
     """
 
     node_id: str
@@ -84,6 +85,7 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
     wall_s: float
     usages: tuple[Usage, ...]
     time_s: float = 0.0
+    confident: float | None = None
 
 
 class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):

@@ -31,6 +31,7 @@ from ecogen.config.schema import (
     TransportRecipe,
     Tunables,
     Tuning,
+    Unlabelled,
     Wire,
     WireType,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "TransportRecipe",
     "Tunables",
     "Tuning",
+    "Unlabelled",
     "Wire",
     "WireType",
     "build_topology",

@@ -22,11 +22,14 @@ from ecogen.errors import DataError
 Indices = NDArray[np.int64]
 
 _SPLIT_KEY, _PARTITION_KEY = 1, 2  # so that the same seed draws different numbers for different purposes
+_LABELLED_KEY = 6  # 3 to 5 are `tuning.device`'s
+
+UNLABELLED = -1
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Images [N, C, H, W] in [-1, 1] and labels [N].
+    """Images [N, C, H, W] in [-1, 1] and labels [N], below zero where there is none.
 
     Attributes:
         keys: of the images, where they come again and again [N].
@@ -96,6 +99,19 @@ def partition_examples(
         _divide(edge, numbers, partition.within_edge, [1] * count, partition.alpha, rng)
         for edge, count in zip(edges, clusters_of_edges, strict=True)
     ]
+
+
+def hide_labels(examples: Examples, share: float, key: Sequence[int]) -> Examples:
+    """The same examples, of which this share keep their labels, each class in proportion; at least one does.
+
+    Args:
+        key: what the random numbers are drawn from.
+    """
+    order = _stratified_order(examples.labels, np.random.default_rng([*key, _LABELLED_KEY]))
+    hidden = order[max(1, round(share * len(order))) :]
+    labels = examples.labels.clone()
+    labels[torch.from_numpy(hidden)] = UNLABELLED
+    return Examples(examples.images, labels)
 
 
 def _divide(

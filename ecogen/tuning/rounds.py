@@ -81,6 +81,7 @@ class Outcome:
     update: Update
     loss: float | None
     usages: tuple[Usage, ...]
+    confident: float | None = None
 
 
 class EdgeRounds:
@@ -268,6 +269,7 @@ class EdgeRounds:
     ) -> RoundRecord:
         members = tuple(outcome.update.sender_id for outcome in outcomes)
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
+        confident = [outcome.confident for outcome in outcomes if outcome.confident is not None]
         usages = tuple(usage for outcome in outcomes for usage in outcome.usages)
         return RoundRecord(
             self._node_id,
@@ -280,6 +282,7 @@ class EdgeRounds:
             wall_s,
             (*usages, self._worker.usage("tuning")),
             time.time(),
+            confident=sum(confident) / len(confident) if confident else None,
         )
 
     @property
@@ -293,7 +296,8 @@ def _outcome(cluster_id: str, replies: Sequence[Message]) -> Outcome:
     tunables: Tunables = {name: tensor for reply in replies for name, tensor in reply.tensors.items()}
     update = Update(cluster_id, tunables, sum(result.num_examples for result in results))
     loss = next((result.loss for result in results if result.loss is not None), None)
-    return Outcome(update, loss, tuple(result.usage for result in results))
+    confident = next((result.confident for result in results if result.confident is not None), None)
+    return Outcome(update, loss, tuple(result.usage for result in results), confident)
 
 
 def transport_errors(problems: ExceptionGroup[Exception]) -> Sequence[Exception]:
