@@ -22,7 +22,7 @@ def place_clusters(recipe: Recipe, shape: ModelShape) -> dict[str, Placement]:
 
 
 def _place(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Cluster) -> Placement:
-    size = -(-recipe.tuning.batch_size // recipe.tuning.microbatches)
+    size = -(-_batch_rows(recipe) // recipe.tuning.microbatches)
     returns = recipe.placement.labels == "start" and len(cluster.node_ids) > 1
     in_flight = min(recipe.tuning.microbatches, most_in_flight(len(cluster.node_ids), returns=returns))
     placement = plan(
@@ -39,6 +39,13 @@ def _place(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Clust
         needed = memory_bytes(shape, held, size * in_flight)
         _check_owner(node_id, needed, topology.nodes[node_id].device.memory_bytes)
     return placement
+
+
+def _batch_rows(recipe: Recipe) -> int:
+    """Images that go forward with a full batch: with FixMatch two views of each unlabelled one too."""
+    unlabelled = recipe.tuning.unlabelled
+    views = 2 * unlabelled.ratio if unlabelled.method == "fixmatch" and recipe.data.labelled < 1 else 0
+    return recipe.tuning.batch_size * (1 + views)
 
 
 def _check_owner(node_id: str, needed: int, memory: int) -> None:

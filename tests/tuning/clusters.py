@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from ecogen.config import Tunables as Spec
-from ecogen.config import WireType
+from ecogen.config import Unlabelled, WireType
 from ecogen.errors import NodeLostError
 from ecogen.metering.meter import null_meter
 from ecogen.models.profile import model_shape
@@ -170,6 +170,7 @@ async def tune_cluster(
     network: MemoryNetwork | None = None,
     num_microbatches: int = 1,
     num_epochs: int = 1,
+    unlabelled: Unlabelled | None = None,
     stages: Mapping[str, Stage] | None = None,
     wire_types: Mapping[str, WireType] | None = None,
     caches: Mapping[str, PrefixCache] | None = None,
@@ -196,6 +197,7 @@ async def tune_cluster(
                 num_epochs=num_epochs,
                 batches=own,
                 num_microbatches=num_microbatches,
+                unlabelled=unlabelled,
                 wire_types=wire_types,
                 own_keys=torch.cat([batch.keys for batch in batches]) if caches and own else None,
                 cache=caches[node_id] if caches else None,
