@@ -1,4 +1,4 @@
-"""What FixMatch wins back where a tenth of the labels is left: `python -m benchmarks.few_labels [--out DIR] [--resume]`."""
+"""What FixMatch wins back with a tenth of the labels: `python -m benchmarks.few_labels [--out DIR] [--resume]`."""
 
 from __future__ import annotations
 
