@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS, SKIPPED
 
-STUDIES = ["table3", "table3_mnist", "poisoned", "traffic", "tunables", "ranks"]
+STUDIES = ["table3", "table3_mnist", "poisoned", "traffic", "tunables", "ranks", "few_labels"]
 OTHERS = ["straggler", "forming", "private", "labels"]
 NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", *STUDIES, *OTHERS]
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import circumstances, write_result
+from ecogen.config import TunedBlock
 from ecogen.planning.cost import ModelShape
 from ecogen.planning.forming import dealt, form
 from ecogen.planning.pool import Members, Pool, Work
@@ -26,7 +27,7 @@ from ecogen.topology import Device, Link, Node, Tier
 
 SEED = 0
 # ViT-Small's sizes (Dosovitskiy et al. 2021; Touvron et al. 2021): 22 M parameters in 12 blocks, on 16 x 16 patches.
-SHAPE = ModelShape(12, 384, 1536, 197, 768, 10, prompts_per_block=8, lora_rank=8, num_lora_targets=2)
+SHAPE = ModelShape(12, 384, 1536, 197, 768, 10, tuned=(TunedBlock(8, 8, 2),) * 12)
 LINK = Link("d2d", rtt_s=0.004, bytes_per_s=37.5e6)
 MICROBATCH, MICROBATCHES = 8, 4
 

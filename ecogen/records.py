@@ -76,6 +76,7 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
         num_examples: examples behind the aggregate, each counted once a round; 0 where that is private.
         epsilon: of an edge with differential privacy of its clusters: spent so far. Loss, members and missing are then
             private too, and not told; usages are spread evenly over the clusters.
+        confident: share of unlabelled examples with a pseudo-label, over local steps and clusters; None without any.
     """
 
     node_id: str
@@ -90,6 +91,7 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
     time_s: float = 0.0
     lora_error: float | None = None
     epsilon: float | None = None
+    confident: float | None = None
 
 
 class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):

@@ -5,7 +5,8 @@ Nothing of EcoGen is used here but the names of the tunables: no segments, no PE
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,10 +95,17 @@ class PlainModel:
         self.whole.get_submodule(name).register_forward_hook(hook)
 
 
+def supervised(model: PlainModel, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy of images and labels."""
+    images, labels = batch
+    return cross_entropy(model.logits(images).float(), labels)
+
+
 def fine_tune(
     model: PlainModel,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Any],
     *,
+    objective: Callable[[PlainModel, Any], Tensor] = supervised,
     learning_rate: float,
     weight_decay: float,
     clip_norm: float,
@@ -109,9 +117,9 @@ def fine_tune(
     begun = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=epsilon)
     losses = []
-    for images, labels in batches:
+    for batch in batches:
         optimizer.zero_grad()
-        loss = cross_entropy(model.logits(images).float(), labels)
+        loss = objective(model, batch)
         away = sum(((p - b) ** 2).sum() for p, b in zip(parameters, begun, strict=True))
         (loss + proximal / 2 * away).backward()
         if clip_norm:

@@ -36,6 +36,7 @@ from ecogen.config.schema import (
     Tunables,
     TunedBlock,
     Tuning,
+    Unlabelled,
     Wire,
     WireType,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Tunables",
     "TunedBlock",
     "Tuning",
+    "Unlabelled",
     "Wire",
     "WireType",
     "build_topology",

@@ -80,6 +80,7 @@ class Data:
 
     name: Literal["digits", "mnist"] = "digits"
     path: str = ""  # mnist: an npz file on every node's machine; empty: mnist/mnist.npz or mnist.npz below $ECOGEN_DATA
+    labelled: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of each device's training examples that have a label
     train: Count = 1200
     validation: Natural = 147
     test: Natural = 0  # 0: all there are; another number gives the same test examples whatever `train` is
@@ -269,6 +270,17 @@ def _first_of(own: Value | None, default: Value) -> Value:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Unlabelled:
+    """What devices do with examples that have no label; the paper is Sohn et al. 2020, https://arxiv.org/abs/2001.07685."""
+
+    method: Literal["ignore", "fixmatch"] = "ignore"
+    threshold: Share = 0.95  # tau: a prediction at least so sure is a pseudo-label (the paper's)
+    weight: NonNegative = 1.0  # lambda_u, of the unlabelled part of the loss (the paper's)
+    ratio: Count = 7  # mu: unlabelled examples in a batch for each labelled one (the paper's)
+    strength: Share = 1.0  # of the strong augmentation; the weak one is `tuning.augmentation`
+
+
+@dataclass(frozen=True, config=STRICT)
 class Tuning:
     """Hybrid federated split learning."""
 
@@ -288,6 +300,7 @@ class Tuning:
     augmentation_views: Natural = 0  # how many images each example has, epoch by epoch in turn; 0: always a new one
     prefix_memory_mib: NonNegative = 64.0  # of activations from below the tunables, kept so as not to be sent again
     prefix_disk_mib: NonNegative = 1024.0  # of those for which memory has no room
+    unlabelled: Unlabelled = field(default_factory=Unlabelled)
     cloud_every: Natural = 1  # edge rounds between two averagings in the cloud (T_e); 0: edges stay alone
     round_timeout_s: Positive = 600.0
     rejoin_timeout_s: Positive = 120.0

@@ -31,7 +31,7 @@ from ecogen.serving.request import REQUEST_METHODS, DeviceServing
 from ecogen.topology import Tier, Topology
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.controls import Controls
-from ecogen.tuning.data import load_pictures, load_splits, partition_examples
+from ecogen.tuning.data import hide_labels, load_pictures, load_splits, partition_examples
 from ecogen.tuning.device import DeviceTuning, LocalData
 from ecogen.tuning.labels import LabelSet, label_sets
 from ecogen.tuning.messages import FLOW_METHODS, TUNE, placement_from_table
@@ -202,7 +202,9 @@ class DeviceRole:
         place = topology.clusters_of(cluster.edge_id).index(cluster)
         own = parts[topology.edge_ids.index(cluster.edge_id)][place][owner_index :: len(owners)]
         cluster_index = list(topology.clusters).index(cluster.cluster_id)
-        data = LocalData(sets[self._edge_id].keep(splits.train[own]), recipe.seed, cluster_index, owner_index)
+        labelled = sets[self._edge_id].keep(splits.train[own])
+        examples = hide_labels(labelled, recipe.data.labelled, [recipe.seed, cluster_index, owner_index])
+        data = LocalData(examples, recipe.seed, cluster_index, owner_index)
         if reason := why_not_kept(recipe.tuning, recipe.wire, shape):
             logger.info("activations from below the tunables are sent in every epoch: %s", reason)
             return data.with_views(recipe.tuning, None)

@@ -115,7 +115,14 @@ def cuts_of(recipe: Recipe, cluster_id: str) -> Sequence[int] | None:
 
 def microbatch_size(recipe: Recipe) -> int:
     """Examples in the largest microbatch of a batch."""
-    return -(-recipe.tuning.batch_size // recipe.tuning.microbatches)
+    return -(-_batch_rows(recipe) // recipe.tuning.microbatches)
+
+
+def _batch_rows(recipe: Recipe) -> int:
+    """Images that go forward with a full batch: with FixMatch two views of each unlabelled one too."""
+    unlabelled = recipe.tuning.unlabelled
+    views = 2 * unlabelled.ratio if unlabelled.method == "fixmatch" and recipe.data.labelled < 1 else 0
+    return recipe.tuning.batch_size * (1 + views)
 
 
 def _plan(recipe: Recipe, shape: ModelShape, topology: Topology, cluster: Cluster) -> Plan:

@@ -59,6 +59,8 @@ def round_line(record: RoundRecord, num_rounds: int) -> Text:
     line = Text(f"round {record.round_index + 1}/{num_rounds}  ")
     line.append(f"{record.node_id:<8}", style="bold")
     line.append(f"  accuracy {format_share(record.accuracy):>7}  loss {format_loss(record.loss)}  ")
+    if record.confident is not None:
+        line.append(f"pseudo-labels {format_share(record.confident)}  ")
     line.append(members, style="red" if is_bad else "")
     return line.append(f"  {format_seconds(record.wall_s)}")
 

@@ -121,6 +121,7 @@ class Stage:
         labels: Tensor,
         batch_size: int,
         *,
+        weights: Tensor | None = None,
         input_grads: bool,
     ) -> float:
         """The microbatch's share of the batch's mean cross-entropy; `backward` with None starts from it.
@@ -128,10 +129,14 @@ class Stage:
         Args:
             labels: [B] class indices.
             batch_size: examples of the whole batch, so that shares of its microbatches sum to its mean.
+            weights: [B] times which each row's cross-entropy counts; None for 1.
         """
         logits = self.forward(key, segment, inputs, input_grads=input_grads)
         inputs, logits = self._graphs.pop(key)
-        total = torch.nn.functional.cross_entropy(logits.float(), labels.to(self.device), reduction="sum")
+        reduction = "sum" if weights is None else "none"
+        total = torch.nn.functional.cross_entropy(logits.float(), labels.to(self.device), reduction=reduction)
+        if weights is not None:
+            total = total @ weights
         self._graphs[key] = (inputs, total / batch_size)
         return float(total.detach()) / batch_size
 

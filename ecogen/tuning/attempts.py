@@ -39,6 +39,7 @@ class Outcome:
     update: Update
     loss: float | None
     usages: tuple[Usage, ...]
+    confident: float | None = None
 
 
 @dataclass
@@ -213,7 +214,8 @@ def _outcome(cluster_id: str, key: AttemptKey, replies: Sequence[Message]) -> Ou
     tunables, control_change = split_controls(tensors)
     update = Update(cluster_id, tunables, sum(result.num_examples for result in results), control_change)
     loss = next((result.loss for result in results if result.loss is not None), None)
-    return Outcome(key, update, loss, tuple(result.usage for result in results))
+    confident = next((result.confident for result in results if result.confident is not None), None)
+    return Outcome(key, update, loss, tuple(result.usage for result in results), confident)
 
 
 def transport_errors(problems: ExceptionGroup[Exception]) -> Sequence[Exception]:

@@ -23,11 +23,14 @@ from ecogen.tuning.datasets import NUM_LABELS, DataSet, Pool, open_data, resized
 Indices = NDArray[np.int64]
 
 _SPLIT_KEY, _PARTITION_KEY, _TEST_KEY = 1, 2, 5  # so that the same seed draws different numbers for different purposes
+_LABELLED_KEY = 6  # 3 to 5 are `tuning.device`'s
+
+UNLABELLED = -1
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Images [N, C, H, W] in [-1, 1] and labels [N].
+    """Images [N, C, H, W] in [-1, 1] and labels [N], below zero where there is none.
 
     Attributes:
         keys: of the images, where they come again and again [N].
@@ -166,6 +169,19 @@ def _by_who_knows(labels: Indices, known: Sequence[Sequence[int]]) -> list[tuple
     knowing = {int(label): tuple(e for e, own in enumerate(known) if label in own) for label in np.unique(labels)}
     groups = sorted(set(knowing.values()) - {()})
     return [(np.flatnonzero(np.isin(labels, [n for n in knowing if knowing[n] == group])), group) for group in groups]
+
+
+def hide_labels(examples: Examples, share: float, key: Sequence[int]) -> Examples:
+    """The same examples, of which this share keep their labels, each class in proportion; at least one does.
+
+    Args:
+        key: what the random numbers are drawn from.
+    """
+    order = _stratified_order(examples.labels, np.random.default_rng([*key, _LABELLED_KEY]))
+    hidden = order[max(1, round(share * len(order))) :]
+    labels = examples.labels.clone()
+    labels[torch.from_numpy(hidden)] = UNLABELLED
+    return Examples(examples.images, labels)
 
 
 def _divide(

@@ -19,9 +19,10 @@ from ecogen.runtime.prefix_cache import PrefixCache, prefix_keys
 from ecogen.runtime.stage import OptimizerSettings, Stage
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message
-from ecogen.tuning.augment import augment
+from ecogen.tuning.augment import augment, strongly_augment
 from ecogen.tuning.controls import Controls
-from ecogen.tuning.data import Examples
+from ecogen.tuning.data import Examples, Indices
+from ecogen.tuning.fixmatch import mixed_batch
 from ecogen.tuning.local import LocalSteps
 from ecogen.tuning.messages import (
     BACKWARD,
@@ -45,7 +46,7 @@ _MAX_EARLY = 256  # a cluster has at most two messages a credit under way
 
 @dataclass(frozen=True)
 class LocalData:
-    """The training examples that a device owns, and how its local epochs go through them.
+    """The training examples that a device owns, with labels or without, and how its local epochs go through them.
 
     Attributes:
         views: the images that each example has, epoch by epoch in turn; empty where every epoch draws new ones.
@@ -75,13 +76,43 @@ class LocalData:
             draw: the round; where clusters do not wait for each other, how many attempts of this one were counted.
         """
         key = [self.seed, draw, self.cluster_index, self.owner_index, epoch]
-        order = np.random.default_rng([*key, _ORDER_KEY]).permutation(len(self.examples))
         generator = _generator([*key, _AUGMENT_KEY])
         number = draw * tuning.local_epochs + epoch
         view = self.views[number % len(self.views)] if self.views else None
-        for begin in range(0, len(order), tuning.batch_size):
-            chosen = order[begin : begin + tuning.batch_size]
-            yield view[chosen] if view else _augmented(self.examples[chosen], tuning, generator)
+        for labelled, unlabelled in self._order(tuning, np.random.default_rng([*key, _ORDER_KEY])):
+            batch = view[labelled] if view else _augmented(self.examples[labelled], tuning, generator)
+            if len(unlabelled):
+                images = self.examples.images[unlabelled]
+                strong = strongly_augment(images, tuning.unlabelled.strength, generator)
+                batch = mixed_batch(batch, strong, augment(images, tuning.augmentation, generator))
+            yield batch
+
+    def num_unlabelled(self, tuning: Tuning) -> int:
+        """How many of its examples without a label it tunes on."""
+        return int((self.examples.labels < 0).sum()) if tuning.unlabelled.method == "fixmatch" else 0
+
+    def num_examples(self, tuning: Tuning) -> int:
+        """How many of its examples it tunes on, with a label or without."""
+        return int((self.examples.labels >= 0).sum()) + self.num_unlabelled(tuning)
+
+    def _order(self, tuning: Tuning, rng: np.random.Generator) -> Iterator[tuple[Indices, Indices]]:
+        """The labelled and unlabelled examples of each batch of an epoch.
+
+        It goes once through the unlabelled ones, and through the labelled ones as often as that takes; where no
+        unlabelled ones are tuned on, once through the labelled.
+        """
+        known = np.flatnonzero(self.examples.labels.numpy() >= 0)
+        order, unlabelled = rng.permutation(known), np.flatnonzero(self.examples.labels.numpy() < 0)
+        size = min(tuning.batch_size, len(known))
+        if not self.num_unlabelled(tuning):
+            yield from ((order[begin : begin + size], unlabelled[:0]) for begin in range(0, len(order), size))
+            return
+        unlabelled = rng.permutation(unlabelled)
+        for begin in range(0, len(unlabelled), tuning.unlabelled.ratio * size):
+            if len(order) < size:
+                order = np.concatenate([order, rng.permutation(known)])
+            labelled, order = order[:size], order[size:]
+            yield labelled, unlabelled[begin : begin + tuning.unlabelled.ratio * size]
 
     def _view(self, tuning: Tuning, index: int, prefix: str | None) -> Examples:
         generator = _generator([self.seed, self.cluster_index, self.owner_index, index, _VIEW_KEY])
@@ -150,8 +181,10 @@ class DeviceTuning:
         self._check_ordered(order.key)
         steps = self._begin(order.key, order.key.round_index if order.draw is None else order.draw)
         result = await steps.run()
-        owned = len(self._data.examples) if self._data else 0
-        body = TuneResult(owned, result.loss, self._worker.usage("tuning", self._memory_bytes))
+        usage = self._worker.usage("tuning", self._memory_bytes)
+        num_examples = self._data.num_examples(self._tuning) if self._data else 0
+        has_unlabelled = self._data is not None and self._data.num_unlabelled(self._tuning) > 0
+        body = TuneResult(num_examples, result.loss, usage, result.confident if has_unlabelled else None)
         answer = result.tunables
         if self._update_factor != 1:
             answer = {n: torch.lerp(tunables[n], t, self._update_factor) for n, t in answer.items()}
@@ -211,6 +244,7 @@ class DeviceTuning:
             wire_types=self._wire_types,
             own_keys=data.keys if data else None,
             cache=self._cache,
+            unlabelled=self._tuning.unlabelled,
             collect=self._own_tunables,
         )
         if self._lost is not None:

@@ -22,7 +22,7 @@ def conceal(record: RoundRecord, routes: Routes, epsilon: float) -> RoundRecord:
     """A round's record without what comes from the clusters' data or says whose it was, and with what it cost."""
     usages = spread(record.usages, routes)
     return msgspec.structs.replace(
-        record, loss=None, num_examples=0, members=(), missing=(), usages=usages, epsilon=epsilon
+        record, loss=None, confident=None, num_examples=0, members=(), missing=(), usages=usages, epsilon=epsilon
     )
 
 

@@ -25,7 +25,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ecogen.config import WireType
+from ecogen.config import Unlabelled, WireType
 from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables
 from ecogen.records import Kind
@@ -36,6 +36,7 @@ from ecogen.runtime.stage import Stage
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message
 from ecogen.tuning.data import Examples
+from ecogen.tuning.fixmatch import STRONG, WEAK, cut_batch
 from ecogen.tuning.messages import (
     BACKWARD,
     FINISH,
@@ -78,6 +79,7 @@ class LocalSteps:
         wire_types: of what this device sends, by method; float32 where nothing is said.
         own_keys: on an owner whose prefix activations should be kept: of all its examples.
         cache: where this device keeps those of others.
+        unlabelled: what is made of unlabelled examples, where batches have some.
         collect: what this device answers with, called after the last step on the compute thread.
     """
 
@@ -95,15 +97,23 @@ class LocalSteps:
         wire_types: Mapping[str, WireType] | None = None,
         own_keys: Tensor | None = None,
         cache: PrefixCache | None = None,
+        unlabelled: Unlabelled | None = None,
         collect: Callable[[], Tunables] = dict,
     ) -> None:
         self.key, self.routes = key, list(routes)
         self._num_turns = num_epochs * len(self.routes)
         self._stage, self._worker, self._neighbours = stage, worker, neighbours
         self._batches, self._num_microbatches, self._own_keys = batches, num_microbatches, own_keys
-        types = wire_types or {}
-        own_id = neighbours.node_id
-        self._visits = Visits(routes, own_id, stage, worker.meter, wire_types=types, cache=cache, collect=collect)
+        self._visits = Visits(
+            routes,
+            neighbours.node_id,
+            stage,
+            worker.meter,
+            wire_types=wire_types or {},
+            cache=cache,
+            unlabelled=unlabelled or Unlabelled(),
+            collect=collect,
+        )
         self._inbox: list[_Task] = []
         self._arrived = asyncio.Event()
         self._arrivals = 0
@@ -197,12 +207,10 @@ class LocalSteps:
 
     async def _take_turn(self, turn: int, flow: Flow, batches: Iterator[Examples]) -> Flow:
         """Run the local steps of one turn; returns where the next one begins."""
-        step, squared_norm, total_loss = flow.step, flow.squared_norm, flow.loss
+        flow = msgspec.structs.replace(flow, turn=turn)
         while (batch := await self._worker.compute(next, batches, None)) is not None:
-            loss, squared_norm = await self._local_step(turn, step, batch, squared_norm)
-            total_loss += loss
-            step += 1
-        return Flow(self.key, step, turn + 1, squared_norm=squared_norm, loss=total_loss)
+            flow = await self._local_step(flow, batch)
+        return msgspec.structs.replace(flow, turn=turn + 1)
 
     async def _hand_over(self, flow: Flow) -> None:
         """Let the next owner go on: with what only the start device tunes, stepped for the last time here."""
@@ -215,7 +223,8 @@ class LocalSteps:
 
     async def _finish(self, flow: Flow) -> None:
         """Tell all devices that this was the last step, and its gradients' norm."""
-        finish = msgspec.structs.replace(flow, loss=flow.loss / max(1, flow.step))
+        num_steps = max(1, flow.step)
+        finish = msgspec.structs.replace(flow, loss=flow.loss / num_steps, confident=flow.confident / num_steps)
         owners = {route.placement.start_id: route for route in self.routes}
         for node_id in self._node_ids - {self._own_id}:
             sums: dict[str, Tensor] = {}
@@ -227,15 +236,25 @@ class LocalSteps:
         await self._outbox.join()
         self._push(FINISH, finish, {})
 
-    async def _local_step(self, turn: int, step: int, batch: Examples, squared_norm: float) -> tuple[float, float]:
-        """Send one batch through the chain; returns its mean loss and its gradients' squared norm."""
-        parts = _microbatches(batch, self._num_microbatches)
+    async def _local_step(self, begun: Flow, batch: Examples) -> Flow:
+        """Send one batch through the chain; returns where the next one begins."""
+        parts = cut_batch(batch, self._num_microbatches)
+        sizes = int((batch.labels >= 0).sum()), len(parts)
+        num_unlabelled = int((batch.labels == STRONG).sum())
         for index, part in enumerate(parts):
             await self._credits.acquire()
-            flow = Flow(self.key, step, turn, index, 0, len(batch), len(parts), squared_norm)
-            self._launch(flow, part)
+            flow = Flow(self.key, begun.step, begun.turn, index, 0, *sizes, begun.squared_norm)
+            num_weak = int((part.labels == WEAK).sum())
+            self._launch(msgspec.structs.replace(flow, num_weak=num_weak, num_unlabelled=num_unlabelled), part)
         returned = [await self._returned.get() for _ in parts]
-        return sum(flow.loss for flow in returned), sum(flow.squared_norm for flow in returned)
+        return Flow(
+            self.key,
+            begun.step + 1,
+            begun.turn,
+            squared_norm=sum(flow.squared_norm for flow in returned),
+            loss=begun.loss + sum(flow.loss for flow in returned),
+            confident=begun.confident + sum(flow.confident for flow in returned),
+        )
 
     def _launch(self, flow: Flow, part: Examples) -> None:
         """Send a microbatch off: images into the first visit, or keys to where their activations are."""
@@ -328,8 +347,3 @@ class LocalSteps:
     def _pass_on_failure(self, loop: asyncio.Task[None]) -> None:
         if not loop.cancelled() and (problem := loop.exception()) and not self._end.done():
             self._end.set_exception(problem)
-
-
-def _microbatches(batch: Examples, count: int) -> list[Examples]:
-    """The batch in at most `count` parts of nearly equal size, in order."""
-    return [batch[part] for part in torch.arange(len(batch)).tensor_split(min(count, len(batch)))]

@@ -58,12 +58,14 @@ class TuneResult(msgspec.Struct, frozen=True):
     Attributes:
         num_examples: examples that this device owns and tuned on, each counted once; 0 where it owns none.
         loss: mean training loss over the local steps, from the start device.
+        confident: mean share of unlabelled examples with a pseudo-label over the local steps; None without any.
         usage: of this device since its last report.
     """
 
     num_examples: Annotated[int, msgspec.Meta(ge=0)]
     loss: float | None
     usage: Usage
+    confident: float | None = None
 
 
 class SyncOrder(msgspec.Struct, frozen=True):
@@ -90,12 +92,15 @@ class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         turn: of the owner whose microbatch it is; owners take turns.
         visit: the index of the visit that should run, on the route of that owner.
-        batch_size: examples of the whole batch.
+        batch_size: labelled examples of the whole batch.
         num_microbatches: microbatches of the batch.
         squared_norm: forward: of the previous step's gradients over the whole chain; backward: of this step's so far,
             with the batch's last microbatch.
         loss: backward: the microbatch's share of the batch's mean loss; with `hand_over`, the sum over the steps so
             far, and with `finish`, their mean.
+        num_weak: the last rows, which only predict: they have no gradient (`tuning.fixmatch`).
+        num_unlabelled: unlabelled examples of the whole batch, each of which is a strong and a weak view.
+        confident: as `loss`, of the share of unlabelled examples with a pseudo-label.
     """
 
     key: AttemptKey
@@ -107,6 +112,9 @@ class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
     num_microbatches: int = 0
     squared_norm: float = 0.0
     loss: float = 0.0
+    num_weak: Annotated[int, msgspec.Meta(ge=0)] = 0
+    num_unlabelled: Annotated[int, msgspec.Meta(ge=0)] = 0
+    confident: float = 0.0
 
 
 def split_controls(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

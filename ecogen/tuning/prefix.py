@@ -22,6 +22,8 @@ def why_not_kept(tuning: Tuning, wire: Wire, shape: ModelShape) -> str | None:
         return "tuning.prefix_memory_mib and prefix_disk_mib leave no room"
     if not shape.lowest_tunable_block:
         return "block 0 is tuned, so nothing below is frozen; raise tunables.first_block"
+    if tuning.unlabelled.method != "ignore":
+        return "FixMatch draws new views in every epoch; set tuning.unlabelled.method to 'ignore'"
     if tuning.augmentation and not tuning.augmentation_views:
         return "augmentation draws new images in every epoch; set tuning.augmentation_views to have them come again"
     if wire.tokens == "all" or wire.gradients_to == "start":

@@ -249,6 +249,7 @@ class EdgeRounds:
     ) -> RoundRecord:
         examples = {outcome.update.sender_id: outcome.update.num_examples for outcome in outcomes}
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
+        confident = [outcome.confident for outcome in outcomes if outcome.confident is not None]
         usages = tuple(usage for outcome in outcomes for usage in outcome.usages)
         return RoundRecord(
             self._node_id,
@@ -262,6 +263,7 @@ class EdgeRounds:
             (*usages, self._worker.usage("tuning")),
             time.time(),
             lora_error,
+            confident=sum(confident) / len(confident) if confident else None,
         )
 
     @property

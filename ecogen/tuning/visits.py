@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ecogen.config import WireType
+from ecogen.config import Unlabelled, WireType
 from ecogen.metering.meter import Meter
 from ecogen.models.tunables import Tunables
 from ecogen.placement import Segment
@@ -22,6 +22,7 @@ from ecogen.planning.cost import backward_flops, forward_flops
 from ecogen.runtime.compression import TENSOR, compress, restore
 from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import MicrobatchKey, Stage
+from ecogen.tuning.fixmatch import targets, without_weak
 from ecogen.tuning.messages import (
     BACKWARD,
     FORWARD,
@@ -39,10 +40,15 @@ from ecogen.tuning.route import Route, moved_segments
 
 @dataclass(frozen=True, slots=True)
 class LocalResult:
-    """What a device knows in the end: the number of local steps, their mean loss, and what it answers with."""
+    """What a device knows in the end: the number of local steps, means over them, and what it answers with.
+
+    Attributes:
+        confident: share of unlabelled examples with a pseudo-label.
+    """
 
     num_steps: int
     loss: float | None
+    confident: float
     tunables: Tunables
 
 
@@ -62,6 +68,7 @@ class Visits:
         routes: one for each owner, in the order of their turns.
         wire_types: of what this device sends, by method; float32 where nothing is said.
         cache: where it keeps prefix activations.
+        unlabelled: what is made of unlabelled examples, where batches have some.
         collect: what it answers with after the last step.
     """
 
@@ -74,10 +81,11 @@ class Visits:
         *,
         wire_types: Mapping[str, WireType],
         cache: PrefixCache | None,
+        unlabelled: Unlabelled,
         collect: Callable[[], Tunables],
     ) -> None:
         self._routes, self._own_id, self._stage, self._meter = routes, node_id, stage, meter
-        self._wire_types, self._cache, self._collect = wire_types, cache, collect
+        self._wire_types, self._cache, self._unlabelled, self._collect = wire_types, cache, unlabelled, collect
         self._backwards: dict[int, int] = {}  # visit -> microbatches of this step that came back
         self._step = 0
 
@@ -87,7 +95,7 @@ class Visits:
         match method:
             case "finish":
                 self._stage.take_over(tensors)  # sums of gradients, where there is a correction
-                return LocalResult(flow.step, flow.loss if flow.step else None, self._collect())
+                return LocalResult(flow.step, flow.loss if flow.step else None, flow.confident, self._collect())
             case "want":
                 return self._reserve(flow, int(tensors[ROOM]))
             case "backward":
@@ -124,11 +132,19 @@ class Visits:
             inputs = restore(tensors)
         self._meter.add_flops(forward_flops(route.shape, segment, len(inputs)))
         key, input_grads = MicrobatchKey(flow.step, flow.microbatch, visit), visit > route.lowest or route.goes_down
+        inputs, weak = without_weak(inputs, flow.num_weak)
+        weak_outputs = None if weak is None else self._stage.infer(segment, weak)
         if visit == route.last:
-            labels, size = tensors[LABELS], flow.batch_size
-            loss = self._stage.loss(key, segment, inputs, labels, size, input_grads=input_grads)
-            return self._backward(at(flow, visit, loss=loss, squared_norm=0.0), None, len(inputs))
+            size, spec = flow.batch_size, self._unlabelled
+            aim = targets(tensors[LABELS], len(inputs), weak_outputs, spec, size, flow.num_unlabelled)
+            loss = self._stage.loss(
+                key, segment, inputs, aim.labels, size, weights=aim.weights, input_grads=input_grads
+            )
+            flow = at(flow, visit, loss=loss, squared_norm=0.0, confident=aim.confident)
+            return self._backward(flow, None, len(inputs))
         outputs = self._stage.forward(key, segment, inputs, input_grads=input_grads)
+        if weak_outputs is not None:
+            outputs = torch.cat([outputs, weak_outputs])
         return self._parcel(FORWARD, visit + 1, flow, outputs)
 
     def _pass_through(self, flow: Flow, tensors: Mapping[str, Tensor]) -> Parcel:

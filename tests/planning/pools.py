@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from ecogen.config import TunedBlock
 from ecogen.placement import Segment
 from ecogen.planning import cost
 from ecogen.planning.cost import ModelShape
 from ecogen.planning.pool import Pool, Work
 from ecogen.topology import Device, Link, Node, Tier
 
-SHAPE = ModelShape(6, 64, 128, 17, 49, 10, prompts_per_block=8, lora_rank=4, num_lora_targets=2)
+SHAPE = ModelShape(6, 64, 128, 17, 49, 10, tuned=(TunedBlock(8, 4, 2),) * 6)
 LINK = Link("d2d", rtt_s=0.004, bytes_per_s=1e7)
 BLOCK = cost.memory_bytes(SHAPE, [Segment(1, 2)], 1)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from ecogen.config import BlockTunables, WireType
+from ecogen.config import BlockTunables, Unlabelled, WireType
 from ecogen.config import Tunables as Spec
 from ecogen.errors import NodeLostError
 from ecogen.metering.meter import null_meter
@@ -227,6 +227,7 @@ async def tune_cluster(
     network: MemoryNetwork | None = None,
     num_microbatches: int = 1,
     num_epochs: int = 1,
+    unlabelled: Unlabelled | None = None,
     stages: Mapping[str, Stage] | None = None,
     wire_types: Mapping[str, WireType] | None = None,
     caches: Mapping[str, PrefixCache] | None = None,
@@ -255,6 +256,7 @@ async def tune_cluster(
                 num_epochs=num_epochs,
                 batches=own,
                 num_microbatches=num_microbatches,
+                unlabelled=unlabelled,
                 wire_types=wire_types,
                 own_keys=torch.cat([batch.keys for batch in batches]) if caches and own else None,
                 cache=caches[node_id] if caches else None,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ecogen.config import Data, Partition
 from ecogen.errors import DataError
-from ecogen.tuning.data import load_pictures, load_splits, partition_examples
+from ecogen.tuning.data import Examples, hide_labels, load_pictures, load_splits, partition_examples
 
 LABELS = torch.from_numpy(np.random.default_rng(0).integers(0, 10, 400))
 
@@ -124,6 +124,31 @@ def test_more_test_examples_than_are_left_are_refused() -> None:
         DataError, match=r"leave 450 test examples of 1797, not the 451 of data.test; lower one of them"
     ):
         load_splits(Data(train=1200, validation=147, test=451), 8, 0)
+
+
+# Labels that are hidden.
+
+
+@given(share=st.floats(0.001, 1), size=st.integers(1, 400), seed=st.integers(0, 100))
+@settings(max_examples=40)
+def test_a_share_of_the_labels_is_kept_in_each_classs_proportion(share: float, size: int, seed: int) -> None:
+    examples = Examples(torch.arange(size).float()[:, None, None, None], LABELS[:size])
+    few = hide_labels(examples, share, [seed, 0])
+    assert torch.equal(few.images, examples.images)
+    kept = few.labels >= 0
+    assert int(kept.sum()) == max(1, round(share * size))
+    assert torch.equal(few.labels[kept], examples.labels[kept])
+    assert torch.equal(few.labels, hide_labels(examples, share, [seed, 0]).labels)
+    fair = share * np.bincount(examples.labels, minlength=10)
+    # Whole numbers that must also add up to a whole number may be off by one and the rounding of the sum.
+    assert np.abs(np.bincount(few.labels[kept], minlength=10) - fair).max() < 2
+
+
+def test_another_device_keeps_other_labels_and_a_share_of_one_all() -> None:
+    examples = Examples(torch.zeros(400, 1, 1, 1), LABELS)
+    one, other = (hide_labels(examples, 0.1, [0, index]).labels >= 0 for index in (0, 1))
+    assert not torch.equal(one, other)
+    assert torch.equal(hide_labels(examples, 1.0, [0, 0]).labels, LABELS)
 
 
 # Pictures of people.
