@@ -36,7 +36,7 @@ ACCESS = st.one_of(
 HARDWARE = st.tuples(st.floats(0.5, 20), st.floats(1e8, 3e9), ACCESS)
 WORKS = st.builds(
     Work,
-    st.integers(0, 6).map(lambda first: replace(SHAPE, first_tunable_block=first)),
+    st.integers(0, 6).map(lambda first: replace(SHAPE, tuned=(TunedBlock(),) * first + SHAPE.tuned[first:])),
     st.just(LINK),
     st.sampled_from(["start", "end"]),
     st.integers(1, 3),
