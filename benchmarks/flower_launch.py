@@ -98,13 +98,12 @@ def run_app(flower: Flower, folder: Path, clients: int, rounds: int, settings: d
             node = ["--node-config", f"partition-id={index} num-partitions={clients}"]
             start(f"supernode-{index}", "flower-supernode", *client, *place, *node)
         federation = ["--federation-config", f"num-supernodes={clients} {flower.federation}".strip()]
-        start(
-            "run", "flwr", "run", str(folder / "app"), "here", "--stream", *([] if flower.is_deployed else federation)
-        )
-        return wait_for_rounds(folder / "rounds.jsonl", rounds)
+        options = [] if flower.is_deployed else federation
+        app = start("run", "flwr", "run", str(folder / "app"), "here", *options)
+        return wait_for_rounds(folder / "rounds.jsonl", rounds, app)
     except TimeoutError as problem:
         logs = "\n".join(f"{log.name}:\n{log.read_text()[-2000:]}" for log in sorted(folder.glob("*.log")))
-        raise RuntimeError(f"Flower has not done {rounds} rounds in {PATIENCE_S:g} s:\n{logs}") from problem
+        raise RuntimeError(f"Flower has not done {rounds} rounds (in at most {PATIENCE_S:g} s):\n{logs}") from problem
 
 
 def write_app(folder: Path, settings: dict[str, str]) -> None:
@@ -172,14 +171,17 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
     raise TimeoutError
 
 
-def wait_for_rounds(path: Path, count: int) -> list[dict[str, Any]]:
+def wait_for_rounds(path: Path, count: int, starter: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
     """The lines that the server wrote, once they are all there.
+
+    Args:
+        starter: `flwr run`, which ends once the app is under way, or with an error.
 
     Raises:
         TimeoutError: if they do not come.
     """
     deadline_s = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline_s:
+    while time.monotonic() < deadline_s and not starter.poll():
         written = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(written) == count and written[-1].endswith("\n"):
             return [json.loads(line) for line in written]
