@@ -12,7 +12,17 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS
 
-NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", "table3", "poisoned", "traffic"]
+NAMES = [
+    "hop",
+    "round_overhead",
+    "split_vs_central",
+    "flower",
+    "node_startup",
+    "accuracy",
+    "table3",
+    "poisoned",
+    "traffic",
+]
 
 
 def main(names: list[str]) -> int:
