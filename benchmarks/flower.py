@@ -43,8 +43,8 @@ FLOWER = "flwr[simulation]==1.41.0"
 # What EcoGen's functions for tuning import, in the project's versions where Flower's own pins allow them.
 PACKAGES = ["transformers", "peft", "scikit-learn", "numpy", "safetensors", "msgspec", "pydantic", "matplotlib"]
 CLIENTS = 4
-SAME = 0.02
-"""How far tunables of the same seed may differ, relative to their norm: float32 sums in another order."""
+SAME = 1e-3
+"""How far tunables of the same seed may be apart, relative to their norm: float32 sums in another order."""
 
 COMMON = [
     "topology.sites={}",
@@ -283,6 +283,8 @@ if __name__ == "__main__":
     parser.add_argument("--train", type=int, default=1200)
     parser.add_argument("--worker", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2: a round's time is from one evaluated round to the next")
     if options.worker:
         own = recipes.from_table(json.loads(options.worker.read_text()), str(options.worker))
         print(json.dumps(asyncio.run(federate(own, options.worker.parent))))
