@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -239,6 +240,7 @@ def _spread(values: list[float], digits: int) -> dict[str, float]:
 def main(repeats: int = 3, rounds: int = 5, train: int = 1200, *, patience_s: float = 60) -> dict[str, Any]:
     """Measure, write benchmarks/results/flower.json, and return it."""
     adopt_orphans()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended
     python = peer_environment("flower", [FLOWER, *pinned(PACKAGES)], first=pinned(["torch"]))
     foundation, _ = obtain_foundation(recipes.load("digits"), lambda *_: None)
     todo = contenders(python, foundation.folder, [f"tuning.rounds={rounds}", f"data.train={train}"])

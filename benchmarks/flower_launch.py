@@ -99,7 +99,7 @@ def run_app(flower: Flower, folder: Path, clients: int, rounds: int, settings: d
             start(f"supernode-{index}", "flower-supernode", *client, *place, *node)
         federation = ["--federation-config", f"num-supernodes={clients} {flower.federation}".strip()]
         options = [] if flower.is_deployed else federation
-        app = start("run", "flwr", "run", str(folder / "app"), "here", *options)
+        app = start("run", "flwr", "run", str(folder / "app"), "here", "--stream", *options)
         return wait_for_rounds(folder / "rounds.jsonl", rounds, app)
     except TimeoutError as problem:
         logs = "\n".join(f"{log.name}:\n{log.read_text()[-2000:]}" for log in sorted(folder.glob("*.log")))
@@ -175,13 +175,15 @@ def wait_for_rounds(path: Path, count: int, starter: subprocess.Popen[bytes]) ->
     """The lines that the server wrote, once they are all there.
 
     Args:
-        starter: `flwr run`, which ends once the app is under way, or with an error.
+        starter: `flwr run --stream`, which ends when the app has.
 
     Raises:
-        TimeoutError: if they do not come.
+        TimeoutError: if they do not come in time, or the app ends without them.
     """
     deadline_s = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline_s and not starter.poll():
+    has_ended = False
+    while time.monotonic() < deadline_s and not has_ended:
+        has_ended = starter.poll() is not None  # asked first: what it wrote before its end is read below
         written = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(written) == count and written[-1].endswith("\n"):
             return [json.loads(line) for line in written]
