@@ -14,7 +14,7 @@ from benchmarks.common import RESULTS, SKIPPED
 
 STUDIES = ["table3", "table3_mnist", "poisoned", "traffic", "tunables", "ranks", "few_labels"]
 OTHERS = ["straggler", "forming", "private", "labels"]
-NAMES = ["hop", "round_overhead", "split_vs_central", "node_startup", "accuracy", *STUDIES, *OTHERS]
+NAMES = ["hop", "round_overhead", "split_vs_central", "flower", "node_startup", "accuracy", *STUDIES, *OTHERS]
 
 
 def main(names: list[str]) -> int:

@@ -21,6 +21,7 @@ from ecogen.storage import cache_folder
 RESULTS = Path(__file__).parent / "results"
 
 SKIPPED = 77  # the exit code by which automake's tests say so
+_CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 _PRESSURE = Path("/proc/pressure/cpu")
 # Others on the machine disturb too much above this: percent of the last 10 s in which some task waited for a core.
@@ -119,19 +120,29 @@ def skip(reason: str) -> NoReturn:
     sys.exit(SKIPPED)
 
 
-def peer_environment(name: str, packages: Sequence[str]) -> Path:
+def peer_environment(name: str, packages: Sequence[str], *, first: Sequence[str] = ()) -> Path:
     """The Python of a virtual environment that holds another project's packages, made by pip where there is none yet.
 
     They never enter the project's own environment. The environments lie in `$ECOGEN_PEERS`, or in EcoGen's cache.
+
+    Args:
+        first: what is installed before the others, so that none of them brings another build of it.
     """
     folder = Path(os.environ.get("ECOGEN_PEERS") or cache_folder() / "peers") / name
     python = folder / "bin" / "python"
-    wanted = "\n".join(packages)
+    wanted = "\n".join([*first, *packages])
     if not (folder / "packages").exists() or (folder / "packages").read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        for together in filter(None, (first, packages)):
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *together], check=True)
         (folder / "packages").write_text(wanted)
     return python
+
+
+def pinned(names: Sequence[str]) -> list[str]:
+    """Packages in the versions that the project itself has, for a peer that runs some of its code."""
+    pins = dict(line.split("==") for line in _CONSTRAINTS.read_text().splitlines() if "==" in line and line[0] != "#")
+    return [f"{name}=={pins[name]}" for name in names]
 
 
 def write_result(name: str, result: Mapping[str, Any]) -> Path:
