@@ -21,8 +21,17 @@ from ecogen.tuning.data import Examples
 from ecogen.tuning.device import LocalData
 from ecogen.tuning.fixmatch import STRONG, WEAK, cut_batch, mixed_batch, targets, without_weak
 from tests.plain import PlainModel, fine_tune
-from tests.tiny import IMAGE, RecordingNetwork, tiny_vit
-from tests.tuning.clusters import Case, Tuned, cases, random_batches, random_tunables, stages_of, tune_cluster
+from tests.tiny import IMAGE, RecordingNetwork
+from tests.tuning.clusters import (
+    Case,
+    Tuned,
+    cases,
+    plain_model,
+    random_batches,
+    random_tunables,
+    stages_of,
+    tune_cluster,
+)
 
 SETTINGS = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
 SPEC = Unlabelled(method="fixmatch", threshold=0.5, weight=2.0)
@@ -94,9 +103,7 @@ def test_fixmatch_through_a_chain_equals_the_published_formula(
 ) -> None:
     spec, views = replace(SPEC, threshold=threshold), random_views(3, num_labelled, num_unlabelled)
     tuned = tune(case, [mixed_batch(*batch) for batch in views], microbatches=microbatches, unlabelled=spec)
-    whole, tunables = tiny_vit(case.config).double(), random_tunables(case)
-    scale = case.spec.lora_alpha / (case.spec.lora_rank or 1)
-    plain = PlainModel(whole, {name: tensor.double() for name, tensor in tunables.items()}, lora_scale=scale)
+    plain = plain_model(case, double=True)
     rates = {"learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 0.5}
     shares: list[float] = []
     losses = fine_tune(plain, views, objective=published_loss(spec, shares), **rates)
