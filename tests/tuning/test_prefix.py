@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,12 @@ def test_what_an_earlier_attempt_left_is_recalled(tmp_path: Path) -> None:
         ({"augmentation": 0.0}, {}, Spec(first_block=1), None),
         ({"augmentation": 0.5, "augmentation_views": 2}, {}, Spec(first_block=1), None),
         ({"augmentation": 0.5}, {}, Spec(first_block=1), "augmentation draws new images"),
+        (
+            {"augmentation": 0.0, "unlabelled": {"method": "fixmatch"}},
+            {},
+            Spec(first_block=1),
+            "FixMatch draws new views",
+        ),
         ({"augmentation": 0.0}, {}, Spec(first_block=0), "block 0 is tuned"),
         ({"augmentation": 0.0}, {}, Spec(backbone="all"), "block 0 is tuned"),
         ({"augmentation": 0.0}, {"tokens": "all"}, Spec(first_block=1), "as in plain split learning"),
@@ -115,7 +122,7 @@ def test_what_an_earlier_attempt_left_is_recalled(tmp_path: Path) -> None:
     ],
 )
 def test_where_nothing_can_be_kept_the_reason_is_said(
-    tuning: Mapping[str, float], wire: Mapping[str, str], spec: Spec, said: str | None
+    tuning: Mapping[str, Any], wire: Mapping[str, str], spec: Spec, said: str | None
 ) -> None:
     reason = why_not_kept(Tuning(**tuning), Wire(**wire), model_shape(FROZEN_BELOW.config, spec))
     assert (said in reason) if said and reason else reason == said
