@@ -116,7 +116,7 @@ def tunables_file(folder: Path, edge: str | None = None) -> Path:
         CheckpointError: if there are none, or it does not say of which edge although each has its own.
     """
     if not (folder / TUNABLES).exists():
-        raise CheckpointError(f"{folder} holds no {TUNABLES}; give the folder of a finished run")
+        raise CheckpointError(f"{folder / TUNABLES} is missing: {folder} holds no {TUNABLES}; give a finished run's")
     by_edge = {path.name: path / TUNABLES for path in sorted((folder / EDGES).glob("*"))}
     if not by_edge:
         return folder / TUNABLES

@@ -156,9 +156,7 @@ class EdgeRounds:
         """The clusters that were to take part in a round, and what it is made of."""
         if self._buffer is None:
             return await self._tune_clusters(round_index)
-        outcomes = await self._buffer.take()
-        at_work = self._buffer.at_work
-        return [cluster for cluster in self._placements if cluster not in at_work], outcomes
+        return list(self._placements), await self._buffer.take()
 
     async def _tune_clusters(self, round_index: int) -> tuple[Sequence[str], list[Outcome]]:
         """The clusters that were to take part, and the outcomes of those that finished; tries again while none did.
@@ -248,6 +246,7 @@ class EdgeRounds:
         wall_s: float,
     ) -> RoundRecord:
         examples = {outcome.update.sender_id: outcome.update.num_examples for outcome in outcomes}
+        at_work = self._buffer.at_work if self._buffer else set()
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
         confident = [outcome.confident for outcome in outcomes if outcome.confident is not None]
         usages = tuple(usage for outcome in outcomes for usage in outcome.usages)
@@ -258,7 +257,7 @@ class EdgeRounds:
             sum(losses) / len(losses) if losses else None,
             sum(examples.values()),
             tuple(examples),
-            tuple(cluster for cluster in chosen if cluster not in examples),
+            tuple(cluster for cluster in chosen if cluster not in examples.keys() | at_work),
             wall_s,
             (*usages, self._worker.usage("tuning")),
             time.time(),
