@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,7 +18,7 @@ from ecogen.accounting.ledger import Bounds
 from ecogen.records import RequestRecord, RoundRecord
 from ecogen.reports.study import Greenest, StudyRow, StudySummary
 from ecogen.reports.summary import Summary
-from ecogen.reports.tables import Column, Table, hops_tables, word
+from ecogen.reports.tables import Column, Table, hops_tables, identifier, word
 from ecogen.reports.wording import (
     DASH,
     LINK_NAMES,
@@ -109,7 +110,7 @@ def show_request(record: RequestRecord, topology: Topology) -> RenderableType:
 
 def show_status(nodes: Sequence[NodeStatus]) -> RenderableType:
     """Who is in the federation, and doing what."""
-    columns = (word("node"), word("tier"), word("state"), Column("last round"), Column("last heard"))
+    columns = (identifier("node"), word("tier"), word("state"), Column("last round"), Column("last heard"))
     return show_table(Table("Nodes", columns, tuple(_status_cells(node) for node in nodes)))
 
 
@@ -118,7 +119,8 @@ def show_table(table: Table) -> RichTable:
     shown = RichTable(title=Text(table.caption, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in table.columns:
         head = f"{column.name} ({column.unit})" if column.unit else column.name
-        shown.add_column(Text(head), justify="right" if column.is_figure else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column.is_figure else "left"
+        shown.add_column(Text(head), justify=justify, overflow="fold", no_wrap=column.is_id)
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))
     return shown

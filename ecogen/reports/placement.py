@@ -9,7 +9,7 @@ from ecogen.config import Recipe, build_topology
 from ecogen.planning.clusters import explain_forming, microbatch_size, plan_clusters
 from ecogen.planning.cost import ModelShape
 from ecogen.planning.search import Plan
-from ecogen.reports.tables import Column, Table, word
+from ecogen.reports.tables import Column, Table, identifier, word
 from ecogen.reports.wording import DASH, format_number, format_share
 from ecogen.topology import Cluster, Topology
 from ecogen.units import format_bytes, format_seconds
@@ -89,12 +89,16 @@ def summarise_placement(recipe: Recipe, shape: ModelShape) -> PlacementSummary:
 
 def placement_tables(summary: PlacementSummary) -> list[Table]:
     """The clusters, and the devices that were left out, where some were."""
-    columns = [word("cluster"), word("device"), word("holds"), Column("stage", "ms"), Column("of it sending", "ms")]
+    names = {device["device"]: cluster["cluster"] for cluster in summary["clusters"] for device in cluster["devices"]}
+    is_told = all(device.startswith(f"{cluster}.") for device, cluster in names.items())  # a pool's devices do not
+    columns = [] if is_told else [identifier("cluster")]
+    columns += [identifier("device"), word("holds"), Column("stage", "ms"), Column("of it sending", "ms")]
     columns += [Column("waits"), Column("needs"), Column("has")]
-    tables = [Table("Placement", tuple(columns), tuple(_rows(summary)))]
+    rows = tuple(row[is_told:] for row in _rows(summary))
+    tables = [Table("Placement", tuple(columns), rows)]
     if summary["left_out"]:
         rows = tuple((left["device"], left["reason"]) for left in summary["left_out"])
-        tables.append(Table("Left out", (word("device"), word("why")), rows))
+        tables.append(Table("Left out", (identifier("device"), word("why")), rows))
     return tables
 
 

@@ -33,11 +33,12 @@ _MAX_EDGES = 6  # more edges than this have no column of their own
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column's head. Figures stand right, words left."""
+    """A column's head. Figures stand right, words left; what people copy is kept on one line."""
 
     name: str
     unit: str = ""
     is_figure: bool = True
+    is_id: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class Table:
 def word(name: str) -> Column:
     """The head of a column of words."""
     return Column(name, is_figure=False)
+
+
+def identifier(name: str) -> Column:
+    """The head of a column of ids."""
+    return Column(name, is_figure=False, is_id=True)
 
 
 def rounds_table(records: Sequence[Record], topology: Topology) -> Table:
@@ -134,7 +140,7 @@ def latency_table(records: Sequence[Record], topology: Topology) -> Table:
 
 def events_table(events: Sequence[EventRecord], first_round: int, start_s: float) -> Table:
     """The numbered events of the timeline."""
-    columns = (word("no."), Column("time", "s"), Column("round"), word("event"), word("node"), word("detail"))
+    columns = (word("no."), Column("time", "s"), Column("round"), word("event"), identifier("node"), word("detail"))
     return Table(
         "Events",
         columns,
@@ -200,12 +206,12 @@ def hops_tables(record: RequestRecord, topology: Topology) -> tuple[Table, Table
     """What each device computed for a request, and what crossed each link."""
     computed = Table(
         "Computed",
-        (word("device"), word("segment"), Column("compute", "ms")),
+        (identifier("device"), word("segment"), Column("compute", "ms")),
         tuple((hop.node_id, hop.segment, _ms(hop.compute_s)) for hop in record.hops),
     )
     crossed = Table(
         "Sent",
-        (word("from"), word("to"), word("link class"), Column("sent", "B"), Column("time, modelled", "ms")),
+        (identifier("from"), identifier("to"), word("link class"), Column("sent", "B"), Column("time, modelled", "ms")),
         tuple(_sent_cells(hop, topology) for hop in record.hops if hop.receiver_id is not None),
     )
     return computed, crossed
