@@ -265,6 +265,7 @@ def test_a_run_without_its_data_set_ends_with_two_and_says_what_to_set(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # two whole runs
 def test_every_process_of_a_local_run_finds_it(
     ecogen: EcoGen, recipe_of: RecipeOf, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
