@@ -15,15 +15,15 @@ from ecogen.runtime.compression import compress, restore
 def test_int8_is_off_by_half_a_step_of_its_token_at_most(seed: int, size: float, rows: int) -> None:
     numbers = torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(seed)) * size
     sent = compress(numbers, "int8")
-    assert (sent["tensor"].dtype, sent["tensor"].nbytes, sent["scale"].nbytes) == (torch.int8, rows * 24, rows * 12)
+    assert (sent["tensor"].dtype, sent["tensor"].nbytes, sent["scale"].nbytes) == (torch.int8, rows * 24, rows * 6)
     step = numbers.abs().amax(dim=-1, keepdim=True) / 127
-    assert bool(((restore(sent) - numbers).abs() <= 0.5001 * step).all())
+    assert bool(((restore(sent) - numbers).abs() <= 0.503 * step).all())  # a scale may be rounded by 2^-8
 
 
 def test_int8_of_a_small_case_is_the_formulas() -> None:
     sent = compress(torch.tensor([[127.0, -63.6, 0.4], [0.0, 0.0, 0.0], [-2.54, 1.0, 0.01]]), "int8")
     assert sent["tensor"].tolist() == [[127, -64, 0], [0, 0, 0], [-127, 50, 0]]
-    assert sent["scale"].flatten().tolist() == pytest.approx([1.0, 0.0, 0.02])
+    assert sent["scale"].flatten().tolist() == pytest.approx([1.0, 0.0, 0.02], rel=2**-8)
 
 
 def test_bfloat16_keeps_eight_bits_and_float32_everything() -> None:

@@ -24,7 +24,7 @@ def rounded(numbers: Tensor, wire_type: str) -> Tensor:
         return numbers
     if wire_type == "bfloat16":
         return numbers.bfloat16().float()
-    steps = numbers.abs().max(dim=-1, keepdim=True).values / 127
+    steps = (numbers.abs().max(dim=-1, keepdim=True).values / 127).bfloat16().float()
     return torch.where(steps > 0, torch.round(numbers / steps) * steps, numbers)
 
 
