@@ -42,7 +42,7 @@ from ecogen.reports.study_page import write_study
 from ecogen.reports.summary import Summary
 from ecogen.storage import make_folder, write_atomically
 from ecogen.tuning.classical import classical_accuracies
-from ecogen.tuning.foundation import MADE_HERE, foundation_folder, obtain_foundation
+from ecogen.tuning.foundation import foundation_folder, obtain_foundation
 
 _JOIN_S = 0.5
 
@@ -72,9 +72,8 @@ async def run_study(study: recipes.Study, folder: Path, *, resume: bool, at_once
         RunError: if the folder is another study's, or a run fails; --resume goes on with the others.
         EcoGenError: what keeps a row from being carried out, before anything is started.
     """
+    study = replace(study, rows=tuple(replace(row, recipe=check_recipe(row.recipe)) for row in study.rows))
     check_study(study, folder, resume=resume)
-    for row in study.rows:
-        check_recipe(row.recipe)
     runs, slots = runs_of(study, folder), asyncio.Semaphore(at_once)
     with locked(folder), ended_in_order(), _Bars(len(runs), screen) as bars:
         write_atomically(folder / STUDY, json.dumps(_table(study), indent=2))
@@ -195,7 +194,7 @@ def _obtain_foundations(study: recipes.Study, bars: _Bars) -> None:
     """Make the foundation models that are not cached, before several runs would all begin to."""
     wanted = {str(foundation_folder(row.recipe)): row.recipe for row in study.rows}
     for recipe in wanted.values():
-        if recipe.model.source in MADE_HERE:
+        if recipe.model.source in recipes.MADE_HERE:
             obtain_foundation(recipe, lambda phase, step, total, _: bars.pretrain(phase, step, total))
 
 

@@ -23,6 +23,7 @@ from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters, plan_clusters
 from ecogen.records import RequestRecord
 from ecogen.reports.tables import links_table
+from ecogen.reports.toml import to_toml
 from ecogen.tuning.foundation import vit_config
 from ecogen.units import format_seconds
 from tests.command import Ran, save_recipe
@@ -165,6 +166,17 @@ def test_a_run_of_a_pool_from_its_plan_to_its_predictions(ecogen: EcoGen, pooled
     shown = ecogen("plan", recipe)
     assert "Left out" in shown.out
     assert f"slowest stage {format_seconds(planned['slowest_s'])} " in shown.out
+
+
+def test_a_study_of_a_pool_is_resumed(ecogen: EcoGen, pooled: RecipeOf, tmp_path: Path) -> None:
+    """Its runs have their clusters written down, which its recipe has not."""
+    sweep = '\n[sweep]\nseeds = [0]\n[[sweep.cases]]\nname = "one"\n'
+    (tmp_path / "study.toml").write_text(to_toml(to_table(pooled(**SHORT))) + sweep)
+    ran = ecogen("run", tmp_path / "study.toml", "--out", tmp_path / "study", "--json")
+    assert ran.code == 0, ran.err
+    again = ecogen("run", tmp_path / "study.toml", "--out", tmp_path / "study", "--resume", "--json")
+    assert again.code == 0, again.err
+    assert again.figures == ran.figures
 
 
 def test_a_placement_without_a_pool_is_shown_too(ecogen: EcoGen) -> None:
