@@ -14,6 +14,8 @@ from ecogen.config.reading import (
     to_table,
 )
 from ecogen.config.schema import (
+    MADE_HERE,
+    NUM_LABELS,
     Aggregation,
     BlockTunables,
     Compute,
@@ -43,6 +45,8 @@ from ecogen.config.schema import (
 from ecogen.config.sweep import Case, Reference, Row, Study, Sweep, load_study
 
 __all__ = [
+    "MADE_HERE",
+    "NUM_LABELS",
     "Aggregation",
     "BlockTunables",
     "Case",

@@ -37,6 +37,13 @@ BlockRange = Annotated[str, Field(pattern=r"^\d+\.\.\d+$")]
 Value = TypeVar("Value")
 
 
+MADE_HERE = ("pretrain", "untrained")
+"""The sources of `model.source` that need nothing but this program."""
+
+NUM_LABELS = 10
+"""Of each data set."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class Model:
     """The foundation model: a vision transformer, made and pre-trained in the cloud, or loaded from a folder or hub."""

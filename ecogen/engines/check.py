@@ -8,13 +8,13 @@ from transformers import ViTConfig
 
 from ecogen import config as recipes
 from ecogen.accounting.intensity import check_zones
-from ecogen.engines.forming import NUM_LABELS, formed
+from ecogen.engines.forming import formed
 from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters
 from ecogen.tuning.data import load_splits, partition_examples
-from ecogen.tuning.foundation import MADE_HERE, vit_config
+from ecogen.tuning.foundation import vit_config
 from ecogen.tuning.labels import label_sets
 from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of
@@ -45,14 +45,14 @@ def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
     known = [labels.labels for labels in sets.values()]
     partition_examples(splits.train.labels, recipe.data.partition, clusters_of_edges, recipe.seed, known)
     if config is not None:
-        config.num_labels = NUM_LABELS
+        config.num_labels = recipes.NUM_LABELS
         place_clusters(recipe, model_shape(config, recipe.tunables))
     return recipe
 
 
 def _announced_config(model: recipes.Model) -> ViTConfig | None:
     """The model's sizes as far as they are known without a network; the cloud checks those of the hub."""
-    if model.source in MADE_HERE:
+    if model.source in recipes.MADE_HERE:
         return vit_config(model)
     if model.source.startswith("hf:"):
         return None

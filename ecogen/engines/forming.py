@@ -13,9 +13,6 @@ from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import form_clusters
 from ecogen.planning.cost import ModelShape
 
-NUM_LABELS = 10
-"""Of the data sets that there are; a head's size decides no placement."""
-
 
 def formed(recipe: recipes.Recipe) -> recipes.Recipe:
     """The recipe with its pool's clusters in it; as it is where there are none to form.
@@ -52,9 +49,9 @@ def announced_shape(recipe: recipes.Recipe) -> ModelShape:
         patch_size=model.patch_size,
         num_channels=model.num_channels,
     )
-    if model.source not in ("pretrain", "untrained"):
+    if model.source not in recipes.MADE_HERE:
         vars(config).update(_read_config(Path(model.source)))
-    config.num_labels = NUM_LABELS
+    config.num_labels = recipes.NUM_LABELS  # a head's size decides no placement
     return model_shape(config, recipe.tunables)
 
 

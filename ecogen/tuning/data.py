@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ecogen.config import Data, Partition
+from ecogen.config import NUM_LABELS, Data, Partition
 from ecogen.errors import DataError
-from ecogen.tuning.datasets import NUM_LABELS, DataSet, Pool, open_data, resized
+from ecogen.tuning.datasets import DataSet, Pool, open_data, resized
 
 Indices = NDArray[np.int64]
 

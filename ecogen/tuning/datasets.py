@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ecogen.config import Data
+from ecogen.config import NUM_LABELS, Data
 from ecogen.errors import DataError
 
 Array = NDArray[np.generic]
@@ -31,9 +31,6 @@ Indices = NDArray[np.int64]
 
 FOLDER_VARIABLE = "ECOGEN_DATA"
 """The environment variable that names the folder of data sets which do not come with EcoGen."""
-
-NUM_LABELS = 10
-"""Of each data set."""
 
 _DIVISION_KEY = 6  # so that the lot is the same for every seed, and nobody else's
 

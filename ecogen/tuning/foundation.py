@@ -26,9 +26,6 @@ from ecogen.tuning.corpus import digest_of, open_corpus
 from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain, untrained
 
 Compute = Callable[..., Awaitable[Any]]
-MADE_HERE = ("pretrain", "untrained")
-"""The sources of `model.source` that need nothing but this program."""
-
 OnStep = Callable[[str, int, int, float], None]
 """Called with the phase, the step, how many there are, and the loss."""
 
@@ -44,7 +41,7 @@ def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundati
     source = recipe.model.source
     if source.startswith("hf:"):
         return open_foundation(_download(source.removeprefix("hf:"))), f"from the hub: {source}"
-    if source not in MADE_HERE:
+    if source not in recipes.MADE_HERE:
         return open_foundation(Path(source)), f"from the folder {source}"
     folder = foundation_folder(recipe)
     if (folder / "made.json").exists():
