@@ -1,8 +1,9 @@
 """How fast a cluster tunes, against one process with the whole model: `python -m benchmarks.split_vs_central`.
 
 The same model, tunables, numeric type, data, global batches of 64, optimizer and clipping, on two cores. Central tuning
-is the fastest of three: a plain loop over whole batches with one torch thread, with two, or two data-parallel processes
-of one thread each, which average their gradients by torch.distributed. A cluster of S = 2 devices cuts each batch into
+is the fastest of four: a plain loop with two torch threads, or two data-parallel processes of one thread each, which
+average their gradients by torch.distributed; and either with whole batches or with their gradients summed up over 16
+examples at a time, since what fits the caches is faster. A cluster of S = 2 devices cuts each batch into
 M microbatches: it could reach M / (M + S - 1) of two cores' work. All contenders take turns.
 """
 
@@ -47,9 +48,19 @@ MODELS = {  # and as many examples as take each about a second an epoch
         "model.intermediate_size=1024",
         "model.patch_size=4",
     ],
+    "192 wide, 12 blocks, 197 tokens (as DeiT-Ti)": [
+        "data.train=128",
+        "model.hidden_size=192",
+        "model.num_blocks=12",
+        "model.num_heads=3",
+        "model.intermediate_size=768",
+        "model.image_size=224",
+        "model.patch_size=16",
+    ],
 }
 BATCH, STAGES, CORES = 64, 2, 2
 MICROBATCHES = (4, 8)
+AT_ONCE = 16
 WARM_UP = 1
 GOAL = 0.97
 """Of the pipeline's bound."""
@@ -68,8 +79,12 @@ COMMON = [
 ]
 
 
-def central_rates(recipe: recipes.Recipe, threads: int, rank: int = 0, replicas: int = 1) -> list[float]:
-    """Samples a second of each epoch, of one process with the whole model, or of one of several replicas."""
+def central_rates(recipe: recipes.Recipe, at_once: int, threads: int, rank: int = 0, replicas: int = 1) -> list[float]:
+    """Samples a second of each epoch, of one process with the whole model, or of one of several replicas.
+
+    Args:
+        at_once: examples whose gradients are computed together.
+    """
     torch.set_num_threads(threads)
     tuning = recipe.tuning
     foundation = open_foundation(Path(recipe.model.source))
@@ -83,9 +98,12 @@ def central_rates(recipe: recipes.Recipe, threads: int, rank: int = 0, replicas:
         optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay)
         order = np.random.default_rng([recipe.seed, epoch]).permutation(len(train))
         for begin in range(0, len(order), tuning.batch_size):
-            batch = train[order[begin : begin + tuning.batch_size][rank::replicas]]
-            logits = model(batch.images, whole_segment(config))
-            torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+            batch = order[begin : begin + tuning.batch_size][rank::replicas]
+            for part in range(0, len(batch), at_once):
+                examples = train[batch[part : part + at_once]]
+                logits = model(examples.images, whole_segment(config))
+                loss = torch.nn.functional.cross_entropy(logits, examples.labels, reduction="sum")
+                (loss / len(batch)).backward()
             if replicas > 1:
                 average_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, tuning.clip_norm)
@@ -105,20 +123,20 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def replica(rank: int, recipe: recipes.Recipe, folder: Path) -> None:
+def replica(rank: int, recipe: recipes.Recipe, at_once: int, folder: Path) -> None:
     """One of two data-parallel processes; the first writes its rates."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=CORES)
-    rates = central_rates(recipe, 1, rank, CORES)
+    rates = central_rates(recipe, at_once, 1, rank, CORES)
     torch.distributed.destroy_process_group()
     if rank == 0:
         (folder / "rates.json").write_text(json.dumps(rates))
 
 
-def data_parallel_rates(recipe: recipes.Recipe, folder: Path) -> list[float]:
+def data_parallel_rates(recipe: recipes.Recipe, at_once: int, folder: Path) -> list[float]:
     """As `central_rates`, of two processes with half of each batch."""
     folder.mkdir()
-    torch.multiprocessing.spawn(replica, (recipe, folder), CORES)
+    torch.multiprocessing.spawn(replica, (recipe, at_once, folder), CORES)
     rates: list[float] = json.loads((folder / "rates.json").read_text())
     return rates
 
@@ -140,13 +158,13 @@ def work(table: dict[str, Any]) -> list[float]:
             case "split":
                 return asyncio.run(split_rates(recipe, Path(directory) / "run"))
             case "data-parallel":
-                return data_parallel_rates(recipe, Path(directory) / "replicas")
-        return central_rates(recipe, table["threads"])
+                return data_parallel_rates(recipe, table["at_once"], Path(directory) / "replicas")
+        return central_rates(recipe, table["at_once"], CORES)
 
 
-def measured(overrides: list[str], kind: str, threads: int = 0) -> float:
+def measured(overrides: list[str], kind: str, at_once: int = BATCH) -> float:
     """The median rate of one run, pinned to the first two cores."""
-    table = json.dumps({"overrides": overrides, "kind": kind, "threads": threads})
+    table = json.dumps({"overrides": overrides, "kind": kind, "at_once": at_once})
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, sorted(allowed)[:CORES])
@@ -162,10 +180,10 @@ def measured(overrides: list[str], kind: str, threads: int = 0) -> float:
 def turn(model: list[str], rounds: int) -> dict[str, float]:
     """One turn of all contenders: samples a second of each."""
     common = [*COMMON, *model, f"tuning.rounds={rounds + WARM_UP}"]
-    rates = {
-        f"central, {threads} thread{'s' * (threads > 1)}": measured(common, "central", threads) for threads in (1, 2)
-    }
-    rates["central, 2 data-parallel processes"] = measured(common, "data-parallel")
+    rates = {}
+    for at_once, how in ((BATCH, "whole batches"), (AT_ONCE, f"{AT_ONCE} at a time")):
+        rates[f"central, {CORES} threads, {how}"] = measured(common, "central", at_once)
+        rates[f"central, {CORES} data-parallel processes, {how}"] = measured(common, "data-parallel", at_once)
     for microbatches in MICROBATCHES:
         for engine in ("local", "inproc"):
             overrides = [*common, f"tuning.microbatches={microbatches}", f"engine={engine}"]

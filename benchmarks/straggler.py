@@ -16,17 +16,13 @@ has fewer updates: local epochs are so many that this is a small part of the wor
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import circumstances, wait_until_quiet, write_result
+from benchmarks.curve import Curve, tuned
 from ecogen import config as recipes
-from ecogen.engines.launch import launch
-from ecogen.records import RoundRecord
 
 SLOW = "edge-0.cluster-0.device-1"
 BASE: dict[str, Any] = {
@@ -57,25 +53,6 @@ CHOOSING_SEEDS = (100, 101)
 GOAL_RATIO = 0.5
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Accuracy over time, of one run."""
-
-    times_s: list[float]
-    accuracies: list[float]
-
-    @classmethod
-    def of(cls, records: Sequence[RoundRecord]) -> Curve:
-        """Of the edge's rounds; time begins with the first order."""
-        own = [record for record in records if record.node_id == "edge-0"]
-        began_s = own[0].time_s - own[0].wall_s
-        return cls([record.time_s - began_s for record in own], [record.accuracy or 0.0 for record in own])
-
-    def time_to(self, accuracy: float) -> float | None:
-        """When it was first as accurate; None for never."""
-        return next((t for t, a in zip(self.times_s, self.accuracies, strict=True) if a >= accuracy), None)
-
-
 def run(seed: int, split: str, *, buffer: int = 0, decay: float = 0.0, rate: float = 0.0) -> Curve:
     """One federation; a buffer of 0 is synchronous."""
     table = {**BASE, "seed": seed, "evaluation": {**BASE["evaluation"], "split": split}}
@@ -83,12 +60,7 @@ def run(seed: int, split: str, *, buffer: int = 0, decay: float = 0.0, rate: flo
         rounds = BASE["tuning"]["rounds"] * BASE["topology"]["clusters_per_edge"] * UPDATES_EACH // buffer
         table["tuning"] = {**BASE["tuning"], "rounds": rounds, "learning_rate_decay": decay}
         table["aggregation"] = {"buffer": buffer, "server_rate": rate}
-
-    async def tune() -> list[RoundRecord]:
-        async with launch(recipes.from_table(table)) as federation:
-            return [record async for record in federation.tune()]
-
-    return Curve.of(asyncio.run(tune()))
+    return tuned(recipes.from_table(table))
 
 
 def compare(seed: int, split: str, contenders: dict[str, dict[str, Any]]) -> dict[str, Any]:

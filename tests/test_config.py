@@ -155,6 +155,15 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
             "[aggregation]\nbuffer = 2\nstrategy = 'scaffold'",
             "aggregation.buffer: scaffold needs 0, not 2: a cluster begins its next attempt before",
         ),
+        (
+            "[wire]\nupdates = 'int8'\n[aggregation]\nbuffer = 2",
+            "wire.updates: what int8 leaves of a change is added to the next one, but with aggregation.buffer that",
+        ),
+        (
+            "[wire]\nupdates = 'bfloat16'\n[aggregation]\nlora = 'products'",
+            "wire.updates: what bfloat16 leaves of a change is added to the next one, but averaging LoRA's products",
+        ),
+        ("[wire]\norders = 'int4'", "wire.orders: input should be 'float32', 'bfloat16' or 'int8', not 'int4'"),
         ("[aggregation]\nserver_rate = -1", "aggregation.server_rate: input should be greater than or equal to 0"),
         ("[faults.slow]\n'edge-0.cluster-0.device-9' = 2", "faults.slow.edge-0.cluster-0.device-9: no such name in"),
         ("[faults.slow]\nedge-0 = 2", "faults.slow.edge-0: no such name in"),

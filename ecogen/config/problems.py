@@ -74,6 +74,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What is wrong between values that are right by themselves."""
     yield from _of_sizes(recipe)
     yield from _of_aggregation(recipe)
+    yield from _of_feedback(recipe)
     yield from _of_data(recipe)
     topology = recipe.topology
     yield from of_tunables(recipe)
@@ -111,6 +112,19 @@ def _of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
                 f"aggregation.buffer: {place} draws who takes part in a round, and with a buffer who is quickest does"
             )
             yield Contradiction(("aggregation.buffer", place), f"{text}; set one of them to its default")
+
+
+def _of_feedback(recipe: Recipe) -> Iterator[Contradiction]:
+    """Where what rounding left of one change does not belong to the next."""
+    if recipe.wire.updates == "float32":
+        return
+    rest = f"wire.updates: what {recipe.wire.updates} leaves of a change is added to the next one, but"
+    if recipe.aggregation.buffer:
+        text = f"{rest} with aggregation.buffer that begins before this one is counted; set one of them to its default"
+        yield Contradiction(("wire.updates", "aggregation.buffer"), text)
+    if takes_products(recipe):
+        text = f"{rest} averaging LoRA's products turns its factors in between; set aggregation.lora = 'factors'"
+        yield Contradiction(("wire.updates", "aggregation.lora", "tunables.cluster_ranks"), f"{text}, or 'float32'")
 
 
 def _readable_part(table: Mapping[str, Any], error: ValidationError) -> tuple[Recipe, set[str]]:

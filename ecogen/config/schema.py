@@ -366,13 +366,15 @@ class TransportRecipe:
 
 @dataclass(frozen=True, config=STRICT)
 class Wire:
-    """What tuning sends between devices, and in which numeric types; int8 has a scale for each token.
+    """What tuning sends, and in which numeric types; int8 has a scale for each token, and for each vector of tunables.
 
     `tokens = "all"` and `gradients_to = "start"`, with no room for prefixes, are plain split learning, to compare with.
     """
 
     activations: WireType = "float32"
     gradients: WireType = "float32"
+    orders: WireType = "float32"  # tunables, from an edge to its devices
+    updates: WireType = "float32"  # how a device changed them; what rounding leaves is added to its next change
     tokens: Literal["needed", "all"] = "needed"  # to a head on its own: CLS, or all
     gradients_to: Literal["tunables", "start"] = "tunables"  # the lowest tunable block, or down to the start device
 

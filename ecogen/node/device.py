@@ -33,6 +33,7 @@ from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.controls import Controls
 from ecogen.tuning.data import hide_labels, load_pictures, load_splits, partition_examples
 from ecogen.tuning.device import DeviceTuning, LocalData
+from ecogen.tuning.feedback import Feedback
 from ecogen.tuning.labels import LabelSet, label_sets
 from ecogen.tuning.messages import FLOW_METHODS, TUNE, placement_from_table
 from ecogen.tuning.prefix import why_not_kept
@@ -136,7 +137,8 @@ class DeviceRole:
         goes_down = recipe.wire.gradients_to == "start"
         routes = [Route(route, shape, goes_down) for route in rotations(placement, recipe.data.owners)]
         factor = recipe.faults.update_factor.get(cluster_id, 1.0)
-        controls = Controls(context.folder / "controls.safetensors")
+        controls, wire = Controls(context.folder / "controls.safetensors"), recipe.wire
+        feedback = Feedback(context.folder / "feedback.safetensors", wire.updates)
         tuning = DeviceTuning(
             routes,
             recipe.tuning,
@@ -144,10 +146,11 @@ class DeviceRole:
             context.worker,
             self.neighbours,
             data,
-            wire=recipe.wire,
+            wire=wire,
             cache=self._cache(routes, shape),
             update_factor=factor,
             controls=controls if recipe.aggregation.strategy == "scaffold" else None,
+            feedback=feedback if wire.updates != "float32" else None,
         )
         serving = DeviceServing(cluster_id, placement, shape, topology.link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))

@@ -118,6 +118,7 @@ class EdgeRole:
             ranks=LoraRanks.of(recipe),
             seed=recipe.seed,
             privacy=self._privacy(),
+            wire=recipe.wire,
             keeps_head=not tunables.keys() >= own.keys(),
         )
 

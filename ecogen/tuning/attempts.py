@@ -6,16 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 from torch import Tensor
 
-from ecogen.config import Tuning
-from ecogen.errors import AggregationError, NodeLostError, RunError, TransportError
+from ecogen.config import Tuning, Wire
+from ecogen.errors import AggregationError, NodeLostError, ProtocolError, RunError, TransportError
 from ecogen.models.tunables import Tunables, tunables_of
 from ecogen.placement import Placement, Segment, neighbours_of, segments_held
 from ecogen.records import EventRecord, Record, Usage
+from ecogen.runtime.compression import compress_all, restore_all
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Transport
@@ -60,6 +61,7 @@ class Attempts:
         publish: takes each record.
         last: a number larger than that of any attempt in an earlier life of this edge.
         ranks: of LoRA, where clusters have their own.
+        wire: the types in which tunables are sent, and in which changes of them come back.
         is_discreet: that a cluster took part is not to be told, and so not that it failed.
     """
 
@@ -75,8 +77,10 @@ class Attempts:
         last: int,
         num_owners: int = 1,
         ranks: LoraRanks | None = None,
+        wire: Wire | None = None,
         is_discreet: bool = False,
     ) -> None:
+        self._wire = wire or Wire()
         self.cluster_ids = list(placements)
         self._tuning, self._placements, self._members = tuning, placements, members
         self._transport, self._worker, self._publish = transport, worker, publish
@@ -132,13 +136,31 @@ class Attempts:
         except ExceptionGroup as problems:
             await self._lose(cluster_id, key, transport_errors(problems))
             return None
-        outcome = _outcome(cluster_id, key, [reply.result() for reply in replies])
         try:
-            await self._worker.compute(check_update, outcome.update, begun)
-        except AggregationError as problem:
+            return await self._worker.compute(self._outcome, cluster_id, key, [r.result() for r in replies], begun)
+        except (AggregationError, ProtocolError) as problem:
             await self._lose(cluster_id, key, [problem])
             return None
-        return outcome
+
+    def _outcome(
+        self, cluster_id: str, key: AttemptKey, replies: Sequence[Message], begun: Mapping[str, Tensor]
+    ) -> Outcome:
+        """Put the answers of a cluster's devices together.
+
+        Raises:
+            AggregationError, ProtocolError: if they are not what was ordered.
+        """
+        results = [reply.read(TuneResult) for reply in replies]
+        tensors: Tunables = {name: tensor for reply in replies for name, tensor in reply.tensors.items()}
+        tunables, control_change = split_controls(tensors)
+        tunables = restore_all(tunables)
+        update = Update(cluster_id, tunables, sum(result.num_examples for result in results), control_change)
+        check_update(update, begun)
+        if self._wire.updates != "float32":
+            update = replace(update, tunables={name: begun[name] + change for name, change in tunables.items()})
+        loss = next((result.loss for result in results if result.loss is not None), None)
+        confident = next((result.confident for result in results if result.confident is not None), None)
+        return Outcome(key, update, loss, tuple(result.usage for result in results), confident)
 
     async def begin_of(self, cluster_id: str, state: EdgeState) -> Mapping[str, Tensor]:
         """What a cluster begins with: the state's tunables, where it has a LoRA rank of its own cut to that."""
@@ -175,7 +197,8 @@ class Attempts:
         if (held, rank) not in parts:
             _, controls = split_controls(state.memory)
             sent = {name: control.to(state.tunables[name].dtype) for name, control in controls.items()}
-            parts[held, rank] = Packed(with_controls(*(tunables_of(tensors, held) for tensors in (begun, sent))))
+            order = compress_all(tunables_of(begun, held), self._wire.orders)
+            parts[held, rank] = Packed(with_controls(order, tunables_of(sent, held)))
         return parts[held, rank]
 
     async def _lose(self, cluster_id: str, key: AttemptKey, problems: Sequence[BaseException]) -> None:
@@ -205,17 +228,6 @@ class Attempts:
             f"{self._transport.peer.node_id}: no cluster finished round {round_index + 1}: {reason}; "
             "see the devices' logs, bring them back, then --resume"
         )
-
-
-def _outcome(cluster_id: str, key: AttemptKey, replies: Sequence[Message]) -> Outcome:
-    """Put the answers of a cluster's devices together."""
-    results = [reply.read(TuneResult) for reply in replies]
-    tensors: Tunables = {name: tensor for reply in replies for name, tensor in reply.tensors.items()}
-    tunables, control_change = split_controls(tensors)
-    update = Update(cluster_id, tunables, sum(result.num_examples for result in results), control_change)
-    loss = next((result.loss for result in results if result.loss is not None), None)
-    confident = next((result.confident for result in results if result.confident is not None), None)
-    return Outcome(key, update, loss, tuple(result.usage for result in results), confident)
 
 
 def transport_errors(problems: ExceptionGroup[Exception]) -> Sequence[Exception]:

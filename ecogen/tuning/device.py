@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ecogen.config import Tuning, Wire
 from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables, tunables_of
+from ecogen.runtime.compression import restore_all
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.prefix_cache import PrefixCache, prefix_keys
 from ecogen.runtime.stage import OptimizerSettings, Stage
@@ -22,6 +23,7 @@ from ecogen.transport.base import Message
 from ecogen.tuning.augment import augment, strongly_augment
 from ecogen.tuning.controls import Controls
 from ecogen.tuning.data import Examples, Indices
+from ecogen.tuning.feedback import Feedback
 from ecogen.tuning.fixmatch import mixed_batch
 from ecogen.tuning.local import LocalSteps
 from ecogen.tuning.messages import (
@@ -36,6 +38,7 @@ from ecogen.tuning.messages import (
     with_controls,
 )
 from ecogen.tuning.route import Route
+from ecogen.tuning.visits import LocalResult
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +132,7 @@ class DeviceTuning:
         wire: the types in which it sends activations and gradients.
         cache: where it keeps prefix activations; None where none are kept.
         controls: this device's memory of SCAFFOLD; None for methods without.
+        feedback: what makes of its tunables a change in fewer bytes; None where they are sent as they are.
         update_factor: times what it learned is what it answers with: 1, but for a fault on purpose.
     """
 
@@ -145,8 +149,9 @@ class DeviceTuning:
         cache: PrefixCache | None = None,
         update_factor: float = 1.0,
         controls: Controls | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
-        self._controls = controls
+        self._controls, self._feedback = controls, feedback
         self._routes, self._tuning, self._stage, self._worker = list(routes), tuning, stage, worker
         self._neighbours, self._data, self._update_factor = neighbours, data, update_factor
         wire = wire or Wire()
@@ -172,10 +177,9 @@ class DeviceTuning:
             self._ordered = order.key
         await self._neighbours.connect(order.addresses)
         self._check_ordered(order.key)
-        tunables, control = split_controls(message.tensors)
-        correction = None
-        if self._controls is not None:
-            correction = await self._worker.compute(self._controls.begin, order.counted, control, tunables)
+        received, control = split_controls(message.tensors)
+        tunables = await self._worker.compute(restore_all, received)
+        correction = await self._worker.compute(self._recall, order.counted, control, tunables)
         settings = self._settings(order.key.round_index)
         await self._worker.compute(self._stage.begin, tunables, settings, correction)
         self._check_ordered(order.key)
@@ -185,14 +189,28 @@ class DeviceTuning:
         num_examples = self._data.num_examples(self._tuning) if self._data else 0
         has_unlabelled = self._data is not None and self._data.num_unlabelled(self._tuning) > 0
         body = TuneResult(num_examples, result.loss, usage, result.confident if has_unlabelled else None)
-        answer = result.tunables
-        if self._update_factor != 1:
-            answer = {n: torch.lerp(tunables[n], t, self._update_factor) for n, t in answer.items()}
-        if self._controls is not None:
-            sums = self._stage.gradient_sums()
-            changes = await self._worker.compute(self._controls.end, order.key.attempt, sums, result.num_steps)
-            answer = with_controls(answer, {name: changes[name] for name in answer})
+        answer = await self._worker.compute(self._answer, order.key.attempt, tunables, result)
         return Message.of(TUNE, body, kind="tunables", tensors=answer)
+
+    def _recall(
+        self, counted: int | None, control: Mapping[str, Tensor], tunables: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor] | None:
+        """Begin with what the attempt counted last left; returns SCAFFOLD's correction, where there is one."""
+        if self._feedback is not None:
+            self._feedback.begin(counted)
+        return None if self._controls is None else self._controls.begin(counted, control, tunables)
+
+    def _answer(self, attempt: int, begun: Mapping[str, Tensor], result: LocalResult) -> Mapping[str, Tensor]:
+        """What this device sends of what it tuned, and of SCAFFOLD's memory."""
+        answer, controls = result.tunables, {}
+        if self._update_factor != 1:
+            answer = {n: torch.lerp(begun[n], t, self._update_factor) for n, t in answer.items()}
+        if self._controls is not None:
+            changes = self._controls.end(attempt, self._stage.gradient_sums(), result.num_steps)
+            controls = {name: changes[name] for name in answer}
+        if self._feedback is not None:
+            answer = self._feedback.end(attempt, begun, answer)
+        return with_controls(answer, controls)
 
     async def break_off(self) -> None:
         """End the attempt under way, if one is: who ordered it has gone on, and its stage is needed."""

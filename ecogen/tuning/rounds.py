@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ecogen.config import Aggregation, Tuning
+from ecogen.config import Aggregation, Tuning, Wire
 from ecogen.errors import NodeLostError
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RoundRecord
@@ -54,6 +54,7 @@ class EdgeRounds:
         ranks: how LoRA's do, where ranks differ or products are averaged.
         seed: draws who takes part in a round, where not all do.
         privacy: what protects the clusters, where something does.
+        wire: the types in which tunables travel to and from devices.
         keeps_head: the cloud averages all but the head, since other edges' heads are for other labels.
         publish: takes each record.
     """
@@ -77,6 +78,7 @@ class EdgeRounds:
         ranks: LoraRanks | None = None,
         seed: int = 0,
         privacy: ClusterPrivacy | None = None,
+        wire: Wire | None = None,
         keeps_head: bool = False,
     ) -> None:
         self.state = state
@@ -95,6 +97,7 @@ class EdgeRounds:
             last=attempt,
             num_owners=num_owners,
             ranks=ranks,
+            wire=wire,
             is_discreet=privacy is not None,
         )
         self._buffer: Buffer | None = None

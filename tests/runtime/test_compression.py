@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecogen.errors import ProtocolError
-from ecogen.runtime.compression import compress, restore
+from ecogen.runtime.compression import compress, compress_all, restore, restore_all
 
 
 @given(seed=st.integers(0, 2**32), size=st.floats(1e-30, 1e30), rows=st.integers(0, 4))
@@ -45,3 +45,42 @@ def test_bfloat16_keeps_eight_bits_and_float32_everything() -> None:
 def test_what_does_not_fit_together_is_refused(tensors: dict[str, torch.Tensor], said: str) -> None:
     with pytest.raises(ProtocolError, match=said):
         restore(tensors)
+
+
+@given(seed=st.integers(0, 2**32), shape=st.sampled_from([(4, 9), (9, 4), (4, 4), (6,), (2, 3, 8), (1,)]))
+def test_tunables_have_a_scale_for_each_vector_along_their_longest_dimension(seed: int, shape: tuple[int, ...]) -> None:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    sent = compress_all({"w": numbers}, "int8")
+    vectors = sorted(shape)[:-1]
+    assert sent["w"].dtype == torch.int8
+    assert sent["scale of w"].numel() == torch.Size(vectors).numel()
+    step = numbers.abs().amax(max(range(len(shape)), key=lambda d: (shape[d], d)), keepdim=True) / 127
+    assert bool(((restore_all(sent)["w"] - numbers).abs() <= 0.503 * step).all())
+
+
+def test_tunables_in_float32_travel_as_they_are_and_in_bfloat16_with_eight_bits() -> None:
+    tunables = {"w": torch.randn(3, 8), "v": torch.randn(5)}
+    assert restore_all(compress_all(tunables, "float32")) == tunables
+    back = restore_all(compress_all(tunables, "bfloat16"))
+    assert all(bool(((back[name] - t).abs() <= t.abs() / 256).all()) for name, t in tunables.items())
+
+
+def test_numbers_that_are_not_finite_do_not_become_finite_on_the_way() -> None:
+    for wrong in (torch.nan, torch.inf):
+        numbers = torch.tensor([[1.0, wrong, 2.0], [1.0, 2.0, 3.0]])
+        back = restore_all(compress_all({"w": numbers}, "int8"))["w"]
+        assert not bool(back[0].isfinite().all())
+        assert bool(back[1].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"scale of w": torch.ones(1, 1)}, "scales of 'w', of which there are no numbers"),
+        ({"w": torch.zeros(2, 3, dtype=torch.int8)}, "int8 without scales"),
+        ({"w": torch.zeros(2, 3, dtype=torch.int8), "scale of w": torch.ones(1, 3)}, r"scales \(1, 3\) do not fit"),
+    ],
+)
+def test_tunables_that_do_not_fit_together_are_refused(tensors: dict[str, torch.Tensor], said: str) -> None:
+    with pytest.raises(ProtocolError, match=said):
+        restore_all(tensors)
