@@ -30,11 +30,16 @@ class Curve:
         return next((t for t, a in zip(self.times_s, self.accuracies, strict=True) if a >= accuracy), None)
 
 
-def tuned(recipe: Recipe) -> Curve:
-    """Run a federation whose first edge is looked at."""
+def tuned(recipe: Recipe, until: float = 2.0) -> Curve:
+    """Run a federation whose first edge is looked at, to its end or until that edge is so accurate."""
 
     async def tune() -> list[RoundRecord]:
+        records = []
         async with launch(recipe) as federation:
-            return [record async for record in federation.tune()]
+            async for record in federation.tune():
+                records.append(record)
+                if record.node_id == "edge-0" and (record.accuracy or 0.0) >= until:
+                    break
+        return records
 
     return Curve.of(asyncio.run(tune()))

@@ -1,10 +1,10 @@
 """Tensors in fewer bytes on the wire: rounded to bfloat16, or to int8 with scales.
 
 Activations and gradients have a scale for each token, as activations differ more between tokens than within one
-(Dettmers et al. 2022, section 2.1, vector-wise: https://arxiv.org/abs/2208.07339). Rounding is to nearest, and gradients
-pass it as if it were not there (straight-through, Bengio et al. 2013, https://arxiv.org/abs/1308.3432). Tunables have a
-scale for each vector along their longest dimension: each row of LoRA's A and column of its B, each prompt, each label
-of the head.
+(Dettmers et al. 2022, section 2.1, vector-wise: https://arxiv.org/abs/2208.07339). Rounding is to nearest, and
+gradients pass it as if it were not there (straight-through, Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
+Tunables have a scale for each vector along their longest dimension: each row of LoRA's A and column of its B, each
+prompt, each label of the head.
 """
 
 from __future__ import annotations
