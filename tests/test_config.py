@@ -163,6 +163,19 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
             "[wire]\nupdates = 'bfloat16'\n[aggregation]\nlora = 'products'",
             "wire.updates: what bfloat16 leaves of a change is added to the next one, but averaging LoRA's products",
         ),
+        (
+            "[topology]\nedges = 1_000_000_000",
+            "topology.edges, topology.clusters_per_edge, topology.devices_per_cluster: 9000000000 nodes are more than the",
+        ),
+        (
+            "[topology]\nedges = 1\npool = [{ count = 100_000_000 }]",
+            "topology.pool: 100000000 nodes are more than the 1000000 there may be",
+        ),
+        (
+            "[aggregation]\nstrategy = 'multi_krum'\nfaulty = 3",
+            "aggregation.faulty: 3 of topology.clusters_per_edge 3 leave none to trust",
+        ),
+        ("[data.labels_of_edges]\nedge-0 = [1]", "data.labels_of_edges.edge-0: list has too few values, not [1]"),
         ("[wire]\norders = 'int4'", "wire.orders: input should be 'float32', 'bfloat16' or 'int8', not 'int4'"),
         ("[aggregation]\nserver_rate = -1", "aggregation.server_rate: input should be greater than or equal to 0"),
         ("[faults.slow]\n'edge-0.cluster-0.device-9' = 2", "faults.slow.edge-0.cluster-0.device-9: no such name in"),

@@ -77,7 +77,7 @@ def test_a_study_is_not_taken_for_one_run(path: Path) -> None:
         ('name = "two"', 'name = "One!"', "sweep.cases: 'one', 'One!' would share the folder 'one'; name them apart"),
         ('name = "two"', 'name = "±"', "sweep.cases: '±' gives no name for a folder"),
         ("seeds = [3, 4]", "seeds = [3, 4, 3]", "sweep.seeds: give each seed once, not [3, 4, 3]"),
-        ("seeds = [3, 4]", "seeds = []", "sweep.seeds: list should not be empty, not []"),
+        ("seeds = [3, 4]", "seeds = []", "sweep.seeds: list has too few values, not []"),
         ("seeds = [3, 4]", "sedes = [3]", "sweep.sedes: unknown key; did you mean 'seeds'?"),
         ('part = "more"', 'aprt = "more"', "sweep.cases.1.aprt: unknown key; did you mean 'part'?"),
         ("last = 0.75", "last = 75", "sweep.cases.0.reference.last: input should be less than or equal to 1"),

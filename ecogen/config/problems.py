@@ -23,7 +23,7 @@ _WORDS = {
     "dataclass_type": "input should be a section",
     "dict_type": "input should be a section",
     "tuple_type": "input should be a list",
-    "too_short": "list should not be empty",
+    "too_short": "list has too few values",
     "int_parsing": "input should be a whole number",
     "int_from_float": "input should be a whole number",
     "bool_parsing": "input should be true or false",
@@ -40,6 +40,9 @@ _UNBUFFERED = {
 
 PRIVATE_STRATEGIES = ("fedavg", "fedadam", "fedyogi")
 """Strategies of aggregation that need no more of a round than the mean change."""
+
+MAX_NODES = 1_000_000
+"""Of a topology, and so what a recipe can ask a machine to hold."""
 
 _DEPTH = 8  # of nested sections, of which each may go for want of a value in it
 
@@ -72,6 +75,10 @@ def explain(error: ValidationError, section: Any = Recipe, *, within: Place = ()
 
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What is wrong between values that are right by themselves."""
+    too_large = list(_of_nodes(recipe.topology))
+    yield from too_large
+    if too_large:
+        return
     yield from _of_sizes(recipe)
     yield from _of_aggregation(recipe)
     yield from _of_feedback(recipe)
@@ -103,6 +110,10 @@ def _of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
     if aggregation.buffer and reason:
         text = f"aggregation.buffer: {aggregation.strategy} needs 0, not {aggregation.buffer}: {reason}"
         yield Contradiction(("aggregation.buffer", "aggregation.strategy"), text)
+    clusters = recipe.topology.clusters_per_edge
+    if aggregation.strategy in ("trimmed_mean", "multi_krum") and clusters != "auto" and aggregation.faulty >= clusters:
+        text = f"aggregation.faulty: {aggregation.faulty} of topology.clusters_per_edge {clusters} leave none to trust"
+        yield Contradiction(("aggregation.faulty", "topology.clusters_per_edge", "aggregation.strategy"), text)
     for place, is_there in (
         ("tuning.participation", recipe.tuning.participation < 1),
         ("privacy.noise_multiplier", recipe.privacy.noise_multiplier > 0),
@@ -156,6 +167,20 @@ def _of_sizes(recipe: Recipe) -> Iterator[Contradiction]:
         if _value(recipe, less) > _value(recipe, more):
             text = f"{less}: {_value(recipe, less)} is more than {more} {_value(recipe, more)}"
             yield Contradiction((less, more), text)
+
+
+def _of_nodes(topology: TopologyRecipe) -> Iterator[Contradiction]:
+    """More nodes than a topology may have."""
+    per_edge = topology.clusters_per_edge
+    devices = topology.edges * topology.devices_per_cluster * (1 if per_edge == "auto" else per_edge)
+    names = ["topology.edges", "topology.clusters_per_edge", "topology.devices_per_cluster"]
+    if topology.pool:
+        names, devices = ["topology.pool"], sum(row.count for row in topology.pool)
+    total = max(devices, topology.edges)
+    if total > MAX_NODES:
+        yield Contradiction(
+            tuple(names), f"{', '.join(names)}: {total} nodes are more than the {MAX_NODES} there may be"
+        )
 
 
 def _of_pool(topology: TopologyRecipe) -> Iterator[Contradiction]:
