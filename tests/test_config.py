@@ -165,7 +165,7 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ),
         (
             "[topology]\nedges = 1_000_000_000",
-            "topology.edges, topology.clusters_per_edge, topology.devices_per_cluster: 9000000000 nodes are more than the",
+            "topology.edges, topology.clusters_per_edge, topology.devices_per_cluster: 9000000000 nodes are more",
         ),
         (
             "[topology]\nedges = 1\npool = [{ count = 100_000_000 }]",
