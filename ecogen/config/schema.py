@@ -281,6 +281,9 @@ class Unlabelled:
     """What devices do with examples that have no label; the paper is Sohn et al. 2020, https://arxiv.org/abs/2001.07685."""
 
     method: Literal["ignore", "fixmatch"] = "ignore"
+    teacher: Literal["self", "edge"] = (
+        "self"  # whose predictions: the model's at that step (the paper's), or the edge's
+    )
     threshold: Share = 0.95  # tau: a prediction at least so sure is a pseudo-label (the paper's)
     weight: NonNegative = 1.0  # lambda_u, of the unlabelled part of the loss (the paper's)
     ratio: Count = 7  # mu: unlabelled examples in a batch for each labelled one (the paper's)

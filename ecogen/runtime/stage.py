@@ -61,7 +61,7 @@ class Stage:
         self._graphs: dict[MicrobatchKey, tuple[Tensor, Tensor]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._settings = OptimizerSettings(0.0)
-        self._begun: Tunables = {}  # w_t, where a proximal term needs it
+        self._begun: Tunables = {}  # w_t, where a proximal term or a teacher needs it
         self._correction: Tunables = {}
         self._gradient_sums: Tunables = {}  # of the loss, over the local steps, where there is a correction
 
@@ -70,11 +70,14 @@ class Stage:
         tunables: Mapping[str, Tensor],
         settings: OptimizerSettings | None = None,
         correction: Mapping[str, Tensor] | None = None,
+        *,
+        keeps_begun: bool = False,
     ) -> None:
         """Take new tunables and, for tuning, a fresh optimizer; forget everything in flight.
 
         Args:
             correction: what is added to the gradients of each step, for all tunables; the loss's are then summed up.
+            keeps_begun: `infer` will be asked for outputs with these tunables.
         """
         self._graphs.clear()
         overwrite(self._named, tunables)
@@ -82,7 +85,8 @@ class Stage:
         for parameter in parameters:
             parameter.grad = None  # an attempt that was broken off leaves some behind
         self._settings = settings or self._settings
-        self._begun = copy_of(self._named) if self._settings.proximal else {}
+        is_needed = keeps_begun or self._settings.proximal
+        self._begun = {name: p.detach().clone() for name, p in self._named.items()} if is_needed else {}
         self._correction = {name: tensor.to(self._named[name]) for name, tensor in (correction or {}).items()}
         self._gradient_sums = {name: torch.zeros_like(self._named[name]) for name in self._correction}
         self._optimizer = _optimizer(parameters, settings) if settings and parameters else None
@@ -98,9 +102,20 @@ class Stage:
         return self._parameter_bytes + self._peak_bytes
 
     @torch.no_grad()
-    def infer(self, segment: Segment, inputs: Tensor) -> Tensor:
-        """A segment's output, keeping nothing."""
-        return self._run(segment, inputs)
+    def infer(self, segment: Segment, inputs: Tensor, *, as_begun: bool = False) -> Tensor:
+        """A segment's output, keeping nothing; `as_begun` with the tunables that `begin` took and was to keep."""
+        if not as_begun:
+            return self._run(segment, inputs)
+        self._exchange_begun()
+        try:
+            return self._run(segment, inputs)
+        finally:
+            self._exchange_begun()
+
+    def _exchange_begun(self) -> None:
+        """Put the tunables of the beginning in the place of those of now, or back."""
+        for name, parameter in self._named.items():
+            parameter.data, self._begun[name] = self._begun[name], parameter.data
 
     def forward(self, key: MicrobatchKey, segment: Segment, inputs: Tensor, *, input_grads: bool) -> Tensor:
         """A segment's output, keeping its graph until `backward`."""
@@ -109,7 +124,7 @@ class Stage:
         outputs = self._run(segment, inputs)
         self._graphs[key] = (inputs, outputs)
         in_flight = sum(i.nbytes + o.nbytes for i, o in self._graphs.values())
-        copies = 1 + 2 * (self._settings.optimizer == "adamw") + 2 * bool(self._gradient_sums)
+        copies = 1 + 2 * (self._settings.optimizer == "adamw") + 2 * bool(self._gradient_sums) + bool(self._begun)
         self._peak_bytes = max(self._peak_bytes, copies * self._tunable_bytes + in_flight)
         return outputs.detach()
 
@@ -152,14 +167,14 @@ class Stage:
 
         FedProx adds the gradient of mu / 2 |w - w_t|^2, SCAFFOLD the correction.
         """
-        if not (self._begun or self._gradient_sums):
+        if not (self._settings.proximal or self._gradient_sums):
             return
         for name in tunables_of(self._named, [segment]):
             parameter = self._named[name]
             if name in self._gradient_sums and parameter.grad is not None:
                 self._gradient_sums[name] += parameter.grad
-            if name in self._begun:
-                _add_gradient(parameter, self._settings.proximal * (parameter - self._begun[name].to(parameter)))
+            if self._settings.proximal:
+                _add_gradient(parameter, self._settings.proximal * (parameter - self._begun[name]))
             if name in self._correction:
                 _add_gradient(parameter, self._correction[name])
 

@@ -181,7 +181,8 @@ class DeviceTuning:
         tunables = await self._worker.compute(restore_all, received)
         correction = await self._worker.compute(self._recall, order.counted, control, tunables)
         settings = self._settings(order.key.round_index)
-        await self._worker.compute(self._stage.begin, tunables, settings, correction)
+        by_edge = self._tuning.unlabelled.teacher == "edge"
+        await self._worker.compute(self._stage.begin, tunables, settings, correction, keeps_begun=by_edge)
         self._check_ordered(order.key)
         steps = self._begin(order.key, order.key.round_index if order.draw is None else order.draw)
         result = await steps.run()

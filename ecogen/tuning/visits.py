@@ -133,7 +133,8 @@ class Visits:
         self._meter.add_flops(forward_flops(route.shape, segment, len(inputs)))
         key, input_grads = MicrobatchKey(flow.step, flow.microbatch, visit), visit > route.lowest or route.goes_down
         inputs, weak = without_weak(inputs, flow.num_weak)
-        weak_outputs = None if weak is None else self._stage.infer(segment, weak)
+        by_edge = self._unlabelled.teacher == "edge"
+        weak_outputs = None if weak is None else self._stage.infer(segment, weak, as_begun=by_edge)
         if visit == route.last:
             size, spec = flow.batch_size, self._unlabelled
             aim = targets(tensors[LABELS], len(inputs), weak_outputs, spec, size, flow.num_unlabelled)

@@ -248,7 +248,8 @@ async def tune_cluster(
         for node_id, device in devices.items():
             await device.transport.serve(device)
             held = None if correction is None else tunables_of(correction, case.held_by(node_id))
-            stages[node_id].begin(tunables, settings, held)
+            by_edge = unlabelled is not None and unlabelled.teacher == "edge"
+            stages[node_id].begin(tunables, settings, held, keeps_begun=by_edge)
             index = case.placement.node_ids.index(node_id)
             own = partial(_turn_of, turns, case.owners, index) if index < case.owners else None
             make = partial(LocalSteps, KEY, case.routes, stages[node_id], device.worker, device.neighbours)
