@@ -128,7 +128,7 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ),
         (
             "[tunables.cluster_ranks]\n'edge-0.cluster-0' = 2\n[aggregation]\nstrategy = 'median'",
-            "aggregation.lora: products are averaged, 'median' works on factors; set aggregation.lora = 'factors'",
+            "tunables.cluster_ranks: 'median' compares clusters number by number, and those of less rank lack some",
         ),
         ("[tunables]\nfirst_block = 5", "tunables.first_block: 5 is more than model.num_blocks 4"),
         ("[data]\nowners = 9", "data.owners: 9 is more than topology.devices_per_cluster 3"),
@@ -145,7 +145,7 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ("[faults.update_factor]\n'edge-0.cluster-9' = 2", "faults.update_factor.edge-0.cluster-9: no such name in"),
         (
             "[aggregation]\nbuffer = 4",
-            "aggregation.buffer: 4 is more than topology.clusters_per_edge 3",
+            "aggregation.buffer: 4 is more than an edge's 3 clusters",
         ),
         (
             "[aggregation]\nbuffer = 2\nstrategy = 'median'",
@@ -173,7 +173,11 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ),
         (
             "[aggregation]\nstrategy = 'multi_krum'\nfaulty = 3",
-            "aggregation.faulty: 3 of topology.clusters_per_edge 3 leave none to trust",
+            "aggregation.faulty: 3 of an edge's 3 clusters leave none to trust",
+        ),
+        (
+            "[tunables.cluster_ranks]\n'edge-0.cluster-0' = 2\n[aggregation]\nstrategy = 'scaffold'\nlora = 'factors'",
+            "tunables.cluster_ranks: 'scaffold' compares clusters number by number",
         ),
         ("[data.labels_of_edges]\nedge-0 = [1]", "data.labels_of_edges.edge-0: list has too few values, not [1]"),
         ("[wire]\norders = 'int4'", "wire.orders: input should be 'float32', 'bfloat16' or 'int8', not 'int4'"),

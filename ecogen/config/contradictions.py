@@ -7,6 +7,9 @@ from typing import Literal, NamedTuple
 
 from ecogen.config.schema import Recipe, Tunables, block_range
 
+_ALIKE = ("median", "trimmed_mean", "multi_krum", "scaffold")
+"""Strategies that need updates of one shape: zeros in the place of what a cluster has not would count as its word."""
+
 
 class Contradiction(NamedTuple):
     """Values that are right by themselves and wrong together.
@@ -74,7 +77,10 @@ def _of_ranks(recipe: Recipe) -> Iterator[Contradiction]:
     if aggregation.buffer and (tunables.cluster_ranks or takes_products(recipe)):
         text = "aggregation.buffer: clusters that do not wait for each other average factors of one rank; set it to 0"
         yield Contradiction(("aggregation.buffer", place, how), text)
-    if takes_products(recipe) and aggregation.strategy != "fedavg":
+    if tunables.cluster_ranks and aggregation.strategy in _ALIKE:
+        text = f"{place}: {aggregation.strategy!r} compares clusters number by number, and those of less rank lack some"
+        yield Contradiction((place, "aggregation.strategy"), f"{text}; use fedavg, fedadam or fedyogi, or one rank")
+    elif takes_products(recipe) and aggregation.strategy != "fedavg":
         text = f"{how}: products are averaged, {aggregation.strategy!r} works on factors; set {how} = 'factors'"
         yield Contradiction((how, place, "aggregation.strategy"), text)
 

@@ -50,6 +50,14 @@ def pool_rows(recipe: TopologyRecipe) -> dict[str, PoolRow]:
     return rows
 
 
+def cluster_counts(recipe: TopologyRecipe) -> list[int]:
+    """How many clusters each edge has; nothing where forming is to say so."""
+    if recipe.clusters:
+        names = [cluster_id.partition(".cluster-")[0] for cluster_id in recipe.clusters]
+        return [names.count(edge) for edge in edge_ids(recipe)]
+    return [] if recipe.clusters_per_edge == "auto" else [recipe.clusters_per_edge] * recipe.edges
+
+
 def is_unformed(recipe: TopologyRecipe) -> bool:
     """Whether clusters have yet to be formed of a pool."""
     return bool(recipe.pool) and not recipe.clusters

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ecogen.config.contradictions import Contradiction, of_tunables, takes_products
-from ecogen.config.nodes import build_topology, edge_ids, is_unformed, pool_rows
+from ecogen.config.nodes import build_topology, cluster_counts, edge_ids, is_unformed, pool_rows
 from ecogen.config.schema import Recipe, TopologyRecipe
 from ecogen.topology import Topology
 
@@ -110,10 +110,14 @@ def _of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
     if aggregation.buffer and reason:
         text = f"aggregation.buffer: {aggregation.strategy} needs 0, not {aggregation.buffer}: {reason}"
         yield Contradiction(("aggregation.buffer", "aggregation.strategy"), text)
-    clusters = recipe.topology.clusters_per_edge
-    if aggregation.strategy in ("trimmed_mean", "multi_krum") and clusters != "auto" and aggregation.faulty >= clusters:
-        text = f"aggregation.faulty: {aggregation.faulty} of topology.clusters_per_edge {clusters} leave none to trust"
-        yield Contradiction(("aggregation.faulty", "topology.clusters_per_edge", "aggregation.strategy"), text)
+    fewest = min(cluster_counts(recipe.topology), default=aggregation.buffer + aggregation.faulty + 1)
+    places = ("topology.clusters_per_edge", "topology.clusters", "aggregation.strategy")
+    if aggregation.strategy in ("trimmed_mean", "multi_krum") and aggregation.faulty >= fewest:
+        text = f"aggregation.faulty: {aggregation.faulty} of an edge's {fewest} clusters leave none to trust"
+        yield Contradiction(("aggregation.faulty", *places), text)
+    if aggregation.buffer > fewest:
+        text = f"aggregation.buffer: {aggregation.buffer} is more than an edge's {fewest} clusters"
+        yield Contradiction(("aggregation.buffer", *places), text)
     for place, is_there in (
         ("tuning.participation", recipe.tuning.participation < 1),
         ("privacy.noise_multiplier", recipe.privacy.noise_multiplier > 0),
@@ -161,8 +165,6 @@ def _of_sizes(recipe: Recipe) -> Iterator[Contradiction]:
     pairs = [("tuning.microbatches", "tuning.batch_size"), ("tunables.first_block", "model.num_blocks")]
     if not recipe.topology.pool:
         pairs.append(("data.owners", "topology.devices_per_cluster"))
-    if recipe.topology.clusters_per_edge != "auto":
-        pairs.append(("aggregation.buffer", "topology.clusters_per_edge"))
     for less, more in pairs:
         if _value(recipe, less) > _value(recipe, more):
             text = f"{less}: {_value(recipe, less)} is more than {more} {_value(recipe, more)}"
@@ -269,7 +271,8 @@ def _of_privacy(recipe: Recipe) -> Iterator[Contradiction]:
     """What would break the guarantee, or make it mean nothing."""
     if not recipe.privacy.noise_multiplier:
         return
-    strategy, delta, clusters = recipe.aggregation.strategy, recipe.privacy.delta, recipe.topology.clusters_per_edge
+    strategy, delta = recipe.aggregation.strategy, recipe.privacy.delta
+    clusters = max(cluster_counts(recipe.topology), default=0)
     if strategy not in PRIVATE_STRATEGIES:
         text = (
             f"aggregation.strategy: {strategy!r} wants each cluster's own update, but with privacy.noise_multiplier "
@@ -279,9 +282,9 @@ def _of_privacy(recipe: Recipe) -> Iterator[Contradiction]:
     if recipe.tunables.cluster_ranks or takes_products(recipe):
         text = "aggregation.lora: products of LoRA are each cluster's own, and nobody is shown more than a noised sum"
         yield Contradiction(("aggregation.lora", "tunables.cluster_ranks", "privacy.noise_multiplier"), text)
-    if clusters != "auto" and delta * clusters >= 1:
+    if delta * clusters >= 1:
         text = (
-            f"privacy.delta: {delta:g} is not below 1 / topology.clusters_per_edge = {1 / clusters:g}: "
+            f"privacy.delta: {delta:g} is not below 1 / clusters of an edge = {1 / clusters:g}: "
             f"telling all about one cluster in {1 / delta:g} would count as private"
         )
         yield Contradiction(("privacy.delta", "topology.clusters_per_edge", "privacy.noise_multiplier"), text)

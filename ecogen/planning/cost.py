@@ -117,18 +117,8 @@ def _num_backbone_tunables(shape: ModelShape, segment: Segment) -> int:
     return segment.has_embedding * embedding[shape.embedding] + blocks + segment.has_head * norm[shape.norm]
 
 
-def num_tuned_blocks(shape: ModelShape, segment: Segment) -> int:
-    """Blocks of a segment that gradients pass: all from the lowest tunable one up."""
-    return len(_passed(shape, segment))
-
-
 def _passed(shape: ModelShape, segment: Segment) -> range:
     return range(max(segment.start, shape.lowest_tunable_block), segment.stop)
-
-
-def parameter_bytes(shape: ModelShape, segment: Segment) -> int:
-    """Bytes of the model's own parameters in a segment: what delivery sends once."""
-    return shape.bytes_per_parameter * num_parameters(shape, segment)
 
 
 def tunable_bytes(shape: ModelShape, segment: Segment) -> int:

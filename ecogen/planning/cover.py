@@ -20,6 +20,9 @@ Assignment = list[frozenset[int]]
 
 _INFEASIBLE = 2  # the status of scipy.optimize.milp
 # Of the solver's tree, and of how few devices an assignment needs; a limit in seconds would not be the same everywhere.
+MOST_SOLVED = 64
+"""Devices of a pool up to which the solver is asked: beyond, its first relaxation alone may take minutes."""
+
 _MAX_NODES, _GAP = 100, 0.2
 
 
@@ -51,6 +54,10 @@ class Capacities:
             ):
                 return found
             size += 1
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.alone_s)
 
     @property
     def num_blocks(self) -> int:
@@ -106,9 +113,9 @@ def is_short(capacities: Capacities, count: int, within_s: float) -> bool:
     alone = int((capacities.alone_s <= within_s).sum())
     if alone >= count:
         return False
-    return (
-        capacities.are_plainly_short(count, within_s) or _solve(capacities, count - alone, within_s)[0] == _INFEASIBLE
-    )
+    if capacities.are_plainly_short(count, within_s):
+        return True
+    return capacities.num_devices <= MOST_SOLVED and _solve(capacities, count - alone, within_s)[0] == _INFEASIBLE
 
 
 def cover(capacities: Capacities, count: int, within_s: float) -> Assignment | None:
@@ -120,6 +127,8 @@ def cover(capacities: Capacities, count: int, within_s: float) -> Assignment | N
     clusters = [frozenset({int(index)}) for index in alone[np.argsort(capacities.alone_s[alone])][:count]]
     if len(clusters) == count:
         return clusters
+    if capacities.num_devices > MOST_SOLVED:
+        return None
     counts = _solve(capacities, count - len(clusters), within_s, fewest=True)[1]
     return None if counts is None else clusters + _deal(capacities, within_s, counts)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ecogen.planning.cover import Assignment, Capacities, cover, least_time, plain_bound
+from ecogen.planning.cover import MOST_SOLVED, Assignment, Capacities, cover, least_time, plain_bound
 from ecogen.planning.pool import Members, Pool
 from ecogen.planning.search import Plan
 
@@ -129,20 +129,26 @@ def _all_faster(pool: Pool, clusters: Collection[Members], limit_s: float) -> bo
 
 
 def _starts(pool: Pool, capacities: Capacities, count: int, bound_s: float) -> Iterator[Assignment]:
-    """Assignments to begin with: the solver's for several times, and the fastest devices dealt out in turn."""
+    """Assignments to begin with: the solver's for several times, and devices dealt out in turn, all or the fastest."""
     for slack in _SLACKS:
         found = cover(capacities, count, slack * bound_s)
         if found is not None:
             yield found
+    for each in range(1, pool.num_blocks) if len(pool.nodes) > MOST_SOLVED else ():
+        yield dealt(pool, count, each)
     yield dealt(pool, count)
 
 
-def dealt(pool: Pool, count: int) -> Assignment:
-    """Round-robin by speed, there and back; devices that cannot hold a block, and those that are too many, in none."""
+def dealt(pool: Pool, count: int, each: int | None = None) -> Assignment:
+    """Round-robin by speed, there and back; devices that cannot hold a block, and those that are too many, in none.
+
+    Args:
+        each: devices that a cluster has at most; None for as many as there are blocks.
+    """
     holds = pool.least_s(np.arange(len(pool.nodes)), 2)
     useful = np.isfinite(np.stack(holds)[:, :, 1]).any(axis=0) | np.isfinite(pool.alone_s)
     order = sorted(np.flatnonzero(useful), key=lambda index: -pool.nodes[index].device.flops_per_s)
-    turns = [order[turn * count : (turn + 1) * count] for turn in range(pool.num_blocks)]
+    turns = [order[turn * count : (turn + 1) * count] for turn in range(each or pool.num_blocks)]
     clusters: list[set[int]] = [set() for _ in range(count)]
     for number, turn in enumerate(turns):
         for cluster, index in zip(clusters[:: -1 if number % 2 else 1], turn, strict=False):

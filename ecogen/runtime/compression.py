@@ -73,6 +73,9 @@ def restore_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     scales = {name.removeprefix(SCALE_OF): tensor for name, tensor in tensors.items() if name.startswith(SCALE_OF)}
     parts = {name: {TENSOR: tensor} for name, tensor in tensors.items() if not name.startswith(SCALE_OF)}
+    for name, part in parts.items():
+        if not part[TENSOR].ndim:
+            raise ProtocolError(f"{name!r} is a single number, and no tunable")
     for name, scale in scales.items():
         if name not in parts:
             raise ProtocolError(f"scales of {name!r}, of which there are no numbers")

@@ -62,6 +62,7 @@ class Attempts:
         last: a number larger than that of any attempt in an earlier life of this edge.
         ranks: of LoRA, where clusters have their own.
         wire: the types in which tunables are sent, and in which changes of them come back.
+        has_controls: clusters answer with SCAFFOLD's control variates too.
         is_discreet: that a cluster took part is not to be told, and so not that it failed.
     """
 
@@ -79,8 +80,9 @@ class Attempts:
         ranks: LoraRanks | None = None,
         wire: Wire | None = None,
         is_discreet: bool = False,
+        has_controls: bool = False,
     ) -> None:
-        self._wire = wire or Wire()
+        self._wire, self._has_controls = wire or Wire(), has_controls
         self.cluster_ids = list(placements)
         self._tuning, self._placements, self._members = tuning, placements, members
         self._transport, self._worker, self._publish = transport, worker, publish
@@ -152,15 +154,24 @@ class Attempts:
         """
         results = [reply.read(TuneResult) for reply in replies]
         tensors: Tunables = {name: tensor for reply in replies for name, tensor in reply.tensors.items()}
-        tunables, control_change = split_controls(tensors)
-        tunables = restore_all(tunables)
-        update = Update(cluster_id, tunables, sum(result.num_examples for result in results), control_change)
+        answer, control_change = split_controls(tensors)
+        update = Update(cluster_id, restore_all(answer), sum(result.num_examples for result in results), control_change)
         check_update(update, begun)
-        if self._wire.updates != "float32":
-            update = replace(update, tunables={name: begun[name] + change for name, change in tunables.items()})
+        if self._has_controls and not control_change:
+            raise AggregationError(f"update of {cluster_id!r} has no control variates, which scaffold needs")
+        update = replace(update, tunables=self._exact(update.tunables, begun))
         loss = next((result.loss for result in results if result.loss is not None), None)
         confident = next((result.confident for result in results if result.confident is not None), None)
         return Outcome(key, update, loss, tuple(result.usage for result in results), confident)
+
+    def _exact(self, answer: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the edge's own tunables become by a cluster's changes, where rounded ones travelled."""
+        if self._wire.updates != "float32":
+            return {name: begun[name] + change for name, change in answer.items()}
+        if self._wire.orders != "float32":
+            ordered = restore_all(compress_all(begun, self._wire.orders))
+            return {name: begun[name] + (tensor - ordered[name]) for name, tensor in answer.items()}
+        return answer
 
     async def begin_of(self, cluster_id: str, state: EdgeState) -> Mapping[str, Tensor]:
         """What a cluster begins with: the state's tunables, where it has a LoRA rank of its own cut to that."""
@@ -184,22 +195,25 @@ class Attempts:
         placement, rank = self._placements[cluster_id], self._rank_of(cluster_id)
         begun = await self.begin_of(cluster_id, state)
         addresses = self._members.locate(neighbours_of(placement, self._num_owners, node_id))
-        tensors = self._part(state, begun, rank, tuple(segments_held(placement, self._num_owners, node_id)))
+        tensors = await self._part(state, begun, rank, tuple(segments_held(placement, self._num_owners, node_id)))
         order = msgspec.structs.replace(order, addresses=addresses)
         message = Message.of(TUNE, order, kind="tunables", tensors=tensors)
         return await self._transport.call(node_id, message)
 
-    def _part(
+    async def _part(
         self, state: EdgeState, begun: Mapping[str, Tensor], rank: int | None, held: tuple[Segment, ...]
     ) -> Packed:
         """What those are sent who hold some segments, packed once for all of them that have the rank."""
         parts = self._cache_of(state).parts
         if (held, rank) not in parts:
-            _, controls = split_controls(state.memory)
-            sent = {name: control.to(state.tunables[name].dtype) for name, control in controls.items()}
-            order = compress_all(tunables_of(begun, held), self._wire.orders)
-            parts[held, rank] = Packed(with_controls(order, tunables_of(sent, held)))
+            parts[held, rank] = await self._worker.compute(self._packed, state, begun, held)
         return parts[held, rank]
+
+    def _packed(self, state: EdgeState, begun: Mapping[str, Tensor], held: tuple[Segment, ...]) -> Packed:
+        _, controls = split_controls(state.memory)
+        sent = {name: control.to(state.tunables[name].dtype) for name, control in controls.items()}
+        order = compress_all(tunables_of(begun, held), self._wire.orders)
+        return Packed(with_controls(order, tunables_of(sent, held)))
 
     async def _lose(self, cluster_id: str, key: AttemptKey, problems: Sequence[BaseException]) -> None:
         detail = "; ".join(sorted({str(problem) or type(problem).__name__ for problem in problems}))

@@ -68,8 +68,8 @@ class LocalData:
 
     @property
     def keys(self) -> Tensor | None:
-        """Of all images that come again, where their prefix activations are to be kept [N]."""
-        keys = [view.keys for view in self.views if view.keys is not None]
+        """Of all images that come again, where their prefix activations are to be kept [N]; those with a label do."""
+        keys = [view.keys[view.labels >= 0] for view in self.views if view.keys is not None]
         return torch.cat(keys) if keys else None
 
     def batches(self, tuning: Tuning, draw: int, epoch: int) -> Iterator[Examples]:
@@ -106,7 +106,7 @@ class LocalData:
         """
         known = np.flatnonzero(self.examples.labels.numpy() >= 0)
         order, unlabelled = rng.permutation(known), np.flatnonzero(self.examples.labels.numpy() < 0)
-        size = min(tuning.batch_size, len(known))
+        size = max(1, min(tuning.batch_size, len(known)))
         if not self.num_unlabelled(tuning):
             yield from ((order[begin : begin + size], unlabelled[:0]) for begin in range(0, len(order), size))
             return

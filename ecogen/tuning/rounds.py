@@ -99,6 +99,7 @@ class EdgeRounds:
             ranks=ranks,
             wire=wire,
             is_discreet=privacy is not None,
+            has_controls=aggregation.strategy == "scaffold",
         )
         self._buffer: Buffer | None = None
         if aggregation.buffer:
@@ -140,6 +141,7 @@ class EdgeRounds:
         before, memory = self.state.tunables, self.state.memory
         if self._privacy is not None:
             ordered = [self._privacy.update(before, ordered)]
+        ordered = [update for update in ordered if update.num_examples]
         if not ordered:
             return Together(dict(before), dict(memory)), self._evaluate(before)
         if self._ranks is None:
@@ -177,7 +179,7 @@ class EdgeRounds:
             present = [cluster_id for cluster_id in chosen if cluster_id in formed]
             tried = (self._attempts.attempt(cluster_id, key, self.state, round_index) for cluster_id in present)
             outcomes = [outcome for outcome in await asyncio.gather(*tried) if outcome is not None]
-            is_done = formed if self._privacy is not None else not chosen
+            is_done = bool(formed) if self._privacy is not None else not chosen
             if outcomes or is_done:
                 return chosen, outcomes
             awaited = set(self._placements if self._privacy is not None else chosen)

@@ -76,6 +76,7 @@ def test_numbers_that_are_not_finite_do_not_become_finite_on_the_way() -> None:
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
+        ({"w": torch.tensor(1.0)}, "'w' is a single number"),
         ({"scale of w": torch.ones(1, 1)}, "scales of 'w', of which there are no numbers"),
         ({"w": torch.zeros(2, 3, dtype=torch.int8)}, "int8 without scales"),
         ({"w": torch.zeros(2, 3, dtype=torch.int8), "scale of w": torch.ones(1, 3)}, r"scales \(1, 3\) do not fit"),

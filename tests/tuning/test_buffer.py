@@ -204,7 +204,8 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_run_in_which_every_attempt_fails_ends_with_the_reason(edge: Edge) -> None:
     for device in edge.devices.values():
         device.problems = [ProtocolError("an order of another version")] * 100
-    with pytest.raises(RunError, match=r"round 1: 20 tries failed, the last one since an order of another version"):
+    # Both clusters try at once: the other's try may be under way when the twentieth fails.
+    with pytest.raises(RunError, match=r"round 1: 2[01] tries failed, the last one since an order of another version"):
         await edge.run(aggregation=Aggregation(buffer=1))
 
 

@@ -122,6 +122,18 @@ def most_apart(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> floa
     return max(float((some[name] - others[name]).abs().max()) for name in some)
 
 
+@pytest.mark.parametrize("wire_type", ["bfloat16", "int8"])
+async def test_rounding_orders_alone_leaves_the_edges_tunables_as_exact_as_they_are(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, wire_type: WireType
+) -> None:
+    """Where devices change nothing, nothing changes, though what they begin with is rounded."""
+    still = {"local_epochs": 0, "rounds": 1, "cloud_every": 0}
+    exact = await run(recipe_of(tuning=still), tmp_path / "exact")
+    narrow = replace(recipe_of(tuning=still | {"rounds": 3}), wire=Wire(orders=wire_type))
+    rounded_orders = await run(narrow, tmp_path / "narrow")
+    assert most_apart(exact.tunables, rounded_orders.tunables) < 1e-7
+
+
 SMOOTH = {"epsilon": 0.1, "cloud_every": 0}  # steps as gradients are, so that a rounding here is none there
 
 

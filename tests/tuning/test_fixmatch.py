@@ -240,3 +240,8 @@ def test_the_strong_augmentation_is_keyed_and_makes_holes() -> None:
     assert holes.max() <= 1 / 4
     assert 0.03 < holes.mean() < 1 / 12  # 1/12 if none lay partly outside
     assert torch.equal(strongly_augment(images, 0.0, torch.Generator()), images)
+
+
+def test_a_device_without_examples_has_no_batches_whatever_is_made_of_those_without_a_label() -> None:
+    for unlabelled in (Unlabelled(), SPEC):
+        assert list(known(0, 0).batches(Tuning(unlabelled=unlabelled), 0, 0)) == []

@@ -194,7 +194,7 @@ def test_strategies_that_want_each_update_are_refused(strategy: str) -> None:
 
 
 def test_a_delta_that_means_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"privacy.delta: 0.5 is not below 1 / topology.clusters_per_edge = 0.333333"):
+    with pytest.raises(ConfigError, match=r"privacy.delta: 0.5 is not below 1 / clusters of an edge = 0.333333"):
         private(privacy={"noise_multiplier": 1.0, "delta": 0.5})
 
 

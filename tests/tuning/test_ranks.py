@@ -157,7 +157,7 @@ def test_padded_factors_are_averaged_with_zeros_and_the_edges_scale() -> None:
     torch.testing.assert_close(torch.tensor(dense(ranks, own)).float(), b)
 
 
-def test_padded_factors_may_be_put_together_by_another_strategy() -> None:
+def test_factors_of_one_rank_are_put_together_by_any_strategy() -> None:
     ranks, updates = LoraRanks(8.0, how="factors"), updates_of(3, 3, 3)
     result = ranks.put_together(tunables(3, 7), updates, {}, median, SPEC)
     plain, _ = median(tunables(3, 7), updates, {}, SPEC)

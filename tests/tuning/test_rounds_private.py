@@ -107,15 +107,11 @@ async def test_a_sampled_round_waits_for_one_of_those_who_were_drawn(alone: Edge
     await alone.arrive("far-0", "far-1")
     rounds = alone.rounds(participation=0.5, rejoin_timeout_s=1)
     rounds._draw = lambda _: ["near"]  # type: ignore[method-assign]
-    rounds._form_all = _at_once  # type: ignore[method-assign]
-    running = asyncio.create_task(rounds.run())
+    running = asyncio.create_task(rounds._tune_clusters(0))
     await asyncio.sleep(0.05)
     assert not running.done()
     await alone.arrive("near-0", "near-1")
-    await running
-    assert values(rounds.state.tunables) == {1.0}
+    chosen, (outcome,) = await running
+    assert chosen == ["near"]
+    assert values(outcome.update.tunables) == {1.0}
     assert not alone.devices["far-0"].rounds
-
-
-async def _at_once() -> None:
-    """Begin without waiting for all clusters."""
