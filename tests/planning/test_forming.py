@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from itertools import permutations, product
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from ecogen import planning
 from ecogen.errors import PlacementError
 from ecogen.planning.cover import Capacities, cover, least_time
 from ecogen.planning.forming import form, form_most
@@ -83,14 +85,40 @@ def test_forming_finds_the_best_of_nearly_all_pools() -> None:
     """Six devices in two clusters: of all pools but one, the best there is."""
     draw, ratios = random.Random(0), []
     for _ in range(20):
-        access = [Link("d2d", draw.uniform(0, 0.02), 10 ** draw.uniform(5.5, 8)) for _ in range(6)]
-        nodes = [node(i, draw.uniform(1, 20), 10 ** draw.uniform(8, 9.5), access[i]) for i in range(6)]
-        pool = pool_of(*nodes)
+        pool = random_pool(draw, 6)
         formed, best_s = form(pool, 2), best_of_all(pool, 2)
         if formed is not None:
             ratios.append(formed.slowest_s / best_s)
     assert len(ratios) >= 15
     assert sum(ratio < 1 + 1e-9 for ratio in ratios) >= len(ratios) - 1
+
+
+def random_pool(draw: random.Random, size: int) -> Pool:
+    access = [Link("d2d", draw.uniform(0, 0.02), 10 ** draw.uniform(5.5, 8)) for _ in range(size)]
+    return pool_of(*(node(i, draw.uniform(1, 20), 10 ** draw.uniform(8, 9.5), access[i]) for i in range(size)))
+
+
+def test_without_the_solver_forming_is_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is for large pools: here on small ones, of which the best is known."""
+    for module in (planning.cover, planning.forming):
+        monkeypatch.setattr(module, "MOST_SOLVED", 0)
+    monkeypatch.setattr(planning.cover, "_solve", None)  # is not to be called
+    draw = random.Random(0)
+    for _ in range(10):
+        pool = random_pool(draw, 6)
+        formed, best_s = form(pool, 2), best_of_all(pool, 2)
+        assert formed is not None
+        assert formed.bound_s <= best_s * (1 + 1e-9)
+        assert best_s * (1 - 1e-9) <= formed.slowest_s <= 1.25 * best_s
+
+
+def test_a_pool_of_two_hundred_is_formed_in_seconds() -> None:
+    pool, began_s = random_pool(random.Random(1), 200), time.process_time()
+    formed = form(pool, 30)
+    assert formed is not None
+    assert len(formed.clusters) == 30
+    assert formed.bound_s <= formed.slowest_s
+    assert time.process_time() - began_s < 20
 
 
 @settings(max_examples=15)
