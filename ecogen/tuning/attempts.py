@@ -126,17 +126,21 @@ class Attempts:
         """
         placement, begun = self._placements[cluster_id], await self.begin_of(cluster_id, state)
         counted = state.counted[cluster_id].attempt if cluster_id in state.counted else None
+        order = TuneOrder(key, {}, draw, counted)
         try:
-            async with asyncio.timeout(self._tuning.round_timeout_s), asyncio.TaskGroup() as group:
-                replies = [
-                    group.create_task(self._order(node_id, cluster_id, TuneOrder(key, {}, draw, counted), state))
-                    for node_id in placement.node_ids
-                ]
+            async with asyncio.timeout(self._tuning.round_timeout_s):
+                messages = {n: await self._message(n, cluster_id, order, state) for n in placement.node_ids}
+                async with asyncio.TaskGroup() as group:  # all are sent before any is answered
+                    calls = (self._transport.call(node_id, message) for node_id, message in messages.items())
+                    replies = [group.create_task(call) for call in calls]
         except TimeoutError:
             await self._lose(cluster_id, key, [TimeoutError(f"not done in {self._tuning.round_timeout_s:g} s")])
             return None
         except ExceptionGroup as problems:
             await self._lose(cluster_id, key, transport_errors(problems))
+            return None
+        except NodeLostError as problem:
+            await self._lose(cluster_id, key, [problem])
             return None
         try:
             return await self._worker.compute(self._outcome, cluster_id, key, [r.result() for r in replies], begun)
@@ -191,14 +195,12 @@ class Attempts:
             self._cache = _Cache(state)
         return self._cache
 
-    async def _order(self, node_id: str, cluster_id: str, order: TuneOrder, state: EdgeState) -> Message:
+    async def _message(self, node_id: str, cluster_id: str, order: TuneOrder, state: EdgeState) -> Message:
         placement, rank = self._placements[cluster_id], self._rank_of(cluster_id)
         begun = await self.begin_of(cluster_id, state)
-        addresses = self._members.locate(neighbours_of(placement, self._num_owners, node_id))
         tensors = await self._part(state, begun, rank, tuple(segments_held(placement, self._num_owners, node_id)))
-        order = msgspec.structs.replace(order, addresses=addresses)
-        message = Message.of(TUNE, order, kind="tunables", tensors=tensors)
-        return await self._transport.call(node_id, message)
+        addresses = self._members.locate(neighbours_of(placement, self._num_owners, node_id))
+        return Message.of(TUNE, msgspec.structs.replace(order, addresses=addresses), kind="tunables", tensors=tensors)
 
     async def _part(
         self, state: EdgeState, begun: Mapping[str, Tensor], rank: int | None, held: tuple[Segment, ...]
