@@ -3,10 +3,11 @@
 Reading a recipe touches no network, disk (beyond the recipe itself) or device.
 """
 
-from ecogen.config.contradictions import lora_averaging
+from ecogen.config.contradictions.aggregation import lora_averaging
 from ecogen.config.nodes import build_topology, compute_of, is_unformed, pool_rows
 from ecogen.config.reading import (
     builtin_names,
+    checked,
     from_table,
     load,
     section_from_table,
@@ -17,7 +18,6 @@ from ecogen.config.schema import (
     MADE_HERE,
     NUM_LABELS,
     Aggregation,
-    BlockTunables,
     Compute,
     Data,
     DeviceProfile,
@@ -35,14 +35,13 @@ from ecogen.config.schema import (
     SiteProfile,
     TopologyRecipe,
     TransportRecipe,
-    Tunables,
-    TunedBlock,
     Tuning,
     Unlabelled,
     Wire,
-    WireType,
 )
 from ecogen.config.sweep import Case, Reference, Row, Study, Sweep, load_study
+from ecogen.config.tunables import BlockTunables, Tunables, TunedBlock
+from ecogen.config.types import WireType
 
 __all__ = [
     "MADE_HERE",
@@ -79,6 +78,7 @@ __all__ = [
     "WireType",
     "build_topology",
     "builtin_names",
+    "checked",
     "compute_of",
     "from_table",
     "is_unformed",

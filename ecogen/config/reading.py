@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ecogen.config.problems import contradictions, explain, problems_of
+from ecogen.config.contradictions import contradictions
+from ecogen.config.problems import explain, problems_of
 from ecogen.config.schema import Recipe, TopologyRecipe
 from ecogen.errors import ConfigError
 
@@ -54,6 +55,18 @@ def from_table(table: Mapping[str, Any], source: str = "recipe", found: Sequence
         recipe = _RECIPE.validate_python(table)
     except ValidationError as error:
         raise ConfigError([*found, *problems_of(table, error)], source) from None
+    return checked(recipe, source, found)
+
+
+def checked(recipe: Recipe, source: str = "recipe", found: Sequence[str] = ()) -> Recipe:
+    """The recipe, if its values do not contradict each other.
+
+    Args:
+        found: problems that are known already, to be told with the others.
+
+    Raises:
+        ConfigError: with every problem and its place.
+    """
     problems = [*found] + [contradiction.text for contradiction in contradictions(recipe)]
     if problems:
         raise ConfigError(problems, source)

@@ -5,37 +5,30 @@ Only the top verbs see a `Recipe`; components take plain arguments.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import field, replace
-from typing import Annotated, Literal, TypeVar
+from dataclasses import field
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from ecogen.config.tunables import Tunables
+from ecogen.config.types import (
+    STRICT,
+    Count,
+    DeviceName,
+    DtypeName,
+    Finite,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Slowness,
+    WireType,
+)
 from ecogen.placement import Labels
-
-STRICT = ConfigDict(extra="forbid")
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Slowness = Annotated[float, Field(ge=1, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-DtypeName = Literal["float32", "bfloat16"]
-WireType = Literal["float32", "bfloat16", "int8"]
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
-LoraKind = Literal["lora", "rslora", "dora"]
-Backbone = Literal["frozen", "biases", "all"]
-BlockRange = Annotated[str, Field(pattern=r"^\d+\.\.\d+$")]
-
-Value = TypeVar("Value")
-
 
 MADE_HERE = ("pretrain", "untrained")
 """The sources of `model.source` that need nothing but this program."""
@@ -186,104 +179,11 @@ class Compute:
 
 
 @dataclass(frozen=True, config=STRICT)
-class BlockTunables:
-    """What trains in some blocks, where it is not what the run says; what is left out is as in the run."""
-
-    prompts: Natural | None = None
-    lora_rank: Natural | None = None
-    ia3: bool | None = None
-    bottleneck: Natural | None = None
-    backbone: Backbone | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TunedBlock:
-    """What trains in one block, all of it said.
-
-    Attributes:
-        prompts: that enter before this block.
-        has_magnitudes: DoRA's, one an output of each LoRA target.
-    """
-
-    prompts: int = 0
-    lora_rank: int = 0
-    num_lora_targets: int = 0
-    has_magnitudes: bool = False
-    ia3: bool = False
-    bottleneck: int = 0
-    backbone: Backbone = "frozen"
-
-    @property
-    def is_tuned(self) -> bool:
-        """Whether anything trains in it."""
-        return bool(self.prompts or self.lora_rank or self.ia3 or self.bottleneck or self.backbone != "frozen")
-
-
-@dataclass(frozen=True, config=STRICT)
-class Tunables:
-    """What trains and travels; `docs/tunables.md` says which when."""
-
-    prompts: Natural = 4  # visual prompts: of each block, or all of them (VPT, Jia et al. 2022)
-    prompt_depth: Literal["deep", "shallow"] = "deep"  # shallow: they enter once, stay and cross the cuts above
-    lora_rank: Natural = 4
-    lora_alpha: Positive = 8.0
-    lora_kind: LoraKind = "lora"  # rslora: scaled by alpha / sqrt(rank); dora: a magnitude of its own a row
-    lora_targets: tuple[LoraTarget, ...] = ("q_proj", "v_proj")  # attention projections of each block
-    ia3: bool = False  # factors on keys, values and the MLP's inner activations (Liu et al. 2022); instead of LoRA
-    bottleneck: Natural = 0  # inner size of an adapter after each MLP (Houlsby et al. 2019)
-    head: bool = True
-    backbone: Backbone = "frozen"  # what of the foundation model trains too
-    first_block: Natural = 0  # all of it from this block upwards; no gradient flows below the lowest tunable
-    blocks: Mapping[BlockRange, BlockTunables] = field(default_factory=dict)  # "0..2": what is different in 0 and 1
-    cluster_ranks: Mapping[str, Count] = field(default_factory=dict)  # by cluster: at most this LoRA rank there
-
-    def of_block(self, index: int) -> TunedBlock:
-        """What trains in one block."""
-        if index < self.first_block:
-            return TunedBlock()
-        own = next((own for blocks, own in self.blocks.items() if index in block_range(blocks)), BlockTunables())
-        has_prompts = self.prompt_depth == "deep" or index == self.first_block
-        rank = _first_of(own.lora_rank, self.lora_rank)
-        return TunedBlock(
-            prompts=_first_of(own.prompts, self.prompts) if has_prompts else 0,
-            lora_rank=rank,
-            num_lora_targets=len(self.lora_targets) if rank else 0,
-            has_magnitudes=bool(rank) and self.lora_kind == "dora",
-            ia3=_first_of(own.ia3, self.ia3),
-            bottleneck=_first_of(own.bottleneck, self.bottleneck),
-            backbone=_first_of(own.backbone, self.backbone),
-        )
-
-    def of_cluster(self, cluster_id: str) -> Tunables:
-        """What trains in one cluster: of its own LoRA rank, where the recipe says one."""
-        most = self.cluster_ranks.get(cluster_id)
-        if most is None:
-            return replace(self, cluster_ranks={})
-        blocks = {
-            name: replace(own, lora_rank=None if own.lora_rank is None else min(own.lora_rank, most))
-            for name, own in self.blocks.items()
-        }
-        return replace(self, lora_rank=min(self.lora_rank, most), blocks=blocks, cluster_ranks={})
-
-
-def block_range(text: str) -> range:
-    """The blocks of "2..4": 2 and 3."""
-    start, _, stop = text.partition("..")
-    return range(int(start), int(stop))
-
-
-def _first_of(own: Value | None, default: Value) -> Value:
-    return default if own is None else own
-
-
-@dataclass(frozen=True, config=STRICT)
 class Unlabelled:
     """What devices do with examples that have no label; the paper is Sohn et al. 2020, https://arxiv.org/abs/2001.07685."""
 
     method: Literal["ignore", "fixmatch"] = "ignore"
-    teacher: Literal["self", "edge"] = (
-        "self"  # whose predictions: the model's at that step (the paper's), or the edge's
-    )
+    teacher: Literal["self", "edge"] = "self"  # who predicts: the model at that step (the paper's), or the edge's
     threshold: Share = 0.95  # tau: a prediction at least so sure is a pseudo-label (the paper's)
     weight: NonNegative = 1.0  # lambda_u, of the unlabelled part of the loss (the paper's)
     ratio: Count = 7  # mu: unlabelled examples in a batch for each labelled one (the paper's)

@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 from ecogen.config.nodes import build_topology, is_unformed
 from ecogen.config.problems import explain
 from ecogen.config.reading import SWEEP, from_table, override, read_table
-from ecogen.config.schema import STRICT, Natural, Recipe, Share
+from ecogen.config.schema import Recipe
+from ecogen.config.types import STRICT, Natural, Share
 from ecogen.errors import ConfigError
 
 

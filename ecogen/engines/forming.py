@@ -22,11 +22,12 @@ def formed(recipe: recipes.Recipe) -> recipes.Recipe:
     Raises:
         PlacementError: if the pool cannot hold so many models, or it is not known yet how large a model is.
         CheckpointError: if the model's folder cannot be read.
+        ConfigError: if an edge has fewer clusters now than its aggregation needs.
     """
     if not recipes.is_unformed(recipe.topology):
         return recipe
     clusters = form_clusters(recipe, announced_shape(recipe))
-    return replace(recipe, topology=replace(recipe.topology, clusters=clusters))
+    return recipes.checked(replace(recipe, topology=replace(recipe.topology, clusters=clusters)))
 
 
 def announced_shape(recipe: recipes.Recipe) -> ModelShape:

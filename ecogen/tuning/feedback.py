@@ -47,10 +47,7 @@ class Feedback:
         Args:
             begun: the tunables that it began with.
         """
-        wanted = {name: tensor - begun[name] for name, tensor in answer.items()}
-        wanted = {
-            name: change + self._error[name] if name in self._error else change for name, change in wanted.items()
-        }
+        wanted = {name: tensor - begun[name] + self._error.get(name, 0) for name, tensor in answer.items()}
         sent = compress_all(wanted, self._wire_type)
         back = restore_all(sent)
         self._memory.end(attempt, {name: change - back[name] for name, change in wanted.items()})

@@ -18,7 +18,7 @@ from ecogen.config import Recipe, build_topology, from_table, load, to_table
 from ecogen.engines.check import check_recipe
 from ecogen.engines.forming import announced_shape, formed
 from ecogen.engines.local import launch_local
-from ecogen.errors import CheckpointError, PlacementError
+from ecogen.errors import CheckpointError, ConfigError, PlacementError
 from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters, plan_clusters
 from ecogen.records import RequestRecord
@@ -73,6 +73,13 @@ def test_what_is_formed_is_written_down_and_stays(pooled: RecipeOf) -> None:
     assert "edge-0.device-4" not in build_topology(once.topology).nodes
     placed = place_clusters(once, announced_shape(once))
     assert {name: tuple(p.node_ids) for name, p in placed.items()} == once.topology.clusters
+
+
+def test_clusters_are_as_many_as_their_aggregation_needs(pooled: RecipeOf) -> None:
+    """Where the pool says how many there are, nobody knows before they are formed."""
+    robust = {"strategy": "trimmed_mean", "faulty": 5}
+    with pytest.raises(ConfigError, match=r"aggregation\.faulty: 5 of an edge's \d clusters leave none to trust"):
+        formed(pooled(topology=pool(clusters_per_edge="auto"), aggregation=robust))
 
 
 def test_what_is_announced_is_what_the_model_is(pooled: RecipeOf) -> None:

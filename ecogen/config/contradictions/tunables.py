@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
-from ecogen.config.schema import Recipe, Tunables, block_range
+from ecogen.config.contradictions.aggregation import takes_products
+from ecogen.config.contradictions.contradiction import Contradiction
+from ecogen.config.schema import Recipe
+from ecogen.config.tunables import Tunables, block_range
 
 _ALIKE = ("median", "trimmed_mean", "multi_krum", "scaffold")
 """Strategies that need updates of one shape: zeros in the place of what a cluster has not would count as its word."""
-
-
-class Contradiction(NamedTuple):
-    """Values that are right by themselves and wrong together.
-
-    Attributes:
-        places: of all of them; where one is wrong by itself, only that is told.
-    """
-
-    places: tuple[str, ...]
-    text: str
 
 
 def of_tunables(recipe: Recipe) -> Iterator[Contradiction]:
@@ -83,16 +74,3 @@ def _of_ranks(recipe: Recipe) -> Iterator[Contradiction]:
     elif takes_products(recipe) and aggregation.strategy != "fedavg":
         text = f"{how}: products are averaged, {aggregation.strategy!r} works on factors; set {how} = 'factors'"
         yield Contradiction((how, place, "aggregation.strategy"), text)
-
-
-def takes_products(recipe: Recipe) -> bool:
-    """Whether edges average LoRA's products rather than its factors."""
-    return lora_averaging(recipe) != "factors"
-
-
-def lora_averaging(recipe: Recipe) -> Literal["factors", "products", "changes"]:
-    """What edges average of LoRA."""
-    how = recipe.aggregation.lora
-    if how == "auto":
-        return "changes" if recipe.tunables.cluster_ranks else "factors"
-    return how
