@@ -27,7 +27,7 @@ from ecogen.topology import Device, Link, Node, Tier
 
 SEED = 0
 # ViT-Small's sizes (Dosovitskiy et al. 2021; Touvron et al. 2021): 22 M parameters in 12 blocks, on 16 x 16 patches.
-SHAPE = ModelShape(12, 384, 1536, 197, 768, 10, tuned=(TunedBlock(8, 8, 2),) * 12)
+SHAPE = ModelShape(12, 384, 1536, 197, 768, 10, tuned=(TunedBlock(8, 8, ("q_proj", "v_proj")),) * 12)
 LINK = Link("d2d", rtt_s=0.004, bytes_per_s=37.5e6)
 MICROBATCH, MICROBATCHES = 8, 4
 

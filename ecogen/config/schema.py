@@ -278,7 +278,7 @@ class Wire:
     gradients: WireType = "float32"
     orders: WireType = "float32"  # tunables, from an edge to its devices
     updates: WireType = "float32"  # how a device changed them; what rounding leaves is added to its next change
-    tokens: Literal["needed", "all"] = "needed"  # to a head on its own: CLS, or all
+    tokens: Literal["needed", "all"] = "needed"  # the last block computes them and sends them to a head: CLS, or all
     gradients_to: Literal["tunables", "start"] = "tunables"  # the lowest tunable block, or down to the start device
 
 

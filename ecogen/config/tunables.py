@@ -41,12 +41,13 @@ class TunedBlock:
 
     Attributes:
         prompts: that enter before this block.
+        lora_targets: attention projections with LoRA, where there is a rank.
         has_magnitudes: DoRA's, one an output of each LoRA target.
     """
 
     prompts: int = 0
     lora_rank: int = 0
-    num_lora_targets: int = 0
+    lora_targets: tuple[LoraTarget, ...] = ()
     has_magnitudes: bool = False
     ia3: bool = False
     bottleneck: int = 0
@@ -86,7 +87,7 @@ class Tunables:
         return TunedBlock(
             prompts=_first_of(own.prompts, self.prompts) if has_prompts else 0,
             lora_rank=rank,
-            num_lora_targets=len(self.lora_targets) if rank else 0,
+            lora_targets=self.lora_targets if rank else (),
             has_magnitudes=bool(rank) and self.lora_kind == "dora",
             ia3=_first_of(own.ia3, self.ia3),
             bottleneck=_first_of(own.bottleneck, self.bottleneck),

@@ -46,7 +46,7 @@ def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
     partition_examples(splits.train.labels, recipe.data.partition, clusters_of_edges, recipe.seed, known)
     if config is not None:
         config.num_labels = recipes.NUM_LABELS
-        place_clusters(recipe, model_shape(config, recipe.tunables))
+        place_clusters(recipe, model_shape(config, recipe.tunables, recipe.wire.tokens))
     return recipe
 
 

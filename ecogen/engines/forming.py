@@ -53,7 +53,7 @@ def announced_shape(recipe: recipes.Recipe) -> ModelShape:
     if model.source not in recipes.MADE_HERE:
         vars(config).update(_read_config(Path(model.source)))
     config.num_labels = recipes.NUM_LABELS  # a head's size decides no placement
-    return model_shape(config, recipe.tunables)
+    return model_shape(config, recipe.tunables, recipe.wire.tokens)
 
 
 def _read_config(folder: Path) -> dict[str, object]:

@@ -153,7 +153,7 @@ def gather_facts(
 ) -> RunFacts:
     """Sizes, host, placement, and the closing measurements that the recipe asks for."""
     config = classification_config(foundation, num_labels)
-    shape = model_shape(config, recipe.tunables)
+    shape = model_shape(config, recipe.tunables, recipe.wire.tokens)
     whole = Segment(0, shape.num_blocks, has_embedding=True, has_head=True)
     attacks = attack_first_cut(foundation, recipe, tunables) if recipe.evaluation.inversion else ()
     return RunFacts(

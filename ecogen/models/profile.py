@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ecogen.config import Tunables as TunablesSpec
 from ecogen.planning.cost import ModelShape
@@ -13,8 +13,14 @@ if TYPE_CHECKING:
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def model_shape(config: ViTConfig, spec: TunablesSpec, dtype: str = "float32") -> ModelShape:
-    """The shape of a vision transformer with its tunables."""
+def model_shape(
+    config: ViTConfig, spec: TunablesSpec, tokens: Literal["needed", "all"] = "needed", dtype: str = "float32"
+) -> ModelShape:
+    """The shape of a vision transformer with its tunables.
+
+    Args:
+        tokens: that the last block computes for a head.
+    """
     patches = (config.image_size // config.patch_size) ** 2
     return ModelShape(
         num_blocks=config.num_hidden_layers,
@@ -27,5 +33,6 @@ def model_shape(config: ViTConfig, spec: TunablesSpec, dtype: str = "float32") -
         prompts_stay=spec.prompt_depth == "shallow",
         head_trains=spec.head,
         norm=spec.backbone,
+        all_tokens=tokens == "all",
         bytes_per_parameter=_BYTES[dtype],
     )

@@ -50,6 +50,7 @@ from ecogen.tuning.labels import common_labels, label_sets, without_heads
 from ecogen.tuning.messages import SYNC
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.sync import CloudState, CloudSync
+from ecogen.units import MIB
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class CloudRole:
         self._labels = label_sets(self._recipe.data, self._topology.edge_ids, num_labels)
         common = common_labels(self._labels)
         self._config = classification_config(self._foundation, common.labels if common else range(num_labels))
-        self._shape = model_shape(self._config, self._recipe.tunables)
+        self._shape = model_shape(self._config, self._recipe.tunables, self._recipe.wire.tokens)
         place_clusters(self._recipe, self._shape)
         model = load_whole(self._foundation, self._config, self._recipe.tunables, self._recipe.seed)
         self._stage = Stage(model, device=self._context.device, dtype=self._context.dtype)
@@ -201,7 +202,8 @@ class CloudRole:
         if recipe.evaluation.split == "none" or common is None:  # without common labels there is no head here
             return Evaluator(self._stage, self._shape, self._context.worker, None)
         examples = common.keep(getattr(splits, recipe.evaluation.split))
-        return Evaluator(self._stage, self._shape, self._context.worker, examples)
+        kept_bytes = int(recipe.tuning.prefix_memory_mib * MIB)
+        return Evaluator(self._stage, self._shape, self._context.worker, examples, kept_bytes)
 
     # Edges.
 

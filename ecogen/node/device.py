@@ -132,7 +132,7 @@ class DeviceRole:
         tensors = await self._backbone(config, segments, welcome.digest)
         context.worker.slowness = recipe.faults.slow.get(context.node_id, 1.0)
         stage = await context.worker.compute(self._load, config, segments, tensors, spec)
-        shape = model_shape(config, spec)
+        shape = model_shape(config, spec, self._recipe.wire.tokens)
         data = await context.worker.compute(self._own_data, topology, placement, welcome.digest, shape)
         goes_down = recipe.wire.gradients_to == "start"
         routes = [Route(route, shape, goes_down) for route in rotations(placement, recipe.data.owners)]
@@ -175,7 +175,7 @@ class DeviceRole:
     ) -> Stage:
         model = load_vit(config, segments, tensors)
         attach_tunables(model, spec)
-        model.sends_all_tokens = self._recipe.wire.tokens == "all"
+        model.gives_all_tokens = self._recipe.wire.tokens == "all"
         return Stage(model, device=self._context.device, dtype=self._context.dtype)
 
     def _cache(self, routes: list[Route], shape: ModelShape) -> PrefixCache | None:

@@ -50,6 +50,7 @@ from ecogen.tuning.messages import placement_table
 from ecogen.tuning.privacy import ClusterPrivacy
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds
+from ecogen.units import MIB
 
 
 class EdgeRole:
@@ -90,7 +91,7 @@ class EdgeRole:
         context = self._context
         self._recipe = recipe = recipes.from_table(welcome.recipe, f"the recipe of {self._cloud_id}")
         self._digest, self._config = welcome.digest, ViTConfig.from_dict(welcome.model)
-        self._shape = model_shape(self._config, recipe.tunables)
+        self._shape = model_shape(self._config, recipe.tunables, recipe.wire.tokens)
         placements = place_clusters(recipe, self._shape)
         topology = recipes.build_topology(recipe.topology)
         self._placements = {c.cluster_id: placements[c.cluster_id] for c in topology.clusters_of(context.node_id)}
@@ -152,7 +153,8 @@ class EdgeRole:
         edge_ids = recipes.build_topology(recipe.topology).edge_ids
         labels = label_sets(recipe.data, edge_ids, splits.num_labels)[self._context.node_id]
         examples = None if recipe.evaluation.split == "none" else labels.keep(getattr(splits, recipe.evaluation.split))
-        return Evaluator(self._stage, self._shape, self._context.worker, examples)
+        kept_bytes = int(recipe.tuning.prefix_memory_mib * MIB)
+        return Evaluator(self._stage, self._shape, self._context.worker, examples, kept_bytes)
 
     async def _welcome(self, device_id: str) -> Message:
         await self._prepared.wait()

@@ -4,8 +4,9 @@ The blocks are those of transformers' `ViTLayer`: attention with four square pro
 all with biases. FLOPs are those of the matrix products, two a multiply-add; norms, softmax and GELU are left out, as
 torch's own counter does.
 
-Legend: D hidden size, I intermediate size, T tokens with CLS, T' those of a block with its P prompts, r LoRA rank,
-m bottleneck size, L labels.
+Legend: D hidden size, I intermediate size, T tokens with CLS, T' those of a block with its P prompts, Q those of them
+that ask: all T', or CLS alone in the last block, since a head looks at nothing else. r LoRA rank, m bottleneck size,
+L labels.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class ModelShape:
         tuned: what trains in each block, one a block; none where all are frozen. LoRA's targets are square, D x D.
         prompts_stay: prompts that entered go on through all blocks above and cross the cuts (shallow ones).
         norm: what trains of the last norm.
+        all_tokens: the last block computes all of them too, and sends them to a head on another node.
         bytes_per_parameter: of parameters, activations, gradients and optimizer states alike.
     """
 
@@ -41,6 +43,7 @@ class ModelShape:
     prompts_stay: bool = False
     head_trains: bool = True
     norm: Literal["frozen", "biases", "all"] = "frozen"
+    all_tokens: bool = False
     bytes_per_parameter: int = 4
 
     @property
@@ -62,9 +65,13 @@ class ModelShape:
         entered = self.tuned[: index + 1] if self.prompts_stay else self.tuned[index : index + 1]
         return self.num_tokens + sum(block.prompts for block in entered)
 
+    def queries_in_block(self, index: int) -> int:
+        """Q: what a block gives an output for."""
+        return 1 if index == self.num_blocks - 1 and not self.all_tokens else self.tokens_in_block(index)
+
     def tokens_on_cut(self, cut: int) -> int:
         """What crosses the cut below block `cut`: T and the prompts that entered and stay; to the head CLS only."""
-        if cut == self.num_blocks:
+        if cut == self.num_blocks and not self.all_tokens:
             return 1
         return self.num_tokens + self.prompts_stay * sum(block.prompts for block in self.tuned[:cut])
 
@@ -96,7 +103,7 @@ def num_adapter_parameters(shape: ModelShape, segment: Segment) -> int:
 
 def _num_adapter_parameters(shape: ModelShape, block: TunedBlock) -> int:
     d, m = shape.hidden_size, block.bottleneck
-    lora = block.num_lora_targets * d * (2 * block.lora_rank + block.has_magnitudes)
+    lora = len(block.lora_targets) * d * (2 * block.lora_rank + block.has_magnitudes)
     ia3 = block.ia3 * (2 * d + shape.intermediate_size)
     return block.prompts * d + lora + ia3 + (2 * d * m + m + d if m else 0)
 
@@ -152,11 +159,11 @@ def memory_bytes(shape: ModelShape, segments: Sequence[Segment], examples_in_fli
 def kept_activations(shape: ModelShape, segment: Segment) -> int:
     """Numbers that one example leaves in a segment for its backward pass.
 
-    A block that gradients pass keeps T' (8 D + I): both norms' inputs, the adapters' input, queries, keys, values,
-    attention's output and its log-sum-exp (at most D), and what enters GELU. Frozen linear layers keep nothing, linear
-    layers that train their inputs: D + I more, and the patches. What is added keeps, a token: DoRA 2 D a target (what
-    it scales), IA3 2 D + I (what its factors meet), a bottleneck D + m. Attention probabilities are recomputed by the
-    fused kernel. The head keeps 2 D for its norm of CLS.
+    A block that gradients pass keeps 4 T' D, the first norm's input, the adapters' input, keys and values, and
+    Q (4 D + I), queries, attention's output and its log-sum-exp (at most D), the second norm's input and what enters
+    GELU. Frozen linear layers keep nothing, linear layers that train their inputs: Q (D + I) more, and the patches.
+    What is added keeps, a token it works on: DoRA 2 D a target (what it scales), IA3 2 D + I (what its factors meet),
+    a bottleneck D + m. Attention probabilities are recomputed by the fused kernel. The head keeps 2 D for its norm.
     """
     head = 2 * shape.hidden_size
     patches = segment.has_embedding * (shape.embedding == "all") * (shape.num_tokens - 1) * shape.patch_dim
@@ -167,9 +174,10 @@ def kept_activations(shape: ModelShape, segment: Segment) -> int:
 def forward_flops(shape: ModelShape, segment: Segment, num_examples: int = 1) -> int:
     """FLOPs of the forward pass of some examples at once through a segment.
 
-    Embedding 2 (T - 1) patch_dim D, block 2 T' (4 D D + 2 D I) + 4 T' T' D (Kaplan et al. 2020, 2N + 4 s d a token and
-    layer, with T' tokens, prompts among them) + 4 T' r D a LoRA target + 4 T' m D of a bottleneck, head 2 D L on CLS
-    alone; all that an example. DoRA multiplies its factors out, 4 D D r a target, once for all examples.
+    Embedding 2 (T - 1) patch_dim D, block 4 T' D D + 2 Q (2 D D + 2 D I) + 4 Q T' D (with Q = T' it is Kaplan et al.
+    2020, 2N + 4 s d a token and layer, prompts among the tokens) + 4 r D a LoRA target and token, T' of keys and values
+    and Q of others + 4 Q m D of a bottleneck, head 2 D L on CLS alone; all that an example. DoRA multiplies its factors
+    out, 4 D D r a target, once for all examples.
     """
     blocks = sum(
         _linear_flops(shape, index) + _attention_flops(shape, index) + _adapter_flops(shape, index)
@@ -214,11 +222,12 @@ def _classifier(shape: ModelShape) -> int:
 
 def _activations_of_block(shape: ModelShape, index: int) -> int:
     d, i, block = shape.hidden_size, shape.intermediate_size, shape.of_block(index)
+    tokens, queries = shape.tokens_in_block(index), shape.queries_in_block(index)
     trained = (d + i) * (block.backbone == "all")
-    dora = 2 * d * block.num_lora_targets * block.has_magnitudes
-    ia3 = (2 * d + i) * block.ia3
+    dora = 2 * d * _lora_tokens(shape, index) * block.has_magnitudes
     bottleneck = d + block.bottleneck if block.bottleneck else 0
-    return shape.tokens_in_block(index) * (8 * d + i + trained + dora + ia3 + bottleneck)
+    of_keys, of_queries = 4 * d + 2 * d * block.ia3, 4 * d + i + trained + i * block.ia3 + bottleneck
+    return tokens * of_keys + queries * of_queries + dora
 
 
 def _embedding_flops(shape: ModelShape) -> int:
@@ -226,22 +235,29 @@ def _embedding_flops(shape: ModelShape) -> int:
 
 
 def _linear_flops(shape: ModelShape, index: int) -> int:
-    d = shape.hidden_size
-    return 2 * shape.tokens_in_block(index) * (4 * d * d + 2 * d * shape.intermediate_size)
+    d, tokens, queries = shape.hidden_size, shape.tokens_in_block(index), shape.queries_in_block(index)
+    return 2 * tokens * 2 * d * d + 2 * queries * (2 * d * d + 2 * d * shape.intermediate_size)
 
 
 def _attention_flops(shape: ModelShape, index: int) -> int:
-    return 4 * shape.tokens_in_block(index) ** 2 * shape.hidden_size
+    return 4 * shape.queries_in_block(index) * shape.tokens_in_block(index) * shape.hidden_size
 
 
 def _adapter_flops(shape: ModelShape, index: int) -> int:
     block = shape.of_block(index)
-    inner = block.lora_rank * block.num_lora_targets + block.bottleneck
-    return 4 * shape.tokens_in_block(index) * shape.hidden_size * inner
+    inner = block.lora_rank * _lora_tokens(shape, index) + block.bottleneck * shape.queries_in_block(index)
+    return 4 * shape.hidden_size * inner
+
+
+def _lora_tokens(shape: ModelShape, index: int) -> int:
+    """Tokens that LoRA works on in a block, of all its targets together."""
+    targets = shape.of_block(index).lora_targets
+    of_keys = sum(target in ("k_proj", "v_proj") for target in targets)
+    return of_keys * shape.tokens_in_block(index) + (len(targets) - of_keys) * shape.queries_in_block(index)
 
 
 def _dora_flops(shape: ModelShape, block: TunedBlock) -> int:
-    return 4 * shape.hidden_size**2 * block.lora_rank * block.num_lora_targets * block.has_magnitudes
+    return 4 * shape.hidden_size**2 * block.lora_rank * len(block.lora_targets) * block.has_magnitudes
 
 
 def _head_flops(shape: ModelShape) -> int:

@@ -34,6 +34,7 @@ def tuned(foundation_folder: Path, spec: Spec) -> tuple[SegmentedViT, dict[str, 
 
 @torch.no_grad()
 def logits_of(model: SegmentedViT) -> Tensor:
+    model.gives_all_tokens = True  # then nothing is computed in another order than transformers does
     return model(IMAGES, whole_segment(model.whole.config))
 
 

@@ -14,7 +14,7 @@ from ecogen.planning.cost import ModelShape
 from ecogen.planning.pool import Pool, Work
 from ecogen.topology import Device, Link, Node, Tier
 
-SHAPE = ModelShape(6, 64, 128, 17, 49, 10, tuned=(TunedBlock(8, 4, 2),) * 6)
+SHAPE = ModelShape(6, 64, 128, 17, 49, 10, tuned=(TunedBlock(8, 4, ("q_proj", "v_proj")),) * 6)
 LINK = Link("d2d", rtt_s=0.004, bytes_per_s=1e7)
 BLOCK = cost.memory_bytes(SHAPE, [Segment(1, 2)], 1)
 

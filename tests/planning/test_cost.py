@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -21,12 +22,14 @@ from ecogen.placement import Segment
 from ecogen.planning import cost
 from ecogen.planning.cost import ModelShape
 
+Tokens = Literal["needed", "all"]
+
 SPEC = Tunables(prompts=8, lora_rank=4, first_block=1)
 
 
-def shape_of(spec: Tunables) -> ModelShape:
+def shape_of(spec: Tunables, tokens: Tokens = "needed") -> ModelShape:
     """The shape of the model of `vit_config` with these tunables, as everybody makes it."""
-    return model_shape(vit_config(), spec)
+    return model_shape(vit_config(), spec, tokens)
 
 
 WHOLE = Segment(0, 4, has_embedding=True, has_head=True)
@@ -39,8 +42,11 @@ def vit_config(attention: str = "eager", **changes: int) -> ViTConfig:
     return ViTConfig(**(sizes | changes), attn_implementation=attention)
 
 
-def tuned_model(device: str, attention: str = "eager", spec: Tunables = SPEC) -> SegmentedViT:
+def tuned_model(
+    device: str, attention: str = "eager", spec: Tunables = SPEC, tokens: Tokens = "needed"
+) -> SegmentedViT:
     model = empty_vit(vit_config(attention), [WHOLE]).to_empty(device=device)
+    model.gives_all_tokens = tokens == "all"
     attach_tunables(model, spec)
     return model
 
@@ -75,6 +81,7 @@ def test_each_segment_has_the_parameters_of_its_modules(segment: Segment) -> Non
 SPECS = [
     SPEC,
     Tunables(prompts=0, lora_rank=4, head=False),
+    Tunables(prompts=2, lora_rank=4, lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"), lora_kind="rslora"),
     Tunables(prompts=3, lora_rank=0),
     Tunables(prompts=6, lora_rank=0, prompt_depth="shallow", first_block=1),
     Tunables(prompts=0, lora_rank=8, lora_kind="dora"),
@@ -105,21 +112,23 @@ def test_tunables_equal_those_that_train(spec: Tunables) -> None:
     assert cost.num_adapter_parameters(shape, WHOLE) == added
 
 
+@pytest.mark.parametrize("tokens", ["needed", "all"])
 @pytest.mark.parametrize("spec", [None, *SPECS], ids=str)
-def test_forward_flops_are_those_that_torch_counts(spec: Tunables | None) -> None:
-    model = empty_vit(vit_config(), [WHOLE]) if spec is None else tuned_model("meta", spec=spec)
-    shape = FROZEN if spec is None else shape_of(spec)
+def test_forward_flops_are_those_that_torch_counts(spec: Tunables | None, tokens: Tokens) -> None:
+    spec = spec or Tunables(prompts=0, lora_rank=0)
+    model, shape = tuned_model("meta", spec=spec, tokens=tokens), shape_of(spec, tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(3, 1, 28, 28, device="meta"), WHOLE)
     assert cost.forward_flops(shape, WHOLE, 3) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.parametrize("tokens", ["needed", "all"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_backward_flops_are_those_that_torch_counts(spec: Tunables) -> None:
-    output = tuned_model("meta", spec=spec)(torch.empty(3, 1, 28, 28, device="meta"), WHOLE).sum()
+def test_backward_flops_are_those_that_torch_counts(spec: Tunables, tokens: Tokens) -> None:
+    output = tuned_model("meta", spec=spec, tokens=tokens)(torch.empty(3, 1, 28, 28, device="meta"), WHOLE).sum()
     with FlopCounterMode(display=False) as counter:
         output.backward()
-    shape, counted = shape_of(spec), counter.get_total_flops()
+    shape, counted = shape_of(spec, tokens), counter.get_total_flops()
     formula, lowest = cost.backward_flops(shape, WHOLE, 3), shape.lowest_tunable_block
     # The lowest tuned block is counted whole; without prompts its own input needs no gradient, and torch does less.
     is_exact = lowest == 4 or shape.of_block(lowest).prompts
@@ -150,10 +159,10 @@ def test_segments_sum_to_the_whole(cuts: list[int], spec: Tunables) -> None:
 
 
 @pytest.mark.parametrize("spec", [*(spec for spec in SPECS if spec.first_block < 4), replace(SPEC, backbone="all")])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_the_kept_activations_bound_what_autograd_keeps(batch: int, spec: Tunables) -> None:
+@pytest.mark.parametrize(("batch", "tokens"), [(1, "needed"), (4, "needed"), (4, "all")])
+def test_the_kept_activations_bound_what_autograd_keeps(batch: int, tokens: Tokens, spec: Tunables) -> None:
     packed: weakref.WeakSet[Packed] = weakref.WeakSet()
-    model = tuned_model("cpu", "sdpa", spec)
+    model = tuned_model("cpu", "sdpa", spec, tokens)
 
     def pack(tensor: torch.Tensor) -> Packed:
         one = Packed(tensor)
@@ -166,7 +175,7 @@ def test_the_kept_activations_bound_what_autograd_keeps(batch: int, spec: Tunabl
     kept = {storage.data_ptr(): storage.nbytes() for storage in (one.tensor.untyped_storage() for one in packed)}
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    formula = 4 * batch * cost.kept_activations(shape_of(spec), WHOLE)
+    formula = 4 * batch * cost.kept_activations(shape_of(spec, tokens), WHOLE)
     assert 0.6 * formula < sum(kept.values()) <= formula
 
 
@@ -181,19 +190,20 @@ def test_memory_is_parameters_states_and_activations() -> None:
     held = cost.memory_bytes(TUNED, [WHOLE], 0)
     parameters = cost.num_parameters(TUNED, WHOLE) + cost.num_adapter_parameters(TUNED, WHOLE)
     assert held == 4 * (parameters + 3 * cost.num_tunables(TUNED, WHOLE))
-    in_block = (17 + 8) * (8 * 64 + 128)
-    in_flight = 4 * 20 * (3 * in_block + 2 * 64 + in_block)
+    in_block, in_last = (17 + 8) * (8 * 64 + 128), (17 + 8) * 4 * 64 + (4 * 64 + 128)
+    in_flight = 4 * 20 * (2 * in_block + in_last + 2 * 64 + in_block)
     assert cost.memory_bytes(TUNED, [WHOLE], 20) == held + in_flight
     assert cost.memory_bytes(TUNED, [WHOLE], 0, tunes=False) == 4 * parameters
 
 
+@pytest.mark.parametrize("tokens", ["needed", "all"])
 @pytest.mark.parametrize("cut", range(5))
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_what_crosses_a_cut_is_what_the_segment_below_gives(cut: int, spec: Tunables) -> None:
-    below = tuned_model("meta", spec=spec)(
+def test_what_crosses_a_cut_is_what_the_segment_below_gives(cut: int, spec: Tunables, tokens: Tokens) -> None:
+    below = tuned_model("meta", spec=spec, tokens=tokens)(
         torch.empty(1, 1, 28, 28, device="meta"), Segment(0, cut, has_embedding=True)
     )
-    assert cost.activation_bytes(shape_of(spec), cut) == 4 * below.numel()
+    assert cost.activation_bytes(shape_of(spec, tokens), cut) == 4 * below.numel()
 
 
 def test_deep_prompts_cross_no_cut_and_shallow_ones_all_above_their_block() -> None:

@@ -18,7 +18,7 @@ from ecogen.planning.cost import ModelShape
 from ecogen.planning.search import Plan, plan
 from ecogen.topology import Device, Link, Node, Tier
 
-SHAPE = ModelShape(6, 64, 128, 17, 49, 10, tuned=(TunedBlock(8, 4, 2),) * 6)
+SHAPE = ModelShape(6, 64, 128, 17, 49, 10, tuned=(TunedBlock(8, 4, ("q_proj", "v_proj")),) * 6)
 LINK = Link("d2d", rtt_s=0.004, bytes_per_s=1e7)
 BLOCK = cost.memory_bytes(SHAPE, [Segment(1, 2)], 1)
 
@@ -103,7 +103,7 @@ def test_given_cuts_that_do_not_fit_say_which_cut_does() -> None:
 
 def test_the_lower_cut_moves_where_the_last_device_is_full() -> None:
     with pytest.raises(PlacementError, match=r"at most 2 blocks; move the cut from 1 to 4 or add a device"):
-        plan(SHAPE, nodes([20 * BLOCK, int(2.5 * BLOCK)]), LINK, cuts=[1])
+        plan(SHAPE, nodes([20 * BLOCK, int(2.2 * BLOCK)]), LINK, cuts=[1])
 
 
 def test_where_one_cut_is_not_enough_it_names_all() -> None:

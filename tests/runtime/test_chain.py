@@ -48,11 +48,12 @@ def assert_equal(case: Case, batch_size: int) -> None:
         torch.testing.assert_close(grad, plain.tunables[name].grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_without_tunables_the_outputs_are_those_of_transformers_bit_for_bit() -> None:
+def test_with_all_tokens_and_no_tunables_the_outputs_are_those_of_transformers_bit_for_bit() -> None:
     case = Case(4, (1, 3))
     whole = tiny_vit(case.config)
     models = {n: cut_model(whole, case.placement.segments_of(n), case.spec) for n in case.placement.node_ids}
     for model in models.values():
+        model.gives_all_tokens = True
         for block in model.whole.vit.layers:
             block._forward_hooks.clear(), block._forward_pre_hooks.clear()
     (batch,) = random_batches(1, 3)
