@@ -104,7 +104,20 @@ def work_of(recipe: Recipe, shape: ModelShape, topology: Topology) -> Work:
     """What each cluster is to do."""
     tuning, size = recipe.tuning, microbatch_size(recipe)
     link, labels = topology.links["d2d"], recipe.placement.labels
+    shape = replace(shape, tunable_states=tunable_states(recipe))
     return Work(shape, link, labels, size, tuning.microbatches, recipe.data.owners)
+
+
+def tunable_states(recipe: Recipe) -> int:
+    """What a device keeps of each tunable besides itself.
+
+    A gradient, AdamW's two moments, SCAFFOLD's correction and sum of gradients, and the value that the round began
+    with where FedProx or the edge's predictions need it.
+    """
+    tuning, unlabelled = recipe.tuning, recipe.tuning.unlabelled
+    is_taught = unlabelled.method == "fixmatch" and unlabelled.teacher == "edge"
+    needs_begun = tuning.proximal > 0 or is_taught
+    return 1 + 2 * (tuning.optimizer == "adamw") + 2 * (recipe.aggregation.strategy == "scaffold") + needs_begun
 
 
 def cuts_of(recipe: Recipe, cluster_id: str) -> Sequence[int] | None:

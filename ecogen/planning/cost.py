@@ -31,6 +31,7 @@ class ModelShape:
         norm: what trains of the last norm.
         all_tokens: the last block computes all of them too, and sends them to a head on another node.
         bytes_per_parameter: of parameters, activations, gradients and optimizer states alike.
+        tunable_states: numbers kept besides each tunable while it trains: its gradient, and AdamW's moments.
     """
 
     num_blocks: int
@@ -45,6 +46,7 @@ class ModelShape:
     norm: Literal["frozen", "biases", "all"] = "frozen"
     all_tokens: bool = False
     bytes_per_parameter: int = 4
+    tunable_states: int = 3
 
     @property
     def lowest_tunable_block(self) -> int:
@@ -144,12 +146,13 @@ def activation_bytes(shape: ModelShape, cut: int) -> int:
 def memory_bytes(shape: ModelShape, segments: Sequence[Segment], examples_in_flight: int, *, tunes: bool = True) -> int:
     """Memory that a node needs to hold its segments and tune them.
 
-    bytes_per_parameter x (parameters + prompts and adapters + 3 x tunables + examples in flight x kept activations): a
-    gradient and AdamW's two moments a tunable (Kingma and Ba 2015), and `kept_activations` an example. Without tuning:
-    parameters, prompts, adapters and one block's activations. The interpreter and its libraries are not counted.
+    bytes_per_parameter x (parameters + prompts and adapters + states x tunables + examples in flight x kept
+    activations): of states three, a gradient and AdamW's two moments a tunable (Kingma and Ba 2015), or as many as the
+    method has, and `kept_activations` an example. Without tuning: parameters, prompts, adapters and one block's
+    activations. The interpreter and its libraries are not counted.
     """
     parameters = sum(num_parameters(shape, s) + num_adapter_parameters(shape, s) for s in segments)
-    states = 3 * sum(num_tunables(shape, s) for s in segments) if tunes else 0
+    states = shape.tunable_states * sum(num_tunables(shape, s) for s in segments) if tunes else 0
     kept = sum(kept_activations(shape, s) for s in segments) if tunes else 0
     largest = max((_activations_of_block(shape, index) for s in segments for index in s.blocks), default=0)
     activations = examples_in_flight * (kept + largest)
