@@ -46,9 +46,9 @@ CANDIDATES = {
     for size, decay in ((1, 0.9), (2, 0.85))  # a FedBuff round has fewer updates, so its rate falls by less
     for rate in (0.35, 0.6)
 }
-UPDATES_EACH = (
-    2  # FedBuff may use so many times the updates of the synchronous run, which ends it where it never arrives
-)
+UPDATES_EACH = 2
+"""FedBuff may use so many times the updates of the synchronous run, which ends it where it never arrives."""
+
 CHOOSING_SEEDS = (100, 101)
 GOAL_RATIO = 0.5
 
