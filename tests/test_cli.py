@@ -140,7 +140,7 @@ def test_a_model_that_does_not_fit(ecogen: EcoGen, recipe_of: RecipeOf, tmp_path
     """It says which segment, by how much, and what would fit; and leaves nothing that blocks the next try."""
     name, folder = "edge-0.cluster-0.device-1", tmp_path / "run"
     small = recipe_of(
-        topology={"devices": {name: {"memory_gib": 1e-4}}, "devices_per_cluster": 2}, placement={"cuts": [1]}
+        topology={"devices": {name: {"memory_gib": 7e-5}}, "devices_per_cluster": 2}, placement={"cuts": [1]}
     )
     ran = ecogen("run", save_recipe(small, tmp_path / "small.toml"), "--out", folder)
     refused(ran, "blocks 1..3", f"'{name}' has", "over)", "it can hold at most 1 block", "move the cut from 1 to 2")

@@ -21,14 +21,15 @@ def burn(seconds: float) -> float:
 
 @pytest.mark.parametrize("scope", ["process", "thread"])
 def test_windows_lose_nothing_and_count_nothing_twice(scope: Scope) -> None:
-    began_s = time.perf_counter()
+    before_s = time.perf_counter()
     meter = CpuMeter("n", scope)
-    spent_s, windows = 0.0, []
+    begun_s, spent_s, windows = time.perf_counter(), 0.0, []
     for _ in range(4):
         spent_s += meter.run(burn, 0.01)
         meter.add_flops(5.0)
+        last_s = time.perf_counter()
         windows.append(meter.take("tuning"))
-    assert sum(w.wall_s for w in windows) == pytest.approx(time.perf_counter() - began_s, abs=0.005)
+    assert last_s - begun_s <= sum(w.wall_s for w in windows) <= time.perf_counter() - before_s
     assert sum(w.cpu_s for w in windows) == pytest.approx(spent_s, abs=0.01)
     assert [w.flops for w in windows] == [5.0] * 4
     assert meter.take("tuning").flops == 0
@@ -104,10 +105,10 @@ def test_a_reading_costs_less_than_50_us(scope: Scope) -> None:
 
 
 def _seconds_of_readings(meter: Meter, count: int) -> float:
-    began = time.perf_counter()
+    began_s = time.thread_time()  # on a busy machine others' time is no cost of a reading
     for _ in range(count):
         meter.take("tuning")
-    return time.perf_counter() - began
+    return time.thread_time() - began_s
 
 
 def test_a_modelled_meter_computes_on_a_virtual_clock() -> None:
