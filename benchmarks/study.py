@@ -42,6 +42,7 @@ def carry_out(name: str, goals: Goals, arguments: list[str]) -> dict[str, Any]:
     summary = json.loads(done.stdout)
     took = {"wall_s": round(time.perf_counter() - began_s, 1), "cpu_s": round(_cpu_s() - began_cpu_s, 1)}
     result = {**circumstances(["torch", "transformers", "peft"]), "others_before": quiet, **took}
+    result["command"] = " ".join(["python -m", f"benchmarks.{name.replace('-', '_')}", *others])
     result |= {"study": summary, "goals": goals(summary)}
     write_result(name.replace("-", "_"), result)
     return result
