@@ -4,8 +4,9 @@ One edge, five clusters of three devices with 200 of scikit-learn's digits each,
 cores keep busy: no microbatches, and nothing rounded. Plain split learning computes all tokens, sends them up and all
 gradients down to the start device, anew in every epoch. Ours computes and sends what is frozen once (a few views an
 image), CLS only in the last block, and no gradient below the tunables. Both choose where their tunables begin, and ours
-its number of views, by their time on validation digits. Both are then run in turn for each seed; the clock, begun with
-the first order, stops at the first round that is as accurate as the target.
+its number of views, by their time to half a point more on validation digits: what just arrives there would not always
+arrive on test digits, as one image an example, the fastest, did not. Both are then run in turn for each seed; the
+clock, begun with the first order, stops at the first round that is as accurate as the target.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.common import circumstances, wait_until_quiet, write_result
 from benchmarks.curve import tuned
 from ecogen.config import Recipe, load_study
 
-TARGET = 0.97
+TARGET, CHOOSING_TARGET = 0.97, 0.975
 GOAL_RATIO = 1.5
 BASE = [
     "topology.clusters_per_edge=5",
@@ -32,20 +33,18 @@ BASE = [
     "tuning.learning_rate_decay=0.9",
     "tuning.microbatches=1",
 ]
-PLAIN = [["wire.tokens=all", "wire.gradients_to=start", f"tunables.first_block={first}"] for first in (0, 1, 2, 3)]
+PLAIN = [["wire.tokens=all", "wire.gradients_to=start", f"tunables.first_block={first}"] for first in (1, 2, 3)]
 OURS = [
-    [f"tuning.augmentation_views={views}", f"tunables.first_block={first}"]
-    for first in (1, 2, 3)
-    for views in (1, 2, 3)
+    [f"tuning.augmentation_views={views}", f"tunables.first_block={first}"] for first in (2, 3) for views in (1, 2, 3)
 ]
 KINDS = {"plain split learning": PLAIN, "ours": OURS}
-CHOOSING_SEEDS = (100, 101, 102)
+CHOOSING_SEEDS = (100, 101, 102, 103, 104)
 
 
-def run(changes: list[str], seed: int, split: str) -> dict[str, Any]:
+def run(changes: list[str], seed: int, split: str, target: float) -> dict[str, Any]:
     """One run: seconds to the target, None where it never was as accurate, and its best accuracy."""
-    curve = tuned(_as_in_traffic([*BASE, *changes, f"seed={seed}", f"evaluation.split={split}"]), until=TARGET)
-    return {"time_s": curve.time_to(TARGET), "rounds": len(curve.times_s), "best": round(max(curve.accuracies), 4)}
+    curve = tuned(_as_in_traffic([*BASE, *changes, f"seed={seed}", f"evaluation.split={split}"]), until=target)
+    return {"time_s": curve.time_to(target), "rounds": len(curve.times_s), "best": round(max(curve.accuracies), 4)}
 
 
 def _as_in_traffic(overrides: list[str]) -> Recipe:
@@ -56,15 +55,18 @@ def _as_in_traffic(overrides: list[str]) -> Recipe:
 
 
 def choose(candidates: list[list[str]]) -> tuple[list[str], dict[str, Any]]:
-    """The changes that are accurate soonest on validation digits; those that ever are not, come last."""
-    rows = {" ".join(changes): [run(changes, seed, "validation") for seed in CHOOSING_SEEDS] for changes in candidates}
-    for name, of_seeds in rows.items():
-        print(name, of_seeds, flush=True)
+    """The changes that arrive with most seeds on validation digits, of these the soonest; and all that was run."""
+    rows = {}
+    for changes in candidates:
+        rows[" ".join(changes)] = [run(changes, seed, "validation", CHOOSING_TARGET) for seed in CHOOSING_SEEDS]
+        print(changes, rows[" ".join(changes)], flush=True)
 
-    def mean_s(changes: list[str]) -> float:
-        return statistics.mean(row["time_s"] or float("inf") for row in rows[" ".join(changes)])
+    def misses_and_mean_s(changes: list[str]) -> tuple[int, float]:
+        times_s = [row["time_s"] for row in rows[" ".join(changes)]]
+        arrived_s = [time_s for time_s in times_s if time_s is not None]
+        return len(times_s) - len(arrived_s), statistics.mean(arrived_s or [0.0])
 
-    return min(candidates, key=mean_s), rows
+    return min(candidates, key=misses_and_mean_s), rows
 
 
 def main(seeds: int = 5) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def main(seeds: int = 5) -> dict[str, Any]:
     chosen = {name: choose(candidates) for name, candidates in KINDS.items()}
     rows = []
     for seed in range(seeds):
-        rows.append({name: run(changes, seed, "test") for name, (changes, _) in chosen.items()})
+        rows.append({name: run(changes, seed, "test", TARGET) for name, (changes, _) in chosen.items()})
         print(seed, rows[-1], flush=True)
     pairs = [(row["plain split learning"]["time_s"], row["ours"]["time_s"]) for row in rows]
     ratios = [plain / ours for plain, ours in pairs if plain and ours]
@@ -81,6 +83,7 @@ def main(seeds: int = 5) -> dict[str, Any]:
         "others_before": quiet,
         "wall_s": round(time.perf_counter() - began_s, 1),
         "target": TARGET,
+        "choosing_target": CHOOSING_TARGET,
         "chosen": {name: changes for name, (changes, _) in chosen.items()},
         "validation": {name: tried for name, (_, tried) in chosen.items()},
         "rows": rows,
