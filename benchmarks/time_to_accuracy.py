@@ -4,9 +4,9 @@ One edge, five clusters of three devices with 200 of scikit-learn's digits each,
 cores keep busy: no microbatches, and nothing rounded. Plain split learning computes all tokens, sends them up and all
 gradients down to the start device, anew in every epoch. Ours computes and sends what is frozen once (a few views an
 image), CLS only in the last block, and no gradient below the tunables. Both choose where their tunables begin, and ours
-its number of views, by their time to half a point more on validation digits: what just arrives there would not always
-arrive on test digits, as one image an example, the fastest, did not. Both are then run in turn for each seed; the
-clock, begun with the first order, stops at the first round that is as accurate as the target.
+its number of views, on validation digits of ten other seeds: what arrives with most of them, and of these the soonest.
+Both are then run in turn for each seed; the clock, begun with the first order, stops at the first round that is as
+accurate as the target.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.common import circumstances, wait_until_quiet, write_result
 from benchmarks.curve import tuned
 from ecogen.config import Recipe, load_study
 
-TARGET, CHOOSING_TARGET = 0.97, 0.975
+TARGET = 0.97
 GOAL_RATIO = 1.5
 BASE = [
     "topology.clusters_per_edge=5",
@@ -38,13 +38,13 @@ OURS = [
     [f"tuning.augmentation_views={views}", f"tunables.first_block={first}"] for first in (2, 3) for views in (1, 2, 3)
 ]
 KINDS = {"plain split learning": PLAIN, "ours": OURS}
-CHOOSING_SEEDS = (100, 101, 102, 103, 104)
+CHOOSING_SEEDS = range(100, 110)
 
 
-def run(changes: list[str], seed: int, split: str, target: float) -> dict[str, Any]:
+def run(changes: list[str], seed: int, split: str) -> dict[str, Any]:
     """One run: seconds to the target, None where it never was as accurate, and its best accuracy."""
-    curve = tuned(_as_in_traffic([*BASE, *changes, f"seed={seed}", f"evaluation.split={split}"]), until=target)
-    return {"time_s": curve.time_to(target), "rounds": len(curve.times_s), "best": round(max(curve.accuracies), 4)}
+    curve = tuned(_as_in_traffic([*BASE, *changes, f"seed={seed}", f"evaluation.split={split}"]), until=TARGET)
+    return {"time_s": curve.time_to(TARGET), "rounds": len(curve.times_s), "best": round(max(curve.accuracies), 4)}
 
 
 def _as_in_traffic(overrides: list[str]) -> Recipe:
@@ -58,7 +58,7 @@ def choose(candidates: list[list[str]]) -> tuple[list[str], dict[str, Any]]:
     """The changes that arrive with most seeds on validation digits, of these the soonest; and all that was run."""
     rows = {}
     for changes in candidates:
-        rows[" ".join(changes)] = [run(changes, seed, "validation", CHOOSING_TARGET) for seed in CHOOSING_SEEDS]
+        rows[" ".join(changes)] = [run(changes, seed, "validation") for seed in CHOOSING_SEEDS]
         print(changes, rows[" ".join(changes)], flush=True)
 
     def misses_and_mean_s(changes: list[str]) -> tuple[int, float]:
@@ -75,7 +75,7 @@ def main(seeds: int = 5) -> dict[str, Any]:
     chosen = {name: choose(candidates) for name, candidates in KINDS.items()}
     rows = []
     for seed in range(seeds):
-        rows.append({name: run(changes, seed, "test", TARGET) for name, (changes, _) in chosen.items()})
+        rows.append({name: run(changes, seed, "test") for name, (changes, _) in chosen.items()})
         print(seed, rows[-1], flush=True)
     pairs = [(row["plain split learning"]["time_s"], row["ours"]["time_s"]) for row in rows]
     ratios = [plain / ours for plain, ours in pairs if plain and ours]
@@ -83,7 +83,6 @@ def main(seeds: int = 5) -> dict[str, Any]:
         "others_before": quiet,
         "wall_s": round(time.perf_counter() - began_s, 1),
         "target": TARGET,
-        "choosing_target": CHOOSING_TARGET,
         "chosen": {name: changes for name, (changes, _) in chosen.items()},
         "validation": {name: tried for name, (_, tried) in chosen.items()},
         "rows": rows,

@@ -185,7 +185,8 @@ class Stage:
     def squared_norm(self, segment: Segment) -> float:
         """The squared norm of the gradients of one segment's tunables."""
         named = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        return sum(float(grad.double().square().sum()) for grad in tunables_of(named, [segment]).values())
+        grads = [grad.flatten() for grad in tunables_of(named, [segment]).values()]
+        return float(torch.cat(grads).double().square().sum()) if grads else 0.0
 
     def step(self, squared_norm: float) -> None:
         """One local step, with gradients clipped by the norm over the whole chain."""
@@ -224,9 +225,8 @@ class Stage:
             elif key == _SUM:
                 self._gradient_sums[name] = tensor.to(parameter, copy=True)
             elif self._optimizer is not None:
-                self._optimizer.state[parameter][key] = (
-                    tensor.clone() if key == "step" else tensor.to(parameter, copy=True)
-                )
+                dtype = tensor.dtype if key == "step" else parameter.dtype
+                self._optimizer.state[parameter][key] = tensor.to(parameter.device, dtype, copy=True)
 
     def _run(self, segment: Segment, inputs: Tensor) -> Tensor:
         mixed = self.dtype is not torch.float32
@@ -274,8 +274,8 @@ def resolve_device(name: str) -> str:
 def _optimizer(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, foreach=True)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, eps=settings.epsilon, foreach=True)
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, eps=settings.epsilon, fused=True)
 
 
 def _add_gradient(parameter: torch.nn.Parameter, term: Tensor) -> None:

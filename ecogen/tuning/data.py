@@ -47,6 +47,12 @@ class Examples:
         chosen = torch.as_tensor(np.asarray(indices))
         return Examples(self.images[chosen], self.labels[chosen], None if self.keys is None else self.keys[chosen])
 
+    def split(self, count: int) -> list[Examples]:
+        """So many parts of nearly equal size, in order; they share the memory."""
+        keys = [None] * count if self.keys is None else self.keys.tensor_split(count)
+        parts = zip(self.images.tensor_split(count), self.labels.tensor_split(count), keys, strict=True)
+        return [Examples(*part) for part in parts]
+
 
 class Splits:
     """Training, validation and test examples, disjoint; pixels are converted when a part is first asked for.

@@ -46,6 +46,8 @@ def mixed_batch(labelled: Examples, strong: Tensor, weak: Tensor) -> Examples:
 
 def cut_batch(batch: Examples, count: int) -> list[Examples]:
     """A batch in at most `count` microbatches of nearly equal size, in order; both views of an image in one."""
+    if bool((batch.labels >= 0).all()):
+        return batch.split(min(count, len(batch)))
     groups = [torch.where(rows)[0] for rows in (batch.labels >= 0, batch.labels == STRONG, batch.labels == WEAK)]
     count = min(count, max(len(group) for group in groups))
     return [batch[torch.cat(part)] for part in zip(*(group.tensor_split(count) for group in groups), strict=True)]

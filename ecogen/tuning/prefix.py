@@ -68,7 +68,8 @@ class KnownPrefixes:
         kept = [keys[index] for index in fresh][: max(0, self._room - len(self._held))]
         self._held.update(kept)
         recalled = [keys[index] for index in old]
-        return Divided(part[[*fresh, *old]], len(fresh), _keys(kept), _keys(recalled))
+        examples = part[[*fresh, *old]] if fresh and old else part
+        return Divided(examples, len(fresh), _keys(kept), _keys(recalled))
 
 
 def _keys(keys: list[int]) -> Tensor:
