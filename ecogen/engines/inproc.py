@@ -62,10 +62,11 @@ class InprocEngine:
         await asyncio.gather(task, return_exceptions=True)
 
     async def stop(self) -> None:
-        """Stop every node."""
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        """Stop every node, from the cloud down: to an edge that is still at work, its devices would be lost."""
+        for node_id in recipes.build_topology(self._recipe.topology).nodes:
+            if task := self._tasks.get(node_id):
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await self.transport.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
