@@ -10,12 +10,8 @@ from ecogen.planning.cost import ModelShape
 if TYPE_CHECKING:
     from transformers import ViTConfig
 
-_BYTES = {"float32": 4, "bfloat16": 2}
 
-
-def model_shape(
-    config: ViTConfig, spec: TunablesSpec, tokens: Literal["needed", "all"] = "needed", dtype: str = "float32"
-) -> ModelShape:
+def model_shape(config: ViTConfig, spec: TunablesSpec, tokens: Literal["needed", "all"] = "needed") -> ModelShape:
     """The shape of a vision transformer with its tunables.
 
     Args:
@@ -34,5 +30,4 @@ def model_shape(
         head_trains=spec.head,
         norm=spec.backbone,
         all_tokens=tokens == "all",
-        bytes_per_parameter=_BYTES[dtype],
     )

@@ -19,10 +19,10 @@ from ecogen.planning.pool import Floats, Ints, Pool
 Assignment = list[frozenset[int]]
 
 _INFEASIBLE = 2  # the status of scipy.optimize.milp
-# Of the solver's tree, and of how few devices an assignment needs; a limit in seconds would not be the same everywhere.
 MOST_SOLVED = 64
 """Devices of a pool up to which the solver is asked: beyond, its first relaxation alone may take minutes."""
 
+# Of the solver's tree, and of how few devices an assignment needs; a limit in seconds would not be the same everywhere.
 _MAX_NODES, _GAP = 100, 0.2
 
 

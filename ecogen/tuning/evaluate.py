@@ -31,13 +31,14 @@ class Evaluator:
     def __init__(
         self, stage: Stage, shape: ModelShape, worker: Worker, examples: Examples | None, kept_bytes: int = 0
     ) -> None:
-        self._stage, self._shape, self._worker, self._examples = stage, shape, worker, examples
+        self._stage, self._worker, self._examples = stage, worker, examples
+        self._shape = replace(shape, all_tokens=stage.model.gives_all_tokens)  # whatever devices compute
         count, lowest = 0 if examples is None else len(examples), shape.lowest_tunable_block
-        self._keeps = lowest > 0 and count * activation_bytes(shape, lowest) <= kept_bytes
+        self._keeps = lowest > 0 and count * activation_bytes(self._shape, lowest) <= kept_bytes
         self._kept: dict[int, Tensor] = {}
         whole = whole_segment(stage.model.whole.config)
-        self._below, self._above = replace(whole, stop=lowest, has_head=False), replace(whole, start=lowest)
-        self._above = replace(self._above, has_embedding=False)
+        self._below = replace(whole, stop=lowest, has_head=False)
+        self._above = replace(whole, start=lowest, has_embedding=False)
 
     def __call__(self, tunables: Mapping[str, Tensor]) -> float | None:
         """The share of examples whose most likely class is the right one; runs on the compute thread."""

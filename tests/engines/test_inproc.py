@@ -14,10 +14,14 @@ from transformers import ViTForImageClassification
 from ecogen.config import Recipe
 from ecogen.models.adapters import classification_config, load_whole
 from ecogen.models.checkpoint import open_foundation
+from ecogen.models.profile import model_shape
 from ecogen.models.tunables import get_tunables
+from ecogen.models.vit import whole_segment
+from ecogen.planning.cost import backward_flops, forward_flops
+from ecogen.records import EventRecord, RoundRecord
 from ecogen.tuning.data import Examples, load_splits, partition_examples
 from tests.plain import fine_tune
-from tests.runs import Finished, run
+from tests.runs import Finished, logged, run, running
 from tests.tuning.clusters import plain_of
 
 RecipeOf = Callable[..., Recipe]
@@ -35,6 +39,43 @@ async def test_frozen_blocks_are_sent_through_once_and_never_again(recipe_of: Re
     assert sent_in_rounds(sent) == [row * 48 * 2 * 3 + 4 * 16 * 48 * 2 * 2] * 3
     assert sent_in_rounds(kept)[0] == sent_in_rounds(sent)[0] + 8 * 48 * 2  # a key each
     assert sent_in_rounds(kept)[1:] == [row * 48 * 2 * 2 + 4 * 16 * 48 * 2 * 2] * 2
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+async def test_what_is_computed_and_sent_is_as_the_wire_says(
+    recipe_of: RecipeOf, tmp_path: Path, is_plain: bool
+) -> None:
+    """Plain split learning computes and sends all tokens to the end; an edge's own evaluation never has to."""
+    wire = {"tokens": "all", "gradients_to": "start"} if is_plain else {}
+    recipe = recipe_of(
+        topology={"edges": 1, "clusters_per_edge": 1, "devices_per_cluster": 3},
+        tuning={"rounds": 1, "local_epochs": 2},
+        wire=wire,
+    )
+    finished = await run(recipe, tmp_path / "run")
+    (record,) = finished.rounds("edge-0")
+    row, cls, passes = 4 * 5 * 16, 4 * 16, record.num_examples * 2
+    assert sent_in_rounds(finished) == [passes * 2 * (2 * row + (row if is_plain else cls))]  # three links, both ways
+    config = classification_config(open_foundation(Path(recipe.model.source)), 10)
+    of_devices, of_edge = (model_shape(config, recipe.tunables, tokens) for tokens in (recipe.wire.tokens, "needed"))
+    whole = whole_segment(config)
+    tuned = passes * (forward_flops(of_devices, whole) + backward_flops(of_devices, whole))
+    assert sum(usage.flops for usage in record.usages if usage.node_id != "edge-0") == tuned
+    splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
+    evaluated = len(getattr(splits, recipe.evaluation.split)) * forward_flops(of_edge, whole)
+    assert sum(usage.flops for usage in record.usages if usage.node_id == "edge-0") == evaluated
+
+
+async def test_leaving_before_the_end_loses_no_node(
+    recipe_of: RecipeOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(recipe_of(tuning={"rounds": 50}), tmp_path) as (federation, _):
+        async for record in federation.watch():
+            if isinstance(record, RoundRecord):
+                break
+    lost = [entry.getMessage() for entry in caplog.records if "lost" in entry.getMessage()]
+    assert not lost
+    assert not [record for record in logged(tmp_path) if isinstance(record, EventRecord) and "lost" in record.event]
 
 
 def sent_in_rounds(finished: Finished) -> list[int]:
