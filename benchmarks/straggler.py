@@ -1,8 +1,8 @@
 """One device ten times slower: how soon FedBuff is as accurate as a synchronous edge: `python -m benchmarks.straggler`.
 
-One edge, three clusters of two devices, on scikit-learn's digits. Each device computes at a third of a core's speed,
+One edge, six clusters of two devices, on scikit-learn's digits. Each device computes at a third of a core's speed,
 the second one of the first cluster at a thirtieth, by sleeping after each computation (`faults.slow`): two cores are
-enough for all six, and what is waited for is the straggler and not a core. A synchronous round lasts as long as that
+enough for all twelve, and what is waited for is the straggler and not a core. A synchronous round lasts as long as that
 cluster; with `aggregation.buffer` the others go on. For each seed both are run in turn; the target is the accuracy of
 the synchronous run's last round, and the clock, begun with the first order, stops at the first round that has it, in
 both. What FedBuff is run with is chosen first, on validation digits and with other seeds, among the candidates below.
@@ -19,13 +19,13 @@ from benchmarks.common import circumstances, wait_until_quiet, write_result
 from benchmarks.curve import Curve, tuned
 from ecogen import config as recipes
 
-DEVICES = [f"edge-0.cluster-{cluster}.device-{device}" for cluster in range(3) for device in range(2)]
+DEVICES = [f"edge-0.cluster-{cluster}.device-{device}" for cluster in range(6) for device in range(2)]
 STRAGGLER = "edge-0.cluster-0.device-1"
 EACH, TIMES_SLOWER = 3.0, 10.0  # a device is so many times slower than a core, and the straggler than a device
 BASE: dict[str, Any] = {
     "name": "straggler",
-    "data": {"train": 300, "validation": 747, "test": 450, "partition": {"across_edges": "iid", "within_edge": "iid"}},
-    "topology": {"edges": 1, "clusters_per_edge": 3, "devices_per_cluster": 2},
+    "data": {"train": 600, "validation": 747, "test": 450, "partition": {"across_edges": "iid", "within_edge": "iid"}},
+    "topology": {"edges": 1, "clusters_per_edge": 6, "devices_per_cluster": 2},
     "tuning": {
         "rounds": 8,
         "local_epochs": 2,
@@ -40,10 +40,10 @@ BASE: dict[str, Any] = {
 }
 CANDIDATES = {
     f"buffer {size}, server rate {rate:g}": {"buffer": size, "rate": rate, "decay": decay}
-    for size, rate, decay in ((1, 0.35, 0.95), (1, 0.6, 0.95), (2, 0.6, 0.9), (2, 1.0, 0.9))
+    for size, rate, decay in ((3, 0.6, 0.9), (5, 0.6, 0.9), (5, 1.0, 0.85))
 }
-UPDATES_EACH = 2
-"""FedBuff may use so many times the updates of the synchronous run, which ends it where it never arrives."""
+UPDATES_EACH = 3
+"""FedBuff may use so many times the updates of the synchronous run, in about its time, and ends where it never arrives."""
 
 CHOOSING_SEEDS = (100, 101)
 GOAL_RATIO = 0.5
