@@ -12,7 +12,8 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS, SKIPPED
 
-STUDIES = ["table3", "table3_mnist", "poisoned", "traffic", "tunables", "ranks", "few_labels", "few_labels_mnist", "uneven"]
+ON_MNIST = ["table3_mnist", "few_labels_mnist"]
+STUDIES = ["table3", *ON_MNIST, "poisoned", "traffic", "tunables", "ranks", "few_labels", "uneven"]
 OTHERS = ["straggler", "time_to_accuracy", "forming", "formed_runs", "private", "labels"]
 NAMES = ["hop", "round_overhead", "split_vs_central", "flower", "node_startup", "accuracy", *STUDIES, *OTHERS]
 

@@ -43,7 +43,7 @@ CANDIDATES = {
     for size, rate, decay in ((3, 0.6, 0.9), (5, 0.6, 0.9), (5, 1.0, 0.85))
 }
 UPDATES_EACH = 3
-"""FedBuff may use so many times the updates of the synchronous run, in about its time, and ends where it never arrives."""
+"""FedBuff may use so many times the updates of the synchronous run, which ends it where it never arrives."""
 
 CHOOSING_SEEDS = (100, 101)
 GOAL_RATIO = 0.5
