@@ -212,7 +212,9 @@ def test_damaged_run_folders(ecogen: EcoGen, damaged: Path, tmp_path: Path) -> N
     with restored(damaged / "recipe.json"):
         (damaged / "recipe.json").write_text('{"name": "tiny", ')
         refused(ecogen("report", damaged), "recipe.json cannot be read", "recipe.toml")
-        refused(ecogen("run", damaged / "recipe.toml", "--out", damaged, "--resume"), "recipe.json cannot be read")
+        (damaged / "recipe.json").write_text('{"name": "tiny", "elsewhen": 1}')
+        refused(ecogen("report", damaged), "a version of EcoGen with other settings", "elsewhen")
+        refused(ecogen("run", damaged / "recipe.toml", "--out", damaged, "--resume"), "a version of EcoGen with other")
     assert ecogen("report", damaged).code == 0
 
 

@@ -107,7 +107,11 @@ def load_recipe(folder: Path) -> recipes.Recipe:
         return recipes.from_table(json.loads(path.read_text()), str(path))
     except FileNotFoundError as problem:
         raise RunError(f"{folder} is no run folder: it has no {RECIPE}; give one that `ecogen run` wrote") from problem
-    except (OSError, ValueError, ConfigError) as problem:
+    except ConfigError as problem:
+        raise RunError(
+            f"{folder} was written by a version of EcoGen with other settings; use that version, or run anew. {problem}"
+        ) from problem
+    except (OSError, ValueError) as problem:
         raise RunError(
             f"{path} cannot be read ({problem}); restore it: {RECIPE_TOML} beside it says the same in TOML"
         ) from problem
