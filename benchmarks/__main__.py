@@ -12,8 +12,7 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS, SKIPPED
 
-ON_MNIST = ["table3_mnist", "few_labels_mnist"]
-STUDIES = ["table3", *ON_MNIST, "poisoned", "traffic", "tunables", "ranks", "few_labels", "uneven"]
+STUDIES = ["table3", "table3_mnist", "poisoned", "traffic", "tunables", "ranks", "few_labels", "uneven"]
 OTHERS = ["straggler", "time_to_accuracy", "forming", "formed_runs", "private", "labels"]
 NAMES = ["hop", "round_overhead", "split_vs_central", "flower", "node_startup", "accuracy", *STUDIES, *OTHERS]
 

@@ -188,8 +188,6 @@ class Unlabelled:
     weight: NonNegative = 1.0  # lambda_u, of the unlabelled part of the loss (the paper's)
     ratio: Count = 7  # mu: unlabelled examples in a batch for each labelled one (the paper's)
     strength: Share = 1.0  # of the strong augmentation; the weak one is `tuning.augmentation`
-    # Of the running mean that predictions are divided by so as to be distributed as the labels; 0 leaves them as they are.
-    alignment_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)

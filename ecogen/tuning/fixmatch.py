@@ -6,9 +6,6 @@ Sohn et al. 2020, https://arxiv.org/abs/2001.07685, equations 3 and 4: with B la
 
 where q_u = p(weak(x_u)) is the model's own prediction at that very step, through which no gradient flows.
 
-With distribution alignment (Berthelot et al. 2020, section 3.1, https://arxiv.org/abs/1911.09785) q_u is first scaled so
-that a device's predictions are, in the mean, distributed as its labels are.
-
 A batch is one `Examples`: labelled rows, then the strong views, then the weak views of the same images in that order.
 Weak views only predict: they go through the chain without a graph, and nothing comes back for them.
 """
@@ -39,31 +36,6 @@ class Targets(NamedTuple):
     labels: Tensor
     weights: Tensor | None = None
     confident: float = 0.0
-
-
-class Alignment:
-    """Distribution alignment: q <- Normalize(q p(y) / p~(y)).
-
-    Args:
-        decay: of p~, the running mean of predictions, microbatch by microbatch; it begins uniform. p(y) is the share of
-            each class among the labels seen so far, with one more of each.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self._decay = decay
-        self._counts: Tensor | None = None
-        self._mean: Tensor | None = None
-
-    def __call__(self, labels: Tensor, predictions: Tensor) -> Tensor:
-        """Predictions [u, L] aligned, after a look at them and at the microbatch's labels, marks among them."""
-        num_labels = predictions.shape[1]
-        if self._counts is None or self._mean is None:
-            self._counts = predictions.new_ones(num_labels)
-            self._mean = self._counts / num_labels
-        self._counts = self._counts + labels[labels >= 0].bincount(minlength=num_labels)
-        self._mean = self._decay * self._mean + (1 - self._decay) * predictions.mean(0)
-        aligned = predictions * (self._counts / self._counts.sum() / self._mean)
-        return aligned / aligned.sum(-1, keepdim=True)
 
 
 def mixed_batch(labelled: Examples, strong: Tensor, weak: Tensor) -> Examples:
@@ -101,7 +73,6 @@ def targets(
     spec: Unlabelled,
     batch_size: int,
     num_unlabelled: int,
-    alignment: Alignment | None = None,
 ) -> Targets:
     """Equation 4: the argmax of each weak view's prediction, where that is confident, for its strong view.
 
@@ -111,7 +82,6 @@ def targets(
         weak_logits: [u, L]; None where u is 0.
         batch_size: B, of the whole batch.
         num_unlabelled: U, of the whole batch.
-        alignment: what predictions go through; None for nothing.
 
     Raises:
         ProtocolError: if the labels do not fit these rows.
@@ -120,10 +90,9 @@ def targets(
     _check(labels, num_rows, num_weak, num_unlabelled)
     if weak_logits is None:
         return Targets(labels)
-    predictions = weak_logits.float().softmax(-1)
-    labels = labels[:num_rows].to(predictions.device, copy=True)
-    confidence, guesses = (alignment(labels, predictions) if alignment else predictions).max(-1)
+    confidence, guesses = weak_logits.float().softmax(-1).max(-1)
     confident = confidence >= spec.threshold
+    labels = labels[:num_rows].to(guesses.device, copy=True)
     strong, weights = labels == STRONG, torch.ones(num_rows, device=guesses.device)
     labels[strong] = guesses
     weights[strong] = confident * (spec.weight * batch_size / num_unlabelled)

@@ -22,7 +22,7 @@ from ecogen.planning.cost import backward_flops, forward_flops
 from ecogen.runtime.compression import TENSOR, compress, restore
 from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import MicrobatchKey, Stage
-from ecogen.tuning.fixmatch import Alignment, targets, without_weak
+from ecogen.tuning.fixmatch import targets, without_weak
 from ecogen.tuning.messages import (
     BACKWARD,
     FORWARD,
@@ -86,7 +86,6 @@ class Visits:
     ) -> None:
         self._routes, self._own_id, self._stage, self._meter = routes, node_id, stage, meter
         self._wire_types, self._cache, self._unlabelled, self._collect = wire_types, cache, unlabelled, collect
-        self._alignment = Alignment(unlabelled.alignment_decay) if unlabelled.alignment_decay else None
         self._backwards: dict[int, int] = {}  # visit -> microbatches of this step that came back
         self._step = 0
 
@@ -138,8 +137,7 @@ class Visits:
         weak_outputs = None if weak is None else self._stage.infer(segment, weak, as_begun=by_edge)
         if visit == route.last:
             size, spec = flow.batch_size, self._unlabelled
-            labels, num_unlabelled = tensors[LABELS], flow.num_unlabelled
-            aim = targets(labels, len(inputs), weak_outputs, spec, size, num_unlabelled, self._alignment)
+            aim = targets(tensors[LABELS], len(inputs), weak_outputs, spec, size, flow.num_unlabelled)
             loss = self._stage.loss(
                 key, segment, inputs, aim.labels, size, weights=aim.weights, input_grads=input_grads
             )

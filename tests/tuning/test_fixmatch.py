@@ -19,7 +19,7 @@ from ecogen.runtime.stage import OptimizerSettings
 from ecogen.tuning.augment import strongly_augment
 from ecogen.tuning.data import Examples
 from ecogen.tuning.device import LocalData
-from ecogen.tuning.fixmatch import STRONG, WEAK, Alignment, cut_batch, mixed_batch, targets, without_weak
+from ecogen.tuning.fixmatch import STRONG, WEAK, cut_batch, mixed_batch, targets, without_weak
 from tests.plain import PlainModel, fine_tune
 from tests.tiny import IMAGE, RecordingNetwork
 from tests.tuning.clusters import (
@@ -124,50 +124,6 @@ def test_fixmatch_through_a_chain_equals_the_published_formula(
     assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-6
     assert tuned.results["device-0"].loss == pytest.approx(sum(losses) / 3, abs=1e-5)
     assert tuned.results["device-0"].confident == pytest.approx(sum(shares) / 3)
-
-
-def aligned_loss(decay: float) -> object:
-    """Equation 4 with q scaled as Berthelot et al. 2020 say, batch by batch; classes are counted from one."""
-    mean, counts = torch.full((10,), 0.1, dtype=torch.float64), torch.ones(10, dtype=torch.float64)
-
-    def loss(model: PlainModel, views: Views) -> Tensor:
-        nonlocal mean
-        total = cross_entropy(model.logits(views.labelled.images).float(), views.labelled.labels)
-        with torch.no_grad():
-            q = torch.softmax(model.logits(views.weak), dim=1)
-        for label in views.labelled.labels:
-            counts[label] += 1
-        mean = decay * mean + (1 - decay) * sum(q) / len(q)
-        for strong, row in zip(views.strong, q, strict=True):
-            scaled = [row[k] * counts[k] / counts.sum() / mean[k] for k in range(10)]
-            best = max(range(10), key=lambda k: scaled[k])
-            if scaled[best] / sum(scaled) >= SPEC.threshold:
-                p = torch.log_softmax(model.logits(strong[None])[0].float(), dim=0)
-                total = total - SPEC.weight * p[best] / len(views.strong)
-        return total
-
-    return loss
-
-
-@pytest.mark.parametrize("decay", [0.3, 0.9])
-def test_with_alignment_too(decay: float) -> None:
-    case, views = Case(3, (1, 2)), random_views(4, 4, 6)
-    batches = [mixed_batch(*batch) for batch in views]
-    tuned = tune(case, batches, unlabelled=replace(SPEC, alignment_decay=decay))
-    plain = plain_model(case, double=True)
-    fine_tune(plain, views, objective=aligned_loss(decay), learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
-    assert largest_difference(tuned.tunables, {n: t.detach() for n, t in plain.tunables.items()}) < 1e-6
-    assert largest_difference(tuned.tunables, tune(case, batches).tunables) > 1e-4  # it made a difference
-
-
-def test_alignment_takes_back_what_a_model_says_too_often() -> None:
-    """All labels are alike in number; predictions lean to one class, which a mean over many images shows."""
-    align, labels = Alignment(0.5), torch.arange(10)
-    leaning = torch.full((30, 10), 0.05)
-    leaning[:, 3] = 0.55
-    for _ in range(30):
-        aligned = align(labels, leaning)
-    assert aligned == pytest.approx(torch.full((30, 10), 0.1), abs=1e-4)
 
 
 def test_the_case_above_has_sure_and_unsure_images() -> None:
