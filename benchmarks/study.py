@@ -41,6 +41,8 @@ def carry_out(name: str, goals: Goals, arguments: list[str]) -> dict[str, Any]:
         shutil.copy(folder / "report.html", RESULTS / f"{name.replace('-', '_')}.html")
     summary = json.loads(done.stdout)
     took = {"wall_s": round(time.perf_counter() - began_s, 1), "cpu_s": round(_cpu_s() - began_cpu_s, 1)}
+    if options.resume:  # only what was left of it was timed
+        took, others = dict.fromkeys(took), [*others, "--resume"]
     result = {**circumstances(["torch", "transformers", "peft"]), "others_before": quiet, **took}
     result["command"] = " ".join(["python -m", f"benchmarks.{name.replace('-', '_')}", *others])
     result |= {"study": summary, "goals": goals(summary)}
@@ -57,8 +59,9 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         f"(sd {row['last_sd']:.4f}), {row['seeds']} seeds"
         for row in rows
     ]
-    cpu = f", {result['cpu_s'] / 60:.1f} CPU min of the whole machine" if result["cpu_s"] else ""
-    text.append(f"{result['wall_s'] / 60:.1f} min{cpu}, foundation model included if made")
+    if result["wall_s"]:
+        cpu = f", {result['cpu_s'] / 60:.1f} CPU min of the whole machine" if result["cpu_s"] else ""
+        text.append(f"{result['wall_s'] / 60:.1f} min{cpu}, foundation model included if made")
     return [*text, *(f"{'reached' if met else 'MISSED'}: {goal}" for goal, met in result["goals"].items())]
 
 

@@ -16,6 +16,7 @@ ROOT = Path(ecogen.__file__).parent
 
 # From the top down; names on one row do not import each other.
 ROWS = (
+    ("__main__",),
     ("ecogen", "cli", "dashboard"),
     ("studies",),
     ("engines",),

@@ -157,8 +157,24 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ),
         (
             "[aggregation]\nstrategy = 'multi_krum'\nfaulty = 3",
-            "aggregation.faulty: 3 of an edge's 3 clusters leave none to trust",
+            "aggregation.faulty: multi_krum tolerates 3 among 9 clusters of an edge or more, not among 3",
         ),
+        (
+            "[aggregation]\nstrategy = 'trimmed_mean'\nfaulty = 2",
+            "aggregation.faulty: trimmed_mean tolerates 2 among 5 clusters of an edge or more, not among 3",
+        ),
+        (
+            "[aggregation]\nstrategy = 'median'\nserver_rate = 0.5",
+            "aggregation.server_rate: median has none; set it to 0",
+        ),
+        (
+            "[data]\nvalidation = 0\n[evaluation]\nsplit = 'validation'",
+            "evaluation.split: 'validation' has no examples; set data.validation above 0",
+        ),
+        ("[privacy]\nnoise_multiplier = 1e-300", "privacy.noise_multiplier: 1e-300 protects nobody; set 0.01 or more"),
+        ("[privacy]\nnoise_multiplier = 1e300", "privacy.noise_multiplier: input should be less than or equal to 1000"),
+        ("[faults.slow]\n'edge-0.cluster-0.device-0' = 1e300", "input should be less than or equal to 10000"),
+        ("[faults.update_factor]\n'edge-0.cluster-0' = 1e300", "input should be less than or equal to 1000000"),
         (
             "[tunables.cluster_ranks]\n'edge-0.cluster-0' = 2\n[aggregation]\nstrategy = 'scaffold'\nlora = 'factors'",
             "tunables.cluster_ranks: 'scaffold' compares clusters number by number",

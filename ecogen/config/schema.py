@@ -18,7 +18,7 @@ from ecogen.config.types import (
     Count,
     DeviceName,
     DtypeName,
-    Finite,
+    Factor,
     Natural,
     NonNegative,
     Positive,
@@ -208,7 +208,9 @@ class Tuning:
     clip_norm: NonNegative = 1.0  # 0 turns clipping off
     augmentation: Share = 0.5  # strength of random shifts, rotations and scales on the device
     augmentation_views: Natural = 0  # how many images each example has, epoch by epoch in turn; 0: always a new one
-    prefix_memory_mib: NonNegative = 64.0  # of activations from below the tunables, kept so as not to be sent again
+    # Of activations from below the tunables that a device keeps so as not to be sent them again, and an edge and the
+    # cloud, if all those of their evaluations fit, so as not to compute them again.
+    prefix_memory_mib: NonNegative = 64.0
     prefix_disk_mib: NonNegative = 1024.0  # of those for which memory has no room
     unlabelled: Unlabelled = field(default_factory=Unlabelled)
     cloud_every: Natural = 1  # edge rounds between two averagings in the cloud (T_e); 0: edges stay alone
@@ -222,7 +224,7 @@ class Aggregation:
 
     strategy: str = "fedavg"  # of `tuning.strategies`, or of a package that offers one
     faulty: Natural = 1  # trimmed_mean, multi_krum: clusters that may send anything
-    # The server's learning rate (eta in Reddi et al. 2021); 0: the strategy's own, 0.1 with fedadam and fedyogi, or 1.
+    # The server's learning rate (eta in Reddi et al. 2021); 0: the strategy's own, 0.01 with fedadam and fedyogi, or 1.
     server_rate: NonNegative = 0.0
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -237,7 +239,8 @@ class Aggregation:
 class Privacy:
     """Differential privacy of clusters: DP-FedAvg, McMahan et al. 2018, https://arxiv.org/abs/1710.06963."""
 
-    noise_multiplier: NonNegative = 0.0  # z: the noise's deviation by clip_norm; 0: nothing is clipped or noised
+    # z: the noise's deviation by clip_norm; 0: nothing is clipped or noised
+    noise_multiplier: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     clip_norm: Positive = 1.0  # S: the longest change of all its tunables that a cluster may make in a round
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # with which epsilon may fail; below 1 / clusters
 
@@ -246,7 +249,7 @@ class Privacy:
 class Faults:
     """What goes wrong on purpose, to see what survives it."""
 
-    update_factor: Mapping[str, Finite] = field(default_factory=dict)  # by cluster: times its change of the tunables
+    update_factor: Mapping[str, Factor] = field(default_factory=dict)  # by cluster: times its change of the tunables
     slow: Mapping[str, Slowness] = field(default_factory=dict)  # by device: times as long its computations take
 
 

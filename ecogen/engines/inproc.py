@@ -63,6 +63,7 @@ class InprocEngine:
 
     async def stop(self) -> None:
         """Stop every node, from the cloud down: to an edge that is still at work, its devices would be lost."""
+        self.network.close()
         for node_id in recipes.build_topology(self._recipe.topology).nodes:
             if task := self._tasks.get(node_id):
                 task.cancel()

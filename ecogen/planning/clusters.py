@@ -111,13 +111,14 @@ def work_of(recipe: Recipe, shape: ModelShape, topology: Topology) -> Work:
 def tunable_states(recipe: Recipe) -> int:
     """What a device keeps of each tunable besides itself.
 
-    A gradient, AdamW's two moments, SCAFFOLD's correction and sum of gradients, and the value that the round began
-    with where FedProx or the edge's predictions need it.
+    A gradient, AdamW's two moments, SCAFFOLD's correction and sum of gradients, the value that the round began with
+    where FedProx or the edge's predictions need it, and what rounding left of a change where updates are rounded.
     """
     tuning, unlabelled = recipe.tuning, recipe.tuning.unlabelled
     is_taught = unlabelled.method == "fixmatch" and unlabelled.teacher == "edge"
     needs_begun = tuning.proximal > 0 or is_taught
-    return 1 + 2 * (tuning.optimizer == "adamw") + 2 * (recipe.aggregation.strategy == "scaffold") + needs_begun
+    of_methods = 2 * (recipe.aggregation.strategy == "scaffold") + needs_begun + (recipe.wire.updates != "float32")
+    return 1 + 2 * (tuning.optimizer == "adamw") + of_methods
 
 
 def cuts_of(recipe: Recipe, cluster_id: str) -> Sequence[int] | None:

@@ -185,8 +185,8 @@ class Stage:
     def squared_norm(self, segment: Segment) -> float:
         """The squared norm of the gradients of one segment's tunables."""
         named = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        grads = [grad.flatten() for grad in tunables_of(named, [segment]).values()]
-        return float(torch.cat(grads).double().square().sum()) if grads else 0.0
+        grads = list(tunables_of(named, [segment]).values())
+        return float(torch.stack(torch._foreach_norm(grads)).double().square().sum()) if grads else 0.0
 
     def step(self, squared_norm: float) -> None:
         """One local step, with gradients clipped by the norm over the whole chain."""

@@ -37,6 +37,7 @@ class MemoryNetwork:
         self.window = window
         self.delay = delay
         self.limits = limits
+        self.is_closing = False
         self._serving: dict[str, MemoryTransport] = {}
 
     def join(self, peer: Peer) -> MemoryTransport:
@@ -48,6 +49,10 @@ class MemoryNetwork:
         transport = self._serving.pop(node_id, None)
         if transport is not None:
             transport.cut_off()
+
+    def close(self) -> None:
+        """Before all nodes are stopped, one after the other: none learns any more that another is gone."""
+        self.is_closing = True
 
     def attach(self, transport: MemoryTransport) -> None:
         """Make a node reachable under its id."""
@@ -105,6 +110,8 @@ class MemoryTransport:
 
     async def call(self, node_id: str, message: Message, *, timeout_s: float | None = None) -> Message:
         """Ask a node and wait for its answer; see `Transport.call`."""
+        if self._network.is_closing:
+            await asyncio.Event().wait()  # until this node is stopped as well
         target = self._reach(node_id)
         request = self.pack(message, node_id)
         with self._watching(target) as lost:
@@ -135,7 +142,8 @@ class MemoryTransport:
         self._network.detach(self)
         for stream in list(self._streams):
             stream.end()
-        self._fail_exchanges("it stopped serving")
+        if not self._network.is_closing:
+            self._fail_exchanges("it stopped serving")
         await _cancel_all(self._tasks)
 
     def cut_off(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,6 +15,9 @@ from ecogen.planning.cost import ModelShape, activation_bytes, forward_flops
 from ecogen.runtime.stage import Stage
 from ecogen.runtime.worker import Worker
 from ecogen.tuning.data import Examples
+from ecogen.units import MIB
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 128
 
@@ -35,6 +40,10 @@ class Evaluator:
         self._shape = replace(shape, all_tokens=stage.model.gives_all_tokens)  # whatever devices compute
         count, lowest = 0 if examples is None else len(examples), shape.lowest_tunable_block
         self._keeps = lowest > 0 and count * activation_bytes(self._shape, lowest) <= kept_bytes
+        if lowest > 0 and count and not self._keeps:
+            needed_mib = count * activation_bytes(self._shape, lowest) / MIB
+            text = "what is frozen is computed anew in each evaluation; tuning.prefix_memory_mib = %d would keep it"
+            logger.info(text, math.ceil(needed_mib))
         self._kept: dict[int, Tensor] = {}
         whole = whole_segment(stage.model.whole.config)
         self._below = replace(whole, stop=lowest, has_head=False)

@@ -176,7 +176,7 @@ def _adaptive(
     """d = mean(w_i) - w; m <- b1 m + (1 - b1) d; v as given, from tau^2; w <- w + rate m / (sqrt(v) + tau)."""
     after: Tunables = {}
     moments: Tunables = {}
-    rate = spec.server_rate or 0.1
+    rate = spec.server_rate or 0.01
     for name, mean in aggregate(updates).items():
         value = before[name].double()
         change = mean.double() - value

@@ -78,7 +78,7 @@ def test_what_is_formed_is_written_down_and_stays(pooled: RecipeOf) -> None:
 def test_clusters_are_as_many_as_their_aggregation_needs(pooled: RecipeOf) -> None:
     """Where the pool says how many there are, nobody knows before they are formed."""
     robust = {"strategy": "trimmed_mean", "faulty": 5}
-    with pytest.raises(ConfigError, match=r"aggregation\.faulty: 5 of an edge's \d clusters leave none to trust"):
+    with pytest.raises(ConfigError, match=r"aggregation\.faulty: trimmed_mean tolerates 5 among 11 clusters"):
         formed(pooled(topology=pool(clusters_per_edge="auto"), aggregation=robust))
 
 

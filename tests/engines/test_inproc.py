@@ -67,8 +67,10 @@ async def test_what_is_computed_and_sent_is_as_the_wire_says(
 
 
 async def test_leaving_before_the_end_loses_no_node(
-    recipe_of: RecipeOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recipe_of: RecipeOf, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither a child to its parent nor a parent to its children, which send it heartbeats all the time."""
+    monkeypatch.setattr("ecogen.runtime.membership.HEARTBEAT_S", 0.002)
     async with running(recipe_of(tuning={"rounds": 50}), tmp_path) as (federation, _):
         async for record in federation.watch():
             if isinstance(record, RoundRecord):

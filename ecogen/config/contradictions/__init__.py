@@ -64,13 +64,17 @@ def _of_labels(recipe: Recipe, edge_ids: Sequence[str]) -> Iterator[Contradictio
     yield from unknown("data.labels_of_edges", given, dict.fromkeys(edge_ids))
     for name, labels in given.items():
         if len(set(labels)) < len(labels):
-            yield Contradiction(("data.labels_of_edges",), f"data.labels_of_edges.{name}: a label stands there twice")
+            text = f"data.labels_of_edges.{name}: a label stands there twice; give each once"
+            yield Contradiction(("data.labels_of_edges",), text)
     if given and not recipe.tunables.head:
         text = "tunables.head: a head for chosen labels has to be tuned; set it to true, or drop data.labels_of_edges"
         yield Contradiction(("tunables.head", "data.labels_of_edges"), text)
 
 
 def _of_data(recipe: Recipe) -> Iterator[Contradiction]:
+    if recipe.evaluation.split == "validation" and not recipe.data.validation:
+        text = "evaluation.split: 'validation' has no examples; set data.validation above 0, or choose 'test'"
+        yield Contradiction(("evaluation.split", "data.validation"), text)
     if recipe.data.name != "digits":
         return
     if recipe.data.path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from ecogen.config.contradictions.contradiction import Contradiction
@@ -16,8 +16,21 @@ _UNBUFFERED = {
 }
 """Strategies that need all clusters' updates of the same round, and why."""
 
+_NEEDED: Mapping[str, Callable[[int], int]] = {
+    "trimmed_mean": lambda faulty: 2 * faulty + 1,
+    "multi_krum": lambda faulty: 2 * faulty + 3,
+}
+"""How many clusters it takes to tolerate that many faulty ones."""
+
+_WITHOUT_RATE = ("median", "trimmed_mean", "multi_krum")
+"""Strategies that take no server's step."""
+
 _OF_THE_MEAN = ("fedavg", "fedadam", "fedyogi")
 """Strategies that need no more of a round than the mean change."""
+
+
+_LEAST_NOISE = 0.01
+"""With less, epsilon is above any that says something, and its accountant runs out of numbers."""
 
 
 def of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
@@ -31,9 +44,16 @@ def of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
 def _of_counts(recipe: Recipe, fewest: int) -> Iterator[Contradiction]:
     aggregation = recipe.aggregation
     places = ("topology.clusters_per_edge", "topology.clusters", "topology.pool", "aggregation.strategy")
-    if aggregation.strategy in ("trimmed_mean", "multi_krum") and aggregation.faulty >= fewest:
-        text = f"aggregation.faulty: {aggregation.faulty} of an edge's {fewest} clusters leave none to trust"
+    needed = _NEEDED[aggregation.strategy](aggregation.faulty) if aggregation.strategy in _NEEDED else 0
+    if needed > fewest:
+        text = (
+            f"aggregation.faulty: {aggregation.strategy} tolerates {aggregation.faulty} among {needed} clusters of an "
+            f"edge or more, not among {fewest}"
+        )
         yield Contradiction(("aggregation.faulty", *places), text)
+    if aggregation.server_rate and aggregation.strategy in _WITHOUT_RATE:
+        text = f"aggregation.server_rate: {aggregation.strategy} has none; set it to 0, or choose another strategy"
+        yield Contradiction(("aggregation.server_rate", "aggregation.strategy"), text)
     if aggregation.buffer > fewest:
         text = f"aggregation.buffer: {aggregation.buffer} is more than an edge's {fewest} clusters"
         yield Contradiction(("aggregation.buffer", *places), text)
@@ -70,7 +90,10 @@ def of_privacy(recipe: Recipe) -> Iterator[Contradiction]:
     """What would break the guarantee, or make it mean nothing."""
     if not recipe.privacy.noise_multiplier:
         return
-    strategy, delta = recipe.aggregation.strategy, recipe.privacy.delta
+    strategy, delta, noise = recipe.aggregation.strategy, recipe.privacy.delta, recipe.privacy.noise_multiplier
+    if noise < _LEAST_NOISE:
+        text = f"privacy.noise_multiplier: {noise:g} protects nobody; set {_LEAST_NOISE:g} or more, or 0"
+        yield Contradiction(("privacy.noise_multiplier",), text)
     clusters = max(cluster_counts(recipe.topology), default=0)
     if strategy not in _OF_THE_MEAN:
         text = (
@@ -84,7 +107,7 @@ def of_privacy(recipe: Recipe) -> Iterator[Contradiction]:
     if delta * clusters >= 1:
         text = (
             f"privacy.delta: {delta:g} is not below 1 / clusters of an edge = {1 / clusters:g}: "
-            f"telling all about one cluster in {1 / delta:g} would count as private"
+            f"telling all about one cluster in {1 / delta:g} would count as private; set a smaller one"
         )
         yield Contradiction(("privacy.delta", "topology.clusters_per_edge", "privacy.noise_multiplier"), text)
 

@@ -25,7 +25,7 @@ def of_nodes(topology: TopologyRecipe) -> Iterator[Contradiction]:
     total = max(devices, topology.edges)
     if total > MAX_NODES:
         yield Contradiction(
-            tuple(names), f"{', '.join(names)}: {total} nodes are more than the {MAX_NODES} there may be"
+            tuple(names), f"{', '.join(names)}: {total} nodes are more than the {MAX_NODES} there may be; set less"
         )
 
 

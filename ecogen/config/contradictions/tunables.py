@@ -60,7 +60,7 @@ def _of_ranks(recipe: Recipe) -> Iterator[Contradiction]:
             text = f"{place}.{name}: {rank} is more than the edge's LoRA rank, {max(ranks)}; raise tunables.lora_rank"
             yield Contradiction((place, "tunables.lora_rank", "tunables.blocks"), text)
     if takes_products(recipe) and max(ranks) > recipe.model.hidden_size:
-        text = f"tunables.lora_rank: {max(ranks)} is more than model.hidden_size {recipe.model.hidden_size}"
+        text = f"tunables.lora_rank: {max(ranks)} is more than model.hidden_size {recipe.model.hidden_size}; set less"
         yield Contradiction(("tunables.lora_rank", "tunables.blocks", "model.hidden_size"), text)
     if tunables.lora_kind == "dora" and (tunables.cluster_ranks or takes_products(recipe)):
         text = "what DoRA learns is no product of its factors: use 'lora' or 'rslora', or one rank and 'factors'"

@@ -1,0 +1,5 @@
+"""`python -m ecogen`: the command line."""
+
+from ecogen.cli import main
+
+main()
