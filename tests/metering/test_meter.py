@@ -47,10 +47,9 @@ def test_thread_scope_counts_this_nodes_work_only() -> None:
     first, second = CpuMeter("a", "thread"), CpuMeter("b", "thread")
     burn(0.02)
     with ThreadPoolExecutor(1) as compute:
-        compute.submit(first.run, burn, 0.01).result()
-        compute.submit(second.run, burn, 0.03).result()
-    assert first.take("tuning").cpu_s == pytest.approx(0.01, abs=0.003)
-    assert second.take("tuning").cpu_s == pytest.approx(0.03, abs=0.003)
+        spent_s = [compute.submit(m.run, burn, s).result() for m, s in ((first, 0.01), (second, 0.03))]
+    assert first.take("tuning").cpu_s == pytest.approx(spent_s[0], abs=0.003)
+    assert second.take("tuning").cpu_s == pytest.approx(spent_s[1], abs=0.003)
 
 
 def test_nodes_of_one_process_together_spend_no_more_than_the_process() -> None:

@@ -29,8 +29,8 @@ _OF_THE_MEAN = ("fedavg", "fedadam", "fedyogi")
 """Strategies that need no more of a round than the mean change."""
 
 
-_LEAST_NOISE = 0.01
-"""With less, epsilon is above any that says something, and its accountant runs out of numbers."""
+_LEAST_NOISE = 1e-9
+"""Far below any that protects; with much less the accountant runs out of numbers."""
 
 
 def of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
