@@ -8,6 +8,7 @@ EcoGenError
 ├── RunError               a run folder is missing, busy or of another recipe
 ├── StorageError           a disk is full or not writable
 ├── AggregationError       updates cannot be averaged
+├── ServingError           a request or a model cannot be served
 └── TransportError         something between two nodes
     ├── NodeLostError      the other node does not answer
     ├── ProtocolError      the other node speaks another version or sent nonsense
@@ -54,6 +55,10 @@ class StorageError(EcoGenError):
 
 class AggregationError(EcoGenError):
     """Updates cannot be averaged."""
+
+
+class ServingError(EcoGenError):
+    """A request or a model cannot be served."""
 
 
 class TransportError(EcoGenError):

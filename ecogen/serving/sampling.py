@@ -1,0 +1,97 @@
+"""From logits to a token, one request at a time, with the settings of OpenAI's interface.
+
+Order, as transformers has it: penalties, temperature, top-k, top-p. Log-probabilities are those of the model's own
+distribution, before any of these.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token always.
+        top_k: among how many of the likeliest; 0 for all.
+        top_p: among the likeliest that have this probability together (Holtzman et al. 2020).
+        seed: of the draws; None for one that nobody knows.
+        presence_penalty: taken from the logit of each token that was given before.
+        frequency_penalty: taken as often as it was given.
+        num_top: of the likeliest tokens, how many are told with their log-probabilities.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    num_top: int = 0
+
+
+class Chosen(NamedTuple):
+    """A token, its log-probability, and those of the likeliest ones."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses one request's tokens; remembers what it gave, for penalties."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._given: Counter[int] = Counter()
+        self._warp = _warpers(sampling)
+        self._generator = torch.Generator()
+        self._generator.manual_seed(sampling.seed) if sampling.seed is not None else self._generator.seed()
+
+    def __call__(self, logits: Tensor) -> Chosen:
+        """The next token, of logits [V]."""
+        logits = logits.detach().float().cpu()
+        token = self._choose(self._penalised(logits))
+        self._given[token] += 1
+        return self._told(token, logits)
+
+    def _choose(self, logits: Tensor) -> int:
+        if not self._sampling.temperature:
+            return int(logits.argmax())
+        probabilities = self._warp(torch.empty(1, 0, dtype=torch.long), logits[None]).softmax(-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        presence, frequency = self._sampling.presence_penalty, self._sampling.frequency_penalty
+        if not (presence or frequency) or not self._given:
+            return logits
+        tokens = torch.tensor(list(self._given))
+        counts = torch.tensor(list(self._given.values()), dtype=logits.dtype)
+        return logits.index_add(0, tokens, -(presence + frequency * counts))
+
+    def _told(self, token: int, logits: Tensor) -> Chosen:
+        logprobs = logits.log_softmax(-1)
+        values, tokens = logprobs.topk(min(self._sampling.num_top, len(logprobs)))
+        return Chosen(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    """Those that change something."""
+    warpers = LogitsProcessorList()
+    if sampling.temperature not in (0.0, 1.0):
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(max(sampling.top_p, 1e-6)))
+    return warpers
