@@ -11,7 +11,8 @@ Shapes: B batch, T tokens, S those of the cache and T, D hidden, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as hf_logging
 
 from ecogen.errors import CheckpointError
 from ecogen.models.families import refusal
@@ -120,7 +122,8 @@ def load_decoder(folder: Path, segments: Sequence[Segment], *, dtype: torch.dtyp
     config = open_config(folder)
     part = _part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)
     try:
-        whole, found = part.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        with _without_progress_bars():
+            whole, found = part.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"{folder} is corrupt or not complete ({problem}); restore it") from problem
     wrong = {str(key) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in found[kind]}
@@ -143,6 +146,18 @@ def open_config(folder: Path) -> PreTrainedConfig:
     if reason := refusal(config.model_type):
         raise CheckpointError(f"{folder} holds a {config.model_type!r} model, which cannot be cut: {reason}")
     return config
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Nodes load side by side, and their launcher shows how far each is."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _part_of(whole: type[PreTrainedModel], segments: Sequence[Segment]) -> type[PreTrainedModel]:
