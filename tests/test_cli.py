@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,15 @@ def test_every_verb_and_option_has_help_that_fits(path: str, ecogen: EcoGen, mon
     shown = ecogen(*path.split()[1:], "--help")
     assert shown.code == 0
     assert shown.out.startswith(f"Usage: {path} ")
+
+
+def test_a_process_that_python_m_ecogen_starts_may_import_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As multiprocessing does with the main module of whoever starts it."""
+    monkeypatch.setattr("sys.argv", ["ecogen", "--help"])
+    runpy.run_module("ecogen", run_name="__mp_main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("ecogen", run_name="__main__")
+    assert ended.value.code == 0
 
 
 @pytest.fixture(scope="module")
