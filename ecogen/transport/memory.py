@@ -95,7 +95,9 @@ class MemoryTransport:
         self._network = network
         self._service: Service | None = None
         self._is_cut_off = False
-        self._exchanges: set[asyncio.Future[str]] = set()
+        self._asked: set[asyncio.Future[str]] = set()  # calls of this node that wait for an answer
+        self._answering: set[asyncio.Future[str]] = set()  # and those of others that wait for this one
+        self._closed = asyncio.Event()
         self._streams: weakref.WeakSet[_MemoryStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -111,7 +113,8 @@ class MemoryTransport:
     async def call(self, node_id: str, message: Message, *, timeout_s: float | None = None) -> Message:
         """Ask a node and wait for its answer; see `Transport.call`."""
         if self._network.is_closing:
-            await asyncio.Event().wait()  # until this node is stopped as well
+            await self._closed.wait()  # until this node is stopped as well
+            raise NodeLostError(node_id, "the whole network was stopped")
         target = self._reach(node_id)
         request = self.pack(message, node_id)
         with self._watching(target) as lost:
@@ -143,14 +146,16 @@ class MemoryTransport:
         for stream in list(self._streams):
             stream.end()
         if not self._network.is_closing:
-            self._fail_exchanges("it stopped serving")
+            _fail(self._answering, "it stopped serving")
+        _fail(self._asked, f"node {self.peer.node_id!r} stopped")
+        self._closed.set()
         await _cancel_all(self._tasks)
 
     def cut_off(self) -> None:
         """End abruptly, as a killed process does; only the network calls this."""
         self._network.detach(self)
         self._is_cut_off = True
-        self._fail_exchanges("its process is gone")
+        _fail(self._asked | self._answering, "its process is gone")
         for stream in list(self._streams):
             stream.lose("its process is gone")
         for task in self._tasks:
@@ -228,18 +233,13 @@ class MemoryTransport:
     def _watching(self, target: MemoryTransport) -> Iterator[asyncio.Future[str]]:
         """A future that is done, with the reason, when either end is cut off."""
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._exchanges.add(lost)
-        target._exchanges.add(lost)
+        self._asked.add(lost)
+        target._answering.add(lost)
         try:
             yield lost
         finally:
-            self._exchanges.discard(lost)
-            target._exchanges.discard(lost)
-
-    def _fail_exchanges(self, reason: str) -> None:
-        for lost in self._exchanges:
-            if not lost.done():
-                lost.set_result(reason)
+            self._asked.discard(lost)
+            target._answering.discard(lost)
 
 
 class _Pipe:
@@ -340,6 +340,12 @@ class _MemoryStream:
         """Break both directions."""
         self._incoming.lose(reason)
         self._outgoing.lose(reason)
+
+
+def _fail(exchanges: set[asyncio.Future[str]], reason: str) -> None:
+    for lost in exchanges:
+        if not lost.done():
+            lost.set_result(reason)
 
 
 async def _cancel_all(tasks: set[asyncio.Task[Any]]) -> None:

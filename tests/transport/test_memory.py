@@ -104,3 +104,22 @@ async def test_the_delay_is_told_who_and_how_much() -> None:
     await edge.call("end-1", Message("echo", tensors={"t": torch.ones(100)}))
     sent, answered = edge.counter.take()[0], end.counter.take()[0]
     assert seen == [("edge-1", "end-1", sent.total_bytes), ("end-1", "edge-1", answered.total_bytes)]
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+async def test_while_all_is_stopped_a_call_ends_with_its_caller_not_with_its_target(asked_before: bool) -> None:
+    """None learns that another is gone before it is stopped itself, and nobody waits for ever."""
+    network = MemoryNetwork()
+    edge, end, service = await pair(network)
+    if not asked_before:
+        network.close()
+    waiting = asyncio.create_task(edge.call("end-1", Message("hang")))
+    if asked_before:
+        await service.started.wait()
+        network.close()
+    await end.close()
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    await edge.close()
+    with pytest.raises(NodeLostError):
+        await asyncio.wait_for(waiting, 1)
