@@ -141,8 +141,9 @@ def open_config(folder: Path) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{folder} is no model folder: {problem}; give one that save_pretrained wrote") from None
+    except Exception as problem:  # whatever its checks ran into: TypeError and ZeroDivisionError are among it
+        text = " ".join(str(problem).split())
+        raise CheckpointError(f"{folder} is no model folder: {text}; give one that save_pretrained wrote") from None
     if reason := refusal(config.model_type):
         raise CheckpointError(f"{folder} holds a {config.model_type!r} model, which cannot be cut: {reason}")
     return config

@@ -154,10 +154,13 @@ def _checked(config: PreTrainedConfig) -> Iterable[CacheLayerMixin]:
 def _aware(make: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     """A mask function of transformers that knows that rows may begin at places of their own."""
 
-    def mask(*, mask_function: Callable[..., Tensor], device: torch.device, **arguments: Any) -> Tensor | None:
+    def mask(*others: Any, **arguments: Any) -> Tensor | None:
         rows = _rows.get()
         if rows is None or rows.begin is not None:
-            return make(mask_function=mask_function, device=device, **arguments)
+            return make(*others, **arguments)
+        return ragged(rows, *others, **arguments)
+
+    def ragged(rows: Rows, *, mask_function: Callable[..., Tensor], device: torch.device, **arguments: Any) -> Tensor:
         row = torch.arange(arguments["batch_size"], device=device)[:, None, None, None]
         keys = torch.arange(arguments["kv_length"], device=device)[None, None, None, :]
         allowed = mask_function(row, torch.zeros_like(row), rows.positions[:, None, :, None], keys)

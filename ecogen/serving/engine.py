@@ -20,6 +20,10 @@ RunStep = Callable[[Step], Awaitable[Tensor]]
 """Sends a step through all stages; returns logits [B, V]."""
 
 
+_NOBODY_WAITS = (0, True)
+"""A token of no meaning, and that it is the last."""
+
+
 class _Answer:
     """One request at work."""
 
@@ -29,8 +33,12 @@ class _Answer:
         self.chosen: asyncio.Queue[Chosen | Exception | None] = asyncio.Queue()
 
     def take(self, logits: Tensor) -> tuple[int, bool]:
-        """The next token, and whether it is the last."""
-        chosen = self.choose(logits)
+        """The next token, and whether it is the last; one that cannot be chosen ends this answer only."""
+        try:
+            chosen = self.choose(logits)
+        except Exception as problem:
+            self.chosen.put_nowait(ServingError(f"no token can be chosen: {problem}; are the model's weights sound?"))
+            return _NOBODY_WAITS
         self.left -= 1
         self.chosen.put_nowait(chosen)
         is_last = not self.left or chosen.token in self.ends
@@ -124,7 +132,7 @@ class Engine:
         tokens, finished = [], []
         for row, request_id in enumerate(step.requests if step.gives else ()):
             answer = self._answers.get(request_id)
-            token, is_last = answer.take(logits[row]) if answer else (0, True)  # nobody waits for it any more
+            token, is_last = answer.take(logits[row]) if answer else _NOBODY_WAITS
             tokens.append(token)
             if is_last:
                 finished.append(request_id)

@@ -56,7 +56,10 @@ class Sampler:
         self._given: Counter[int] = Counter()
         self._warp = _warpers(sampling)
         self._generator = torch.Generator()
-        self._generator.manual_seed(sampling.seed) if sampling.seed is not None else self._generator.seed()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor) -> Chosen:
         """The next token, of logits [V]."""

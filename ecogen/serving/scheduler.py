@@ -59,22 +59,22 @@ class _Group:
     """Slots: those that decode, then those whose prompts are not through."""
 
     decoding: list[_Request] = field(default_factory=list)
-    filling: list[_Request] = field(default_factory=list)
+    prefilling: list[_Request] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
-    filled_last: bool = False
+    prefilled_last: bool = False
     step: Step | None = None  # the one that runs
 
     def leave(self, request: _Request) -> None:
         """A request goes; its slot is taken by the highest that decodes, and that one's by the highest of all."""
         num_decoding = len(self.decoding)
-        if request in self.filling:
-            self._replace(self.filling, request, num_decoding)
+        if request in self.prefilling:
+            self._replace(self.prefilling, request, num_decoding)
             return
         self._replace(self.decoding, request, 0)
-        if self.filling:
-            highest = self.filling.pop()
-            self._move(highest, num_decoding + len(self.filling), num_decoding - 1)
-            self.filling.insert(0, highest)
+        if self.prefilling:
+            highest = self.prefilling.pop()
+            self._move(highest, num_decoding + len(self.prefilling), num_decoding - 1)
+            self.prefilling.insert(0, highest)
 
     def _replace(self, requests: list[_Request], request: _Request, first: int) -> None:
         slot, highest = requests.index(request), requests.pop()
@@ -87,7 +87,7 @@ class _Group:
             self.moves.append(Move(source, target, request.num_cached))
 
     def __len__(self) -> int:
-        return len(self.decoding) + len(self.filling)
+        return len(self.decoding) + len(self.prefilling)
 
 
 class Scheduler:
@@ -113,7 +113,7 @@ class Scheduler:
         """A request goes, at once or when its step ends; one that is unknown changes nothing."""
         self._waiting = deque(request for request in self._waiting if request.request_id != request_id)
         for index, group in enumerate(self._groups):
-            if any(request.request_id == request_id for request in [*group.decoding, *group.filling]):
+            if any(request.request_id == request_id for request in [*group.decoding, *group.prefilling]):
                 self._cancelled.add(request_id)
                 if group.step is None:
                     self._drop_cancelled(index)
@@ -124,8 +124,8 @@ class Scheduler:
         if own.step is not None:
             return None
         self._admit(own)
-        if own.filling and not (own.decoding and own.filled_last):
-            own.step = self._fill(group)
+        if own.prefilling and not (own.decoding and own.prefilled_last):
+            own.step = self._prefill(group)
         elif own.decoding:
             own.step = self._decode(group)
         return own.step
@@ -140,13 +140,13 @@ class Scheduler:
         own, tokens = self._groups[group], list(tokens)
         step, own.step = own.step, None
         assert step is not None
-        ran = own.filling[:1] if own.filled_last else own.decoding
+        ran = own.prefilling[:1] if own.prefilled_last else own.decoding
         for row, request in enumerate(ran):
             request.num_cached += len(step.tokens[row])
             if step.gives:
                 request.tokens.append(tokens[row])
-        if own.filled_last and step.gives:
-            own.decoding.append(own.filling.pop(0))
+        if own.prefilled_last and step.gives:
+            own.decoding.append(own.prefilling.pop(0))
         self._cancelled.update(finished)
         self._drop_cancelled(group)
 
@@ -154,9 +154,9 @@ class Scheduler:
         """Nothing is cached any more: every request begins again with its prompt and what it was given."""
         for group in self._groups:
             group.step, group.moves = None, []
-            group.filling = [*group.decoding, *group.filling]
+            group.prefilling = [*group.decoding, *group.prefilling]
             group.decoding = []
-            for request in group.filling:
+            for request in group.prefilling:
                 request.num_cached = 0
 
     @property
@@ -172,11 +172,11 @@ class Scheduler:
     def _admit(self, own: _Group) -> None:
         """Requests that wait go to the emptiest group first."""
         while self._waiting and len(own) < self._room and len(own) == min(map(len, self._groups)):
-            own.filling.append(self._waiting.popleft())
+            own.prefilling.append(self._waiting.popleft())
 
-    def _fill(self, group: int) -> Step:
+    def _prefill(self, group: int) -> Step:
         own = self._groups[group]
-        own.filled_last, request = True, own.filling[0]
+        own.prefilled_last, request = True, own.prefilling[0]
         begin = request.num_cached
         tokens = tuple(request.tokens[begin : begin + self._chunk])
         gives = begin + len(tokens) == len(request.tokens)
@@ -185,7 +185,7 @@ class Scheduler:
 
     def _decode(self, group: int) -> Step:
         own = self._groups[group]
-        own.filled_last = False
+        own.prefilled_last = False
         tokens = tuple((request.tokens[-1],) for request in own.decoding)
         positions = tuple(request.num_cached for request in own.decoding)
         names = tuple(request.request_id for request in own.decoding)
@@ -197,7 +197,7 @@ class Scheduler:
 
     def _drop_cancelled(self, group: int) -> None:
         own = self._groups[group]
-        for request in [*own.decoding, *own.filling]:
+        for request in [*own.decoding, *own.prefilling]:
             if request.request_id in self._cancelled:
                 own.leave(request)
                 self._cancelled.discard(request.request_id)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from ecogen.errors import CheckpointError
 from ecogen.models.decoder import SegmentedDecoder, load_decoder, new_cache
@@ -108,6 +109,25 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         load_decoder(tmp_path, [WHOLE])
     with pytest.raises(CheckpointError, match="is no model folder"):
         load_decoder(tmp_path / "none", [WHOLE])
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "{}", "null", '{"model_type": "llama", "hidden_size": "x"}'])
+def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"is no model folder: [^\n]*; give one that save_pretrained wrote"):
+        load_decoder(tmp_path, [WHOLE])
+
+
+def test_loading_shows_no_bars_of_its_own(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.enable_progress_bar()
+    try:
+        load_decoder(folder, [WHOLE])
+        assert capfd.readouterr().err == ""
+        assert hf_logging.is_progress_bar_enabled()
+    finally:
+        if not shown:
+            hf_logging.disable_progress_bar()
 
 
 def test_blocks_that_the_model_does_not_have(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ecogen.errors import ServingError
 from ecogen.models.decoder import load_decoder
 from ecogen.placement import Segment
 from ecogen.serving.decoder_stage import DecoderStage
-from ecogen.serving.engine import Engine
+from ecogen.serving.engine import Engine, RunStep
 from ecogen.serving.sampling import Sampling
 from ecogen.serving.scheduler import Step
 from tests.models.decoders import NUM_BLOCKS, save_decoder
@@ -104,24 +104,43 @@ async def test_who_leaves_early_frees_the_slot(folder: Path, whole: PreTrainedMo
 async def test_a_step_that_fails_is_told_to_its_requests_only(folder: Path, whole: PreTrainedModel) -> None:
     [prompt] = prompts(1)
     async with engine_of(folder) as engine:
-        run, engine._run_step = engine._run_step, fail_once(engine._run_step)
+        engine._run_step = fail_once(engine._run_step)
         with pytest.raises(RuntimeError, match="a stage burned down"):
             await answer(engine, prompt, 4)
         assert await answer(engine, prompt, 4) == alone(whole, prompt, 4)
-        assert run is not engine._run_step
 
 
-def fail_once(run: object) -> object:
-    failed = False
+def fail_once(run: RunStep) -> RunStep:
+    fails = iter([True])
 
     async def run_or_fail(step: Step) -> Tensor:
-        nonlocal failed
-        if not failed:
-            failed = True
+        if next(fails, False):
             raise RuntimeError("a stage burned down")
-        return await run(step)  # type: ignore[operator]
+        return await run(step)
 
     return run_or_fail
+
+
+async def test_a_token_that_cannot_be_chosen_ends_its_request_only(folder: Path, whole: PreTrainedModel) -> None:
+    """Weights that overflow give logits of which nothing can be drawn."""
+    first, second = prompts(2)
+    async with engine_of(folder) as engine:
+        engine._run_step = spoil(engine._run_step, of="0")
+        drawn = engine.generate(first, Sampling(temperature=1), max_new=4)
+        spoiled, sound = await asyncio.gather(anext(drawn), answer(engine, second, 6), return_exceptions=True)
+        assert isinstance(spoiled, ServingError)
+        assert "no token can be chosen" in str(spoiled)
+        assert sound == alone(whole, second, 6)
+        assert await answer(engine, first, 4) == alone(whole, first, 4)
+
+
+def spoil(run: RunStep, of: str) -> RunStep:
+    async def run_and_spoil(step: Step) -> Tensor:
+        logits = await run(step)
+        rows = zip(logits, step.requests, strict=True)
+        return torch.stack([row * torch.nan if name == of else row for row, name in rows])
+
+    return run_and_spoil
 
 
 async def test_requests_that_do_not_fit(folder: Path) -> None:
