@@ -15,6 +15,7 @@ from ecogen.config.reading import (
     to_table,
 )
 from ecogen.config.schema import (
+    BESIDE_FAULTY,
     MADE_HERE,
     NUM_LABELS,
     Aggregation,
@@ -44,6 +45,7 @@ from ecogen.config.tunables import BlockTunables, Tunables, TunedBlock
 from ecogen.config.types import WireType
 
 __all__ = [
+    "BESIDE_FAULTY",
     "MADE_HERE",
     "NUM_LABELS",
     "Aggregation",

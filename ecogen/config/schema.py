@@ -36,6 +36,9 @@ MADE_HERE = ("pretrain", "untrained")
 NUM_LABELS = 10
 """Of each data set."""
 
+BESIDE_FAULTY = {"trimmed_mean": 1, "multi_krum": 3}
+"""How many updates a strategy needs beside two for each that may be faulty; for sources see `tuning.strategies`."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Model:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ecogen.config import Aggregation
+from ecogen.config import BESIDE_FAULTY, Aggregation
 from ecogen.errors import ConfigError
 from ecogen.models.tunables import Tunables
 from ecogen.tuning.aggregate import Update, aggregate, check_updates
@@ -89,7 +89,7 @@ def trimmed_mean(
     before: Mapping[str, Tensor], updates: Sequence[Update], memory: Mapping[str, Tensor], spec: Aggregation
 ) -> tuple[Tunables, Tunables]:
     """The mean of each coordinate without its `faulty` largest and smallest values: Yin et al. 2018, definition 2."""
-    trimmed = _tolerated(spec, len(updates), (len(updates) - 1) // 2)
+    trimmed = _tolerated(spec, len(updates), "trimmed_mean")
 
     def mean(stacked: Tensor) -> Tensor:
         return stacked.sort(dim=0).values[trimmed : len(updates) - trimmed].mean(dim=0)
@@ -104,7 +104,7 @@ def multi_krum(
     https://arxiv.org/abs/1703.02757. An update's score is the sum of its squared distances to the n - f - 2 nearest.
     """
     check_updates(updates)
-    faulty = _tolerated(spec, len(updates), (len(updates) - 3) // 2)
+    faulty = _tolerated(spec, len(updates), "multi_krum")
     flat = torch.stack([torch.cat([update.tunables[n].double().flatten() for n in before]) for update in updates])
     distances = torch.cdist(flat, flat).square().fill_diagonal_(torch.inf)
     num_near = max(1, len(updates) - faulty - 2)
@@ -197,8 +197,9 @@ def _by_coordinate(updates: Sequence[Update], reduce: Callable[[Tensor], Tensor]
     }
 
 
-def _tolerated(spec: Aggregation, num_updates: int, most: int) -> int:
+def _tolerated(spec: Aggregation, num_updates: int, strategy: str) -> int:
     """How many faulty updates the formula is given: fewer than asked for where too many clusters are missing."""
+    most = (num_updates - BESIDE_FAULTY[strategy]) // 2
     if spec.faulty > most:
         logger.warning(
             "%d updates cannot tolerate %d faulty ones; tolerating %d", num_updates, spec.faulty, max(0, most)

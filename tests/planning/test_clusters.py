@@ -23,6 +23,7 @@ SGD = {"optimizer": "sgd"}
         ({"tuning": SGD, "aggregation": {"strategy": "scaffold"}}, 3),
         ({"tuning": {"unlabelled": {"method": "fixmatch"}}}, 3),
         ({"tuning": {"unlabelled": {"method": "fixmatch", "teacher": "edge"}}}, 4),
+        ({"wire": {"updates": "int8"}}, 4),
         ({"tuning": {"proximal": 0.1}, "aggregation": {"strategy": "scaffold"}}, 6),
     ],
     ids=str,

@@ -52,7 +52,10 @@ def test_the_accuracy_is_that_of_a_plain_model_for_one_tunables_after_another(ca
 
 @pytest.mark.parametrize("has_room", [True, False])
 @pytest.mark.parametrize("first_block", [0, 1, 3])
-def test_what_is_frozen_below_is_computed_once_where_there_is_room(first_block: int, has_room: bool) -> None:
+def test_what_is_frozen_below_is_computed_once_where_there_is_room(
+    first_block: int, has_room: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     case = Case(3, spec=Spec(prompts=0, lora_rank=2, first_block=first_block))
     shape, whole = model_shape(case.config, case.spec), whole_segment(case.config)
     room = COUNT * activation_bytes(shape, first_block) - (not has_room)
@@ -64,3 +67,4 @@ def test_what_is_frozen_below_is_computed_once_where_there_is_room(first_block: 
     above = forward_flops(shape, Segment(first_block, 3, has_head=True), COUNT)
     every = forward_flops(shape, whole, COUNT)
     assert counted == [every, above, above] if has_room and first_block else [every] * 3
+    assert ("tuning.prefix_memory_mib = " in caplog.text) is (bool(first_block) and not has_room)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 from ecogen.config.contradictions.contradiction import Contradiction
 from ecogen.config.nodes import cluster_counts
-from ecogen.config.schema import Recipe
+from ecogen.config.schema import BESIDE_FAULTY, Recipe
 
 _MORE_THAN_ONE = "one cluster may have several updates in a buffer, and so outvote the others"
 _UNBUFFERED = {
@@ -15,12 +15,6 @@ _UNBUFFERED = {
     "scaffold": "a cluster begins its next attempt before its control variate of the last one is committed",
 }
 """Strategies that need all clusters' updates of the same round, and why."""
-
-_NEEDED: Mapping[str, Callable[[int], int]] = {
-    "trimmed_mean": lambda faulty: 2 * faulty + 1,
-    "multi_krum": lambda faulty: 2 * faulty + 3,
-}
-"""How many clusters it takes to tolerate that many faulty ones."""
 
 _WITHOUT_RATE = ("median", "trimmed_mean", "multi_krum")
 """Strategies that take no server's step."""
@@ -44,7 +38,8 @@ def of_aggregation(recipe: Recipe) -> Iterator[Contradiction]:
 def _of_counts(recipe: Recipe, fewest: int) -> Iterator[Contradiction]:
     aggregation = recipe.aggregation
     places = ("topology.clusters_per_edge", "topology.clusters", "topology.pool", "aggregation.strategy")
-    needed = _NEEDED[aggregation.strategy](aggregation.faulty) if aggregation.strategy in _NEEDED else 0
+    beside = BESIDE_FAULTY.get(aggregation.strategy)
+    needed = 0 if beside is None else 2 * aggregation.faulty + beside
     if needed > fewest:
         text = (
             f"aggregation.faulty: {aggregation.strategy} tolerates {aggregation.faulty} among {needed} clusters of an "
