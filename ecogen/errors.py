@@ -9,6 +9,8 @@ EcoGenError
 ├── StorageError           a disk is full or not writable
 ├── AggregationError       updates cannot be averaged
 ├── ServingError           a request or a model cannot be served
+│   ├── UnknownModelError  there is no such model, or not for this tenant
+│   └── OverloadedError    as many requests wait as may
 └── TransportError         something between two nodes
     ├── NodeLostError      the other node does not answer
     ├── ProtocolError      the other node speaks another version or sent nonsense
@@ -59,6 +61,14 @@ class AggregationError(EcoGenError):
 
 class ServingError(EcoGenError):
     """A request or a model cannot be served."""
+
+
+class UnknownModelError(ServingError):
+    """There is no model of that name, or not for this tenant."""
+
+
+class OverloadedError(ServingError):
+    """As many requests wait as may; try again later."""
 
 
 class TransportError(EcoGenError):

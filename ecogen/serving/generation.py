@@ -1,0 +1,81 @@
+"""The seam between an API server and whatever serves a model: a request for tokens, its tokens, what it took."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ecogen.accounting.bill import Bill
+from ecogen.serving.sampling import Chosen, Sampling
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One answer that is wanted.
+
+    Attributes:
+        model: the name of a served model: the backbone's, or an adapter's.
+        prompt: token ids.
+        max_new: tokens of the answer at most.
+        ends: token ids after which it is over; the ending one is given too.
+        tenant: whose request it is, where there are tenants; an adapter of another's is not there for it.
+    """
+
+    model: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    max_new: int
+    ends: frozenset[int] = frozenset()
+    tenant: str | None = None
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What one answer took.
+
+    Attributes:
+        bill: energy and emissions, modelled, with bounds.
+        t_ul_s: until the prompt is where it is computed.
+        t_inference_s: from there to the last token, hops between stages included.
+        t_dl_s: until the last token is back.
+        node_ids: where it was computed, in order.
+    """
+
+    bill: Bill
+    t_ul_s: float
+    t_inference_s: float
+    t_dl_s: float
+    node_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that can be asked for by name.
+
+    Attributes:
+        created_s: when it came, in seconds since 1970.
+        backbone: of an adapter, the name of what it is an adapter of.
+        max_tokens: the longest request, prompt and answer.
+    """
+
+    name: str
+    created_s: float
+    max_tokens: int
+    backbone: str | None = None
+
+
+class Serving(Protocol):
+    """Serves models. Not thread-safe: one event loop."""
+
+    def models(self, tenant: str | None = None) -> Sequence[ServedModel]:
+        """Those that a tenant may ask for, the backbone first."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Chosen | Finish]:
+        """The answer's tokens as they come, and what it took in the end. Leaving early frees the slot.
+
+        Raises:
+            UnknownModelError: if the tenant has no such model.
+            ServingError: if the request does not fit, cannot be carried out or is broken off.
+            OverloadedError: if as many requests wait as may.
+        """
