@@ -85,7 +85,7 @@ def open_foundation(folder: Path) -> Foundation:
         ) from problem
     if config.model_type != "vit":
         raise CheckpointError(f"{folder} holds a {config.model_type!r} model; only 'vit' is supported for images")
-    files = {_whole_name(name): (path, name) for path in _weight_files(folder) for name in _names_in(path)}
+    files = {_whole_name(name): (path, name) for path in weight_files(folder) for name in _names_in(path)}
     return Foundation(folder, config, files)
 
 
@@ -118,7 +118,12 @@ def load_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is missing or corrupt ({problem}); restore it, or run again") from problem
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder, sharded or not.
+
+    Raises:
+        CheckpointError: if its index is corrupt.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]

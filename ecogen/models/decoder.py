@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, S those of the cache and T, D hidden, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from transformers.utils import logging as hf_logging
 from ecogen.errors import CheckpointError
 from ecogen.models.families import refusal
 from ecogen.placement import Segment
+
+_CACHE_LINE = 64
+"""Bytes, as torch allocates; see `c10/core/alignment.h`."""
 
 State = Tensor | tuple[Tensor, ...]
 """What passes between two blocks: hidden states [B, T, D], in some families with more beside them."""
@@ -130,7 +133,32 @@ def load_decoder(folder: Path, segments: Sequence[Segment], *, dtype: torch.dtyp
     wrong |= {name for name, tensor in whole.state_dict().items() if tensor.is_meta}
     if wrong:
         raise CheckpointError(f"{folder} does not fit its config.json: {len(wrong)} tensors, {min(wrong)!r} among them")
+    align(whole)
     return SegmentedDecoder(whole.eval().requires_grad_(False), segments)
+
+
+def align(model: nn.Module) -> None:
+    """Have every tensor begin where a cache line does, as a file's do by chance only.
+
+    The last bits of a product depend on it, and so whether two nodes' results equal one's.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.data_ptr() % _CACHE_LINE and not tensor.is_meta:
+            tensor.data = tensor.data.clone()
+
+
+def names_of(config: PreTrainedConfig, names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
+    """Those of a checkpoint's tensors that a node needs for its segments: all but what only others hold."""
+    with torch.device("meta"):
+        foreign = _foreign(_part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)(config))
+    others = re.compile("|".join(foreign) or r"(?!)")
+    return [name for name in names if not others.search(name)]
+
+
+def block_of(name: str) -> int | None:
+    """The block that a checkpoint's tensor is in; None for what is outside of them."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def open_config(folder: Path) -> PreTrainedConfig:

@@ -1,119 +1,154 @@
-"""Answers many requests at once: the scheduler's steps go through a chain, and samplers choose what comes next.
+"""Answers many requests at once: the scheduler's steps go through a chain, and its last stage chooses what comes next.
 
-One task for each group of slots; while one group's step is at a later stage, the next one's is at an earlier.
+One task for each group of slots; while one group's step is at a later stage, the next one's is at an earlier. A chain
+may be taken away and another put in its place: what was being answered goes on where it was.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
-from itertools import count
+from dataclasses import replace
 
-from torch import Tensor
-
-from ecogen.errors import ServingError
-from ecogen.serving.sampling import Chosen, Sampler, Sampling
+from ecogen.errors import NodeLostError, OverloadedError, ServingError
+from ecogen.serving.sampling import Chosen, Sampling
 from ecogen.serving.scheduler import Scheduler, Step
+from ecogen.serving.steps import Order, Start
 
-RunStep = Callable[[Step], Awaitable[Tensor]]
-"""Sends a step through all stages; returns logits [B, V]."""
+logger = logging.getLogger(__name__)
+
+RunStep = Callable[[Order], Awaitable[Sequence[Chosen | str]]]
+"""Sends a step through all stages; gives each row's token, or why it has none; nothing where the step gives none."""
+
+
+class _Answer:
+    """One request at work."""
+
+    def __init__(
+        self, sampling: Sampling, max_new: int, ends: Collection[int], adapter: str, given: Sequence[int]
+    ) -> None:
+        # Of its own from the beginning: whichever stage goes on with it draws as the one before would have.
+        self.sampling = sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(63))
+        self.max_new, self.ends, self.adapter, self.given = max_new, ends, adapter, list(given)
+        self.news: asyncio.Queue[Chosen | Exception | None] = asyncio.Queue()
+
+    def take(self, chosen: Chosen | str) -> tuple[int, bool]:
+        """The next token, and whether it is the last; without one this answer ends, and no other."""
+        if isinstance(chosen, str):
+            self.news.put_nowait(ServingError(chosen))
+            return _NOBODY_WAITS
+        self.given.append(chosen.token)
+        self.news.put_nowait(chosen)
+        is_last = len(self.given) >= self.max_new or chosen.token in self.ends
+        if is_last:
+            self.news.put_nowait(None)
+        return chosen.token, is_last
 
 
 _NOBODY_WAITS = (0, True)
 """A token of no meaning, and that it is the last."""
 
 
-class _Answer:
-    """One request at work."""
-
-    def __init__(self, sampling: Sampling, max_new: int, ends: Collection[int]) -> None:
-        self.choose = Sampler(sampling)
-        self.left, self.ends = max_new, ends
-        self.chosen: asyncio.Queue[Chosen | Exception | None] = asyncio.Queue()
-
-    def take(self, logits: Tensor) -> tuple[int, bool]:
-        """The next token, and whether it is the last; one that cannot be chosen ends this answer only."""
-        try:
-            chosen = self.choose(logits)
-        except Exception as problem:
-            self.chosen.put_nowait(ServingError(f"no token can be chosen: {problem}; are the model's weights sound?"))
-            return _NOBODY_WAITS
-        self.left -= 1
-        self.chosen.put_nowait(chosen)
-        is_last = not self.left or chosen.token in self.ends
-        if is_last:
-            self.chosen.put_nowait(None)
-        return chosen.token, is_last
-
-
 class Engine:
-    """Continuous batching over a chain.
+    """Continuous batching over a chain, once `attach` gives it one.
 
     Args:
-        run_step: the chain.
-        num_groups: as many as it has stages.
-        slots_per_group: requests at once in each.
+        slots_per_group: requests at once in each group; there are as many groups as the chain has stages.
         max_tokens: the longest request, prompt and answer.
+        max_waiting: requests that may wait for a slot.
         chunk: tokens of a prompt that go through at once.
     """
 
-    def __init__(
-        self, run_step: RunStep, *, num_groups: int, slots_per_group: int, max_tokens: int, chunk: int = 256
-    ) -> None:
-        self._run_step, self._max_tokens = run_step, max_tokens
-        self._scheduler = Scheduler(num_groups, slots_per_group, chunk)
+    def __init__(self, *, slots_per_group: int, max_tokens: int, max_waiting: int = 1024, chunk: int = 256) -> None:
+        self.max_tokens, self._max_waiting = max_tokens, max_waiting
+        self._scheduler = Scheduler(0, slots_per_group, chunk)
         self._answers: dict[str, _Answer] = {}
-        self._numbers = count()
-        self._news = [asyncio.Event() for _ in range(num_groups)]
+        self._started: set[str] = set()  # those whose settings the chain's last stage has
+        self._ended: list[str] = []  # and of these, those that it need not keep any longer
+        self._news: list[asyncio.Event] = []
         self._loops: list[asyncio.Task[None]] = []
 
-    async def __aenter__(self) -> Engine:
-        self._loops = [asyncio.create_task(self._serve(group)) for group in range(len(self._news))]
-        return self
+    def attach(self, run_step: RunStep, num_groups: int) -> None:
+        """Go on with a chain that has nothing cached."""
+        self._scheduler.restart(num_groups)
+        self._started.clear()
+        self._ended.clear()
+        self._news = [asyncio.Event() for _ in range(num_groups)]
+        self._loops = [asyncio.create_task(self._serve(group, run_step)) for group in range(num_groups)]
 
-    async def __aexit__(self, *_: object) -> None:
-        for loop in self._loops:
+    async def detach(self) -> None:
+        """Leave the chain; requests wait for the next one."""
+        loops, self._loops = self._loops, []
+        for loop in loops:
             loop.cancel()
-        for loop in self._loops:
+        for loop in loops:
             with suppress(asyncio.CancelledError):
                 await loop
 
+    def fail(self, problem: Exception) -> None:
+        """Tell all requests that they end here."""
+        for answer in self._answers.values():
+            answer.news.put_nowait(problem)
+
+    @property
+    def num_requests(self) -> int:
+        """Those that run or wait."""
+        return len(self._answers)
+
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, *, max_new: int, ends: Collection[int] = ()
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        max_new: int,
+        ends: Collection[int] = (),
+        adapter: str = "",
+        given: Sequence[int] = (),
     ) -> AsyncIterator[Chosen]:
         """The answer's tokens as they come, the ending one among them. Leaving early frees the slot.
 
         Args:
-            max_new: tokens of the answer at most.
+            max_new: tokens of the answer at most, those that were given before among them.
             ends: tokens after which it is over.
+            adapter: which of those that the stages hold; empty for none.
+            given: the answer's first tokens, where another engine has begun it.
 
         Raises:
-            ServingError: if the request is empty or longer than there is room for.
+            ServingError: if the request is empty or longer than there is room for, or is broken off.
+            OverloadedError: if as many wait as may.
         """
-        if not prompt or max_new < 1 or len(prompt) + max_new > self._max_tokens:
-            raise ServingError(
-                f"a prompt of {len(prompt)} tokens and an answer of {max_new} do not fit 1 to {self._max_tokens} tokens"
-            )
-        request_id = str(next(self._numbers))
-        answer = self._answers[request_id] = _Answer(sampling, max_new, ends)
-        self._scheduler.submit(request_id, prompt)
+        self._check(prompt, max_new)
+        answer = self._answers[request_id] = _Answer(sampling, max_new, ends, adapter, given)
+        self._scheduler.submit(request_id, [*prompt, *given])
         self._wake()
         try:
-            while (chosen := await answer.chosen.get()) is not None:
+            while (chosen := await answer.news.get()) is not None:
                 if isinstance(chosen, Exception):
                     raise chosen
                 yield chosen
         finally:
             del self._answers[request_id]
             self._scheduler.cancel(request_id)
+            self._ended.append(request_id)
+
+    def _check(self, prompt: Sequence[int], max_new: int) -> None:
+        if not prompt or max_new < 1 or len(prompt) + max_new > self.max_tokens:
+            raise ServingError(
+                f"a prompt of {len(prompt)} tokens and an answer of {max_new} do not fit 1 to {self.max_tokens} tokens"
+            )
+        if self._scheduler.num_waiting >= self._max_waiting:
+            raise OverloadedError(f"{self._max_waiting} requests wait already; try again later")
 
     def _wake(self) -> None:
         for event in self._news:
             event.set()
 
-    async def _serve(self, group: int) -> None:
-        """One group's steps, one after the other, for ever."""
+    async def _serve(self, group: int, run_step: RunStep) -> None:
+        """One group's steps, one after the other, for as long as the chain is there."""
         news = self._news[group]
         while True:
             step = self._scheduler.begin(group)
@@ -122,27 +157,34 @@ class Engine:
                 news.clear()
                 continue
             try:
-                logits = await self._run_step(step)
+                chosen = await run_step(self._order(step))
+            except NodeLostError:
+                return  # whoever attached the chain learns it too
             except Exception as problem:
-                self._fail(step, problem)
-                continue
-            self._give(step, logits)
+                logger.exception("a step failed")
+                chosen = [f"a step failed: {problem}"] * len(step.requests)
+            self._end(step, chosen)
+            self._wake()
 
-    def _give(self, step: Step, logits: Tensor) -> None:
-        tokens, finished = [], []
-        for row, request_id in enumerate(step.requests if step.gives else ()):
-            answer = self._answers.get(request_id)
-            token, is_last = answer.take(logits[row]) if answer else _NOBODY_WAITS
-            tokens.append(token)
-            if is_last:
-                finished.append(request_id)
-        self._scheduler.end(step.group, tokens, finished)
-        self._wake()
+    def _end(self, step: Step, chosen: Sequence[Chosen | str]) -> None:
+        """Hand out what a step gave; of one that gives no tokens, nothing but failures."""
+        taken = [self._take(name, one) for name, one in zip(step.requests, chosen, strict=bool(chosen))]
+        finished = [name for name, (_, is_last) in zip(step.requests, taken, strict=bool(taken)) if is_last]
+        self._scheduler.end(step.group, [token for token, _ in taken], finished)
 
-    def _fail(self, step: Step, problem: Exception) -> None:
-        """Those whose step failed are told."""
-        for request_id in step.requests:
-            if answer := self._answers.get(request_id):
-                answer.chosen.put_nowait(problem)
-        self._scheduler.end(step.group, [0] * len(step.requests), step.requests)
-        self._wake()
+    def _take(self, request_id: str, chosen: Chosen | str) -> tuple[int, bool]:
+        answer = self._answers.get(request_id)
+        return answer.take(chosen) if answer else _NOBODY_WAITS
+
+    def _order(self, step: Step) -> Order:
+        answers = {name: self._answers[name] for name in step.requests if name in self._answers}
+        starts = {}
+        if step.gives:
+            new = {name: answer for name, answer in answers.items() if name not in self._started}
+            starts = {name: Start(answer.sampling, tuple(answer.given)) for name, answer in new.items()}
+            self._started |= starts.keys()
+        adapters = tuple(answers[name].adapter if name in answers else "" for name in step.requests)
+        ended = tuple(name for name in self._ended if name in self._started)
+        self._started.difference_update(ended)
+        self._ended.clear()
+        return Order(step, adapters, starts, ended)

@@ -8,7 +8,10 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +28,8 @@ class Sampling:
         temperature: 0 takes the likeliest token always.
         top_k: among how many of the likeliest; 0 for all.
         top_p: among the likeliest that have this probability together (Holtzman et al. 2020).
-        seed: of the draws; None for one that nobody knows.
+        seed: of the draws; None for one that nobody knows. Each draw has its own generator, of the seed and the number
+            of tokens before it: so whoever goes on with an answer draws what would have been drawn.
         presence_penalty: taken from the logit of each token that was given before.
         frequency_penalty: taken as often as it was given.
         num_top: of the likeliest tokens, how many are told with their log-probabilities.
@@ -49,17 +53,18 @@ class Chosen(NamedTuple):
 
 
 class Sampler:
-    """Chooses one request's tokens; remembers what it gave, for penalties."""
+    """Chooses one request's tokens; remembers what it gave, for penalties.
 
-    def __init__(self, sampling: Sampling) -> None:
+    Args:
+        given: tokens of the answer that were chosen before, elsewhere.
+    """
+
+    def __init__(self, sampling: Sampling, given: Sequence[int] = ()) -> None:
         self._sampling = sampling
-        self._given: Counter[int] = Counter()
+        self._given = Counter(given)
         self._warp = _warpers(sampling)
+        self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor) -> Chosen:
         """The next token, of logits [V]."""
@@ -71,6 +76,7 @@ class Sampler:
     def _choose(self, logits: Tensor) -> int:
         if not self._sampling.temperature:
             return int(logits.argmax())
+        self._generator.manual_seed(_mixed(self._seed, self._given.total()))
         probabilities = self._warp(torch.empty(1, 0, dtype=torch.long), logits[None]).softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
@@ -86,6 +92,11 @@ class Sampler:
         logprobs = logits.log_softmax(-1)
         values, tokens = logprobs.topk(min(self._sampling.num_top, len(logprobs)))
         return Chosen(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed for one draw: neighbouring seeds and numbers have nothing in common (SHA-256)."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big", signed=True)
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:

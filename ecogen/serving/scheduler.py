@@ -76,6 +76,11 @@ class _Group:
             self._move(highest, num_decoding + len(self.prefilling), num_decoding - 1)
             self.prefilling.insert(0, highest)
 
+    @property
+    def requests(self) -> list[_Request]:
+        """By slot."""
+        return [*self.decoding, *self.prefilling]
+
     def _replace(self, requests: list[_Request], request: _Request, first: int) -> None:
         slot, highest = requests.index(request), requests.pop()
         if highest is not request:
@@ -113,7 +118,7 @@ class Scheduler:
         """A request goes, at once or when its step ends; one that is unknown changes nothing."""
         self._waiting = deque(request for request in self._waiting if request.request_id != request_id)
         for index, group in enumerate(self._groups):
-            if any(request.request_id == request_id for request in [*group.decoding, *group.prefilling]):
+            if any(request.request_id == request_id for request in group.requests):
                 self._cancelled.add(request_id)
                 if group.step is None:
                     self._drop_cancelled(index)
@@ -150,14 +155,13 @@ class Scheduler:
         self._cancelled.update(finished)
         self._drop_cancelled(group)
 
-    def restart(self) -> None:
-        """Nothing is cached any more: every request begins again with its prompt and what it was given."""
-        for group in self._groups:
-            group.step, group.moves = None, []
-            group.prefilling = [*group.decoding, *group.prefilling]
-            group.decoding = []
-            for request in group.prefilling:
-                request.num_cached = 0
+    def restart(self, num_groups: int) -> None:
+        """Nothing is cached any more: what has a slot waits again, before the others, with what it was given."""
+        running = [request for group in self._groups for request in group.requests]
+        kept = [request for request in running if request.request_id not in self._cancelled]
+        self._waiting.extendleft(_Request(request.request_id, request.tokens) for request in reversed(kept))
+        self._cancelled.clear()
+        self._groups = [_Group() for _ in range(num_groups)]
 
     @property
     def num_waiting(self) -> int:
@@ -197,7 +201,7 @@ class Scheduler:
 
     def _drop_cancelled(self, group: int) -> None:
         own = self._groups[group]
-        for request in [*own.decoding, *own.prefilling]:
+        for request in own.requests:
             if request.request_id in self._cancelled:
                 own.leave(request)
                 self._cancelled.discard(request.request_id)

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ecogen.models.decoder import align
+
 NUM_BLOCKS = 6
 
 TINY: dict[str, Any] = {
@@ -102,11 +104,13 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 
 def save_decoder(model_type: str, folder: Path, **changes: Any) -> PreTrainedModel:
-    """A model with no weight at zero or one, saved; as it is read again."""
+    """A model with no weight at zero or one, saved; as it is read again, and laid out in memory as segments are."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
     model.save_pretrained(folder, max_shard_size="100KB")
-    return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    align(whole)
+    return whole

@@ -10,8 +10,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ecogen.models.decoder import State, load_decoder, new_cache
+from ecogen.models.decoder import State, block_of, load_decoder, names_of, new_cache, open_config
 from ecogen.models.families import ACCEPTED
+from ecogen.models.folder import open_folder, write_index, write_shard
 from ecogen.placement import Segment
 from tests.models.decoders import NUM_BLOCKS, save_decoder
 
@@ -20,10 +21,10 @@ PROMPT, PADDING, DECODED = 12, 4, 5
 
 
 class Chain:
-    """Three nodes, each with its segment."""
+    """Three nodes, each with its segment, in a folder that has nothing else."""
 
     def __init__(self, folder: Path) -> None:
-        self.parts = [load_decoder(folder, [segment]) for segment in SEGMENTS]
+        self.parts = [load_decoder(own_folder(folder, segment), [segment]) for segment in SEGMENTS]
         self.caches = [new_cache(part) for part in self.parts]
 
     def __call__(self, ids: Tensor, *, cached: bool = False, **arguments: Tensor) -> Tensor:
@@ -45,6 +46,20 @@ class Chain:
         for (_, outputs), (inputs, _) in zip(visits[-2::-1], visits[:0:-1], strict=True):
             pairs = [(o, i.grad) for o, i in zip(outputs, inputs, strict=True) if i.grad is not None]
             torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+
+
+def own_folder(folder: Path, segment: Segment) -> Path:
+    """What a device has on its disk."""
+    whole, own = open_folder(folder), folder / str(segment)
+    names = names_of(open_config(folder), whole.files, [segment])
+    shards: dict[str, list[str]] = {}
+    for name in names:
+        shards.setdefault(f"block-{block_of(name)}", []).append(name)
+    assert {block_of(name) for name in names} - {None} <= set(segment.blocks)
+    for shard, held in shards.items():
+        write_shard(own, shard, whole.read(held))
+    write_index(own, whole.config, shards)
+    return own
 
 
 def tensors_of(state: State) -> list[Tensor]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain, count, repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ecogen.errors import ServingError
+from ecogen.errors import NodeLostError, OverloadedError, ServingError
 from ecogen.models.decoder import load_decoder
 from ecogen.placement import Segment
 from ecogen.serving.decoder_stage import DecoderStage
 from ecogen.serving.engine import Engine, RunStep
-from ecogen.serving.sampling import Sampling
-from ecogen.serving.scheduler import Step
+from ecogen.serving.sampling import Chosen, Sampling
+from ecogen.serving.stages import Choosers
+from ecogen.serving.steps import Order
 from tests.models.decoders import NUM_BLOCKS, save_decoder
 
 SEGMENTS = [Segment(0, 1, has_embedding=True), Segment(1, 4), Segment(4, NUM_BLOCKS, has_head=True)]
@@ -39,26 +42,44 @@ def whole(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@asynccontextmanager
-async def engine_of(folder: Path, slots: int = 2) -> AsyncIterator[Engine]:
+def chain_of(folder: Path, slots: int = 2, spoil: str | None = None) -> RunStep:
+    """Three stages and a chooser, as on three devices; `spoil` is a request that gets no numbers."""
     num = len(SEGMENTS)
     stages = [DecoderStage(load_decoder(folder, [s]), s, num, slots, MAX_TOKENS) for s in SEGMENTS]
-    turns = [asyncio.Lock() for _ in stages]
+    turns, choosers = [asyncio.Lock() for _ in stages], Choosers()
 
-    async def run_step(step: Step) -> Tensor:
+    async def run_step(order: Order) -> list[Chosen | str]:
         state = None
         for stage, turn in zip(stages, turns, strict=True):
             async with turn:
-                state = await asyncio.to_thread(stage.run, step, state)
+                state = await asyncio.to_thread(stage.run, order.step, state)
         assert isinstance(state, Tensor)
-        return state
+        logits = state.clone()
+        for row, name in enumerate(order.step.requests):
+            if name == spoil:
+                logits[row] = torch.nan
+        return choosers.choose(order, logits)
 
-    async with Engine(run_step, num_groups=num, slots_per_group=slots, max_tokens=MAX_TOKENS, chunk=5) as engine:
-        yield engine
+    return run_step
 
 
-async def answer(engine: Engine, prompt: Sequence[int], max_new: int, **kwargs: object) -> list[int]:
-    return [chosen.token async for chosen in engine.generate(prompt, GREEDY, max_new=max_new, **kwargs)]
+@asynccontextmanager
+async def engine_of(run_step: RunStep, slots: int = 2, max_waiting: int = 99) -> AsyncIterator[Engine]:
+    engine = Engine(slots_per_group=slots, max_tokens=MAX_TOKENS, chunk=5, max_waiting=max_waiting)
+    engine.attach(run_step, len(SEGMENTS))
+    yield engine
+    await engine.detach()
+
+
+NUMBERS = count()
+
+
+def ask(engine: Engine, prompt: Sequence[int], max_new: int, sampling: Sampling = GREEDY, **more: Any) -> Any:
+    return engine.generate(str(next(NUMBERS)), prompt, sampling, max_new=max_new, **more)
+
+
+async def answer(engine: Engine, prompt: Sequence[int], max_new: int, **more: Any) -> list[int]:
+    return [chosen.token async for chosen in ask(engine, prompt, max_new, **more)]
 
 
 def alone(whole: PreTrainedModel, prompt: list[int], max_new: int) -> list[int]:
@@ -77,7 +98,7 @@ def prompts(count: int) -> list[list[int]]:
 async def test_many_requests_at_once_answer_as_each_alone(folder: Path, whole: PreTrainedModel) -> None:
     """More than there are slots, of all lengths; they come and go."""
     asked = [(prompt, 3 + 5 * (index % 4)) for index, prompt in enumerate(prompts(14))]
-    async with engine_of(folder) as engine:
+    async with engine_of(chain_of(folder)) as engine:
         answers = await asyncio.gather(*(answer(engine, *request) for request in asked))
     assert answers == [alone(whole, *request) for request in asked]
 
@@ -86,37 +107,37 @@ async def test_an_answer_ends_at_an_ending_token(folder: Path, whole: PreTrained
     [prompt] = prompts(1)
     wanted = alone(whole, prompt, 12)
     end = wanted[5]
-    async with engine_of(folder) as engine:
+    async with engine_of(chain_of(folder)) as engine:
         assert await answer(engine, prompt, 12, ends={end}) == wanted[: wanted.index(end) + 1]
 
 
 async def test_who_leaves_early_frees_the_slot(folder: Path, whole: PreTrainedModel) -> None:
     """Readers that vanish do not keep others out: here there are more of them than slots."""
     asked = prompts(8)
-    async with engine_of(folder, slots=1) as engine:
+    async with engine_of(chain_of(folder, slots=1), slots=1) as engine:
         for prompt in asked[:6]:
-            stream = engine.generate(prompt, GREEDY, max_new=30)
+            stream = ask(engine, prompt, 30)
             await anext(stream)
             await stream.aclose()
         assert await answer(engine, asked[7], 6) == alone(whole, asked[7], 6)
+        assert engine.num_requests == 0
 
 
 async def test_a_step_that_fails_is_told_to_its_requests_only(folder: Path, whole: PreTrainedModel) -> None:
     [prompt] = prompts(1)
-    async with engine_of(folder) as engine:
-        engine._run_step = fail_once(engine._run_step)
-        with pytest.raises(RuntimeError, match="a stage burned down"):
+    async with engine_of(fail_once(chain_of(folder), RuntimeError("a stage burned down"))) as engine:
+        with pytest.raises(ServingError, match="a step failed: a stage burned down"):
             await answer(engine, prompt, 4)
         assert await answer(engine, prompt, 4) == alone(whole, prompt, 4)
 
 
-def fail_once(run: RunStep) -> RunStep:
-    fails = iter([True])
+def fail_once(run_step: RunStep, problem: Exception, after: int = 0) -> RunStep:
+    fails = chain([False] * after, [True], repeat(False))
 
-    async def run_or_fail(step: Step) -> Tensor:
-        if next(fails, False):
-            raise RuntimeError("a stage burned down")
-        return await run(step)
+    async def run_or_fail(order: Order) -> Sequence[Chosen | str]:
+        if next(fails):
+            raise problem
+        return await run_step(order)
 
     return run_or_fail
 
@@ -124,9 +145,8 @@ def fail_once(run: RunStep) -> RunStep:
 async def test_a_token_that_cannot_be_chosen_ends_its_request_only(folder: Path, whole: PreTrainedModel) -> None:
     """Weights that overflow give logits of which nothing can be drawn."""
     first, second = prompts(2)
-    async with engine_of(folder) as engine:
-        engine._run_step = spoil(engine._run_step, of="0")
-        drawn = engine.generate(first, Sampling(temperature=1), max_new=4)
+    async with engine_of(chain_of(folder, spoil="spoiled")) as engine:
+        drawn = engine.generate("spoiled", first, Sampling(temperature=1), max_new=4)
         spoiled, sound = await asyncio.gather(anext(drawn), answer(engine, second, 6), return_exceptions=True)
         assert isinstance(spoiled, ServingError)
         assert "no token can be chosen" in str(spoiled)
@@ -134,17 +154,52 @@ async def test_a_token_that_cannot_be_chosen_ends_its_request_only(folder: Path,
         assert await answer(engine, first, 4) == alone(whole, first, 4)
 
 
-def spoil(run: RunStep, of: str) -> RunStep:
-    async def run_and_spoil(step: Step) -> Tensor:
-        logits = await run(step)
-        rows = zip(logits, step.requests, strict=True)
-        return torch.stack([row * torch.nan if name == of else row for row, name in rows])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3), Sampling(frequency_penalty=0.9, seed=5)])
+async def test_what_a_lost_chain_had_begun_the_next_one_goes_on_with(folder: Path, sampling: Sampling) -> None:
+    """No token is lost or doubled, and what is drawn is what would have been drawn."""
+    asked = [(prompt, 6 + index % 9) for index, prompt in enumerate(prompts(9))]
 
-    return run_and_spoil
+    async def answers(engine: Engine) -> list[list[int]]:
+        return await asyncio.gather(*(answer(engine, *request, sampling=sampling) for request in asked))
+
+    async with engine_of(chain_of(folder)) as engine:
+        wanted = await answers(engine)
+    for lost_after in (0, 7, 30):
+        async with engine_of(fail_once(chain_of(folder), NodeLostError("b", "gone"), lost_after)) as engine:
+            answering = asyncio.create_task(answers(engine))
+            await asyncio.sleep(0.1)
+            await engine.detach()
+            engine.attach(chain_of(folder), len(SEGMENTS))
+            assert await answering == wanted
+
+
+async def test_one_engine_goes_on_with_what_another_began(folder: Path) -> None:
+    [prompt] = prompts(1)
+    sampling = Sampling(seed=11, presence_penalty=0.5)
+    async with engine_of(chain_of(folder)) as engine:
+        wanted = await answer(engine, prompt, 9, sampling=sampling)
+        assert await answer(engine, prompt, 9, sampling=sampling, given=wanted[:4]) == wanted[4:]
+
+
+async def test_without_a_chain_requests_wait_or_are_told(folder: Path, whole: PreTrainedModel) -> None:
+    [prompt] = prompts(1)
+    engine = Engine(slots_per_group=1, max_tokens=MAX_TOKENS, max_waiting=2)
+    waiting = [asyncio.create_task(answer(engine, prompt, 4)) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(OverloadedError, match="2 requests wait already"):
+        await answer(engine, prompt, 4)
+    engine.attach(chain_of(folder), len(SEGMENTS))
+    assert await asyncio.gather(*waiting) == [alone(whole, prompt, 4)] * 2
+    await engine.detach()
+    waiting = [asyncio.create_task(answer(engine, prompt, 4))]
+    await asyncio.sleep(0)
+    engine.fail(ServingError("too few devices"))
+    with pytest.raises(ServingError, match="too few devices"):
+        await waiting[0]
 
 
 async def test_requests_that_do_not_fit(folder: Path) -> None:
-    async with engine_of(folder) as engine:
+    async with engine_of(chain_of(folder)) as engine:
         for prompt, max_new in (([], 4), ([5], 0), ([5] * 60, 5)):
             with pytest.raises(ServingError, match=f"{len(prompt)} tokens and an answer of {max_new} do not fit"):
                 await answer(engine, prompt, max_new)

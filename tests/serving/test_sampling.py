@@ -55,6 +55,14 @@ def test_a_seed_gives_the_same_tokens_and_none_gives_others() -> None:
     assert len({Sampler(Sampling())(flat).token for _ in range(20)}) > 10
 
 
+def test_another_sampler_goes_on_where_one_was() -> None:
+    flat, settings = torch.zeros(50), Sampling(seed=3, frequency_penalty=0.4)
+    whole = Sampler(settings)
+    tokens = [whole(flat).token for _ in range(9)]
+    second = Sampler(settings, tokens[:4])
+    assert [second(flat).token for _ in range(5)] == tokens[4:]
+
+
 def test_penalties_count_what_was_given() -> None:
     """Greedily: a token falls by the presence penalty once, and by the frequency penalty each time."""
     logits = torch.tensor([1.0, 0.5, -9.0])

@@ -74,7 +74,7 @@ def test_every_request_is_answered_as_if_alone(
         for index in (index for index, when in cancelled.items() if when == tick):
             scheduler.cancel(str(index))
         if tick == lost:
-            scheduler.restart()
+            scheduler.restart(num_groups)
             stages = Stages(num_groups, num_slots)
         for group in range(num_groups):
             if step := scheduler.begin(group):
