@@ -28,7 +28,8 @@ class States:
     def read(self, name: StateName, rows: Rows) -> Tensor | None:
         """The rows' states [B, ...] where they lie, for kernels write into them; None where all rows begin.
 
-        None and not zeros: transformers' kernels for a prompt's first tokens are others than those that go on.
+        None and not zeros: transformers has other kernels for a prompt's first tokens, and these should always run,
+        not only until a slab was made.
         """
         slab = self._slabs.get(name)
         return None if slab is None or rows.begin == 0 else slab[rows.part]
