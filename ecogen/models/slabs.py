@@ -38,7 +38,7 @@ _ONE_LENGTH = {"inkling_text"}
 
 
 class SlabCache(Cache):
-    """A cache of transformers over slabs; `at` says which rows run.
+    """A cache of transformers over slabs, of those rows that `run` was given.
 
     Args:
         num_slots: how many requests it has room for.
@@ -54,36 +54,20 @@ class SlabCache(Cache):
         self._states = States(num_slots)
 
     def run(self, forward: Callable[[State, Tensor], State], inputs: State, rows: Rows) -> State:
-        """One step of a model's forward with this cache, of inputs and positions [B, T]; what it gives.
+        """One step of a model's forward with this cache; what it gives.
+
+        Args:
+            forward: of inputs and positions [B, T]; called once, or for each row where the model wants one length.
 
         Raises:
             ServingError: if there is no room for the rows.
         """
         if rows.begin is not None or self._takes_any_lengths:
-            with self.at(rows):
+            with self._at(rows):
                 return forward(inputs, rows.positions)
         assert isinstance(inputs, Tensor)  # what passes between such a model's blocks
         given = [self.run(forward, row, part) for row, part in zip(inputs.split(1), rows.apart(), strict=True)]
         return torch.cat([state for state in given if isinstance(state, Tensor)])
-
-    @contextmanager
-    def at(self, rows: Rows) -> Iterator[None]:
-        """Within it, a forward reads and writes those rows.
-
-        Raises:
-            ServingError: if there is no room for them.
-        """
-        if rows.stop > self.num_slots or rows.length > self.max_tokens:
-            raise ServingError(
-                f"slots up to {rows.stop} and {rows.length} tokens do not fit {self.num_slots} of {self.max_tokens}"
-            )
-        self._states.begin(rows)
-        self.rows = rows
-        try:
-            with masked(rows):
-                yield
-        finally:
-            self.rows = None
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """A request goes to another slot."""
@@ -122,6 +106,20 @@ class SlabCache(Cache):
     ) -> Tensor:
         """A recurrent state's next value; see `States.write`."""
         return self._states.write(("recurrent", layer_idx, state_idx), self.running, recurrent_states)
+
+    @contextmanager
+    def _at(self, rows: Rows) -> Iterator[None]:
+        if rows.stop > self.num_slots or rows.length > self.max_tokens:
+            raise ServingError(
+                f"slots up to {rows.stop} and {rows.length} tokens do not fit {self.num_slots} of {self.max_tokens}"
+            )
+        self._states.begin(rows)
+        self.rows = rows
+        try:
+            with masked(rows):
+                yield
+        finally:
+            self.rows = None
 
 
 class _Slab(CacheLayerMixin):

@@ -186,8 +186,9 @@ def test_a_stage_keeps_only_its_own_states(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("first", "place"), [(NUM_SLOTS, 0), (0, MAX_TOKENS)])
 def test_no_room(first: int, place: int) -> None:
     cache = SlabCache(tiny_config("llama"), NUM_SLOTS, MAX_TOKENS)
-    with pytest.raises(ServingError, match="do not fit 6 of 48"), cache.at(Rows(first, torch.tensor([[place]]))):
-        pass
+    rows = Rows(first, torch.tensor([[place]]))
+    with pytest.raises(ServingError, match="do not fit 6 of 48"):
+        cache.run(lambda inputs, _: inputs, torch.tensor([[3]]), rows)
 
 
 def test_models_that_keep_what_slabs_cannot_are_refused() -> None:
