@@ -1,8 +1,8 @@
-"""Keys and values of many requests at once: each request has a slot, a row of a slab for each attention layer.
+"""What a model keeps of many requests at once: each request has a slot, a row of a slab for all that a layer keeps.
 
 What runs together are neighbouring slots, so that attention reads a slab where it lies and nothing is gathered. Rows
-may be of any length: where each of them is, transformers' masks are told through its own interface, so that windows,
-chunks and soft caps stay the model's.
+may be of any length. A prompt may come in chunks: recurrent and convolution states go on from chunk to chunk, which
+transformers' own kernels can; a step that has run must not run again, for it would change them twice.
 
 Shapes: B rows that run together, T tokens of each, S the longest row's keys, H heads of keys, D their width.
 """
@@ -11,38 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ecogen.errors import ServingError
+from ecogen.models.decoder import State
+from ecogen.models.rows import Rows, masked
+from ecogen.models.states import States
 
+_KINDS = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "DynamicIndexedLayer",
+    "MiniMaxM3VLSparseCacheLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""The layers of transformers' caches that slabs can stand for; names, for one comes with its model's own file."""
 
-class Rows:
-    """Neighbouring slots in one step, and where each one's tokens go.
-
-    Args:
-        first: the first slot.
-        positions: [B, T]; consecutive in each row.
-    """
-
-    def __init__(self, first: int, positions: Tensor) -> None:
-        self.first, self.positions = first, positions
-        self.stop = first + len(positions)
-        starts = positions[:, 0].tolist()
-        self.num_tokens = positions.shape[1]
-        self.begin = starts[0] if min(starts) == max(starts) else None  # where all begin, if they do at one place
-        self.length = max(starts) + self.num_tokens
-        self.slots = torch.arange(first, self.stop, device=positions.device)[:, None]
+_ONE_LENGTH = {"inkling_text"}
+"""Model types whose attention takes its place from the cache's length, one for all rows: others run one by one."""
 
 
 class SlabCache(Cache):
-    """A cache of transformers over slabs; `at` says which rows run.
+    """A cache of transformers over slabs, of those rows that `run` was given.
 
     Args:
         num_slots: how many requests it has room for.
@@ -51,55 +47,102 @@ class SlabCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, num_slots: int, max_tokens: int) -> None:
         layers = [_Slab(self, num_slots, max_tokens) for _ in _checked(config)]
+        self._takes_any_lengths = config.model_type not in _ONE_LENGTH
         super().__init__(layers=layers)
         self.num_slots, self.max_tokens = num_slots, max_tokens
         self.rows: Rows | None = None
+        self._states = States(num_slots)
 
-    @contextmanager
-    def at(self, rows: Rows) -> Iterator[None]:
-        """Within it, a forward reads and writes those rows.
+    def run(self, forward: Callable[[State, Tensor], State], inputs: State, rows: Rows) -> State:
+        """One step of a model's forward with this cache; what it gives.
+
+        Args:
+            forward: of inputs and positions [B, T]; called once, or for each row where the model wants one length.
 
         Raises:
-            ServingError: if there is no room for them.
+            ServingError: if there is no room for the rows.
         """
-        if rows.stop > self.num_slots or rows.length > self.max_tokens:
-            raise ServingError(
-                f"slots up to {rows.stop} and {rows.length} tokens do not fit {self.num_slots} of {self.max_tokens}"
-            )
-        self.rows, token = rows, _rows.set(rows)
-        try:
-            yield
-        finally:
-            self.rows = None
-            _rows.reset(token)
+        if rows.begin is not None or self._takes_any_lengths:
+            with self._at(rows):
+                return forward(inputs, rows.positions)
+        assert isinstance(inputs, Tensor)  # what passes between such a model's blocks
+        given = [self.run(forward, row, part) for row, part in zip(inputs.split(1), rows.apart(), strict=True)]
+        return torch.cat([state for state in given if isinstance(state, Tensor)])
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """A request goes to another slot."""
         for slab in self.layers:
             slab.move(source, target, num_tokens)
+        self._states.move(source, target)
 
     @property
     def nbytes(self) -> int:
         """Of all slabs."""
-        return sum(slab.nbytes for slab in self.layers)
+        return self._states.nbytes + sum(slab.nbytes for slab in self.layers)
+
+    @property
+    def running(self) -> Rows:
+        """What runs now."""
+        assert self.rows is not None
+        return self.rows
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A convolution's last inputs, as `States.read` gives them."""
+        return self._states.read(("convolution", layer_idx, state_idx), self.running)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A recurrent state, as `States.read` gives it."""
+        return self._states.read(("recurrent", layer_idx, state_idx), self.running)
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int, **_: object
+    ) -> Tensor:
+        """A convolution's next inputs; see `States.append`."""
+        name = ("convolution", layer_idx, state_idx)
+        return self._states.append(name, self.running, conv_states, conv_kernel_size)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: object
+    ) -> Tensor:
+        """A recurrent state's next value; see `States.write`."""
+        return self._states.write(("recurrent", layer_idx, state_idx), self.running, recurrent_states)
+
+    @contextmanager
+    def _at(self, rows: Rows) -> Iterator[None]:
+        if rows.stop > self.num_slots or rows.length > self.max_tokens:
+            raise ServingError(
+                f"slots up to {rows.stop} and {rows.length} tokens do not fit {self.num_slots} of {self.max_tokens}"
+            )
+        self._states.begin(rows)
+        self.rows = rows
+        try:
+            with masked(rows):
+                yield
+        finally:
+            self.rows = None
 
 
 class _Slab(CacheLayerMixin):
-    """One layer's keys and values [slots, H, tokens, D], made when it writes first: never those of another node's."""
+    """One layer's keys and values [slots, H, tokens, D], made when it writes first: never those of another node's.
+
+    A layer whose attention looks at a few tokens only has a third slab, of the keys [slots, 1, tokens, D] by which it
+    finds them.
+    """
 
     is_sliding = False
 
     def __init__(self, cache: SlabCache, num_slots: int, max_tokens: int) -> None:
         super().__init__()
         self._cache, self._size = cache, (num_slots, max_tokens)
+        self.indexer_keys: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        num_slots, max_tokens = self._size
-        self.keys, self.values = (
-            states.new_zeros(num_slots, states.shape[1], max_tokens, states.shape[3])
-            for states in (key_states, value_states)
-        )
+        self.keys, self.values = self._make(key_states), self._make(value_states)
         self.is_initialized = True
+
+    def _make(self, states: Tensor) -> Tensor:
+        num_slots, max_tokens = self._size
+        return states.new_zeros(num_slots, states.shape[1], max_tokens, states.shape[3])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write [B, H, T, D] where the rows go on; returns the rows' keys and values [B, H, S, D]."""
@@ -107,13 +150,23 @@ class _Slab(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """As `update_index`, without the dimension of heads."""
+        return self.update_index(indexer_key_states[:, None])[:, 0]
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        """Write [B, 1, T, D] where the rows go on; returns the rows' [B, 1, S, D]."""
+        if self.indexer_keys is None:
+            self.indexer_keys = self._make(idx_k)
+        return self._write(self.indexer_keys, idx_k)
+
     def _write(self, slab: Tensor, states: Tensor) -> Tensor:
         rows = self._rows
         if rows.begin is None:
             slab[rows.slots, :, rows.positions] = states.transpose(1, 2)
         else:
-            slab[rows.first : rows.stop, :, rows.begin : rows.length] = states
-        return slab[rows.first : rows.stop, :, : rows.length]
+            slab[rows.part, :, rows.begin : rows.length] = states
+        return slab[rows.part, :, : rows.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._rows.length, 0
@@ -125,53 +178,26 @@ class _Slab(CacheLayerMixin):
         return self._size[1]
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
-        for slab in (self.keys, self.values) if self.is_initialized else ():
+        for slab in self._slabs:
             slab[target, :, :num_tokens] = slab[source, :, :num_tokens]
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+        return sum(slab.nbytes for slab in self._slabs)
+
+    @property
+    def _slabs(self) -> list[Tensor]:
+        return [slab for slab in (self.keys, self.values, self.indexer_keys) if slab is not None]
 
     @property
     def _rows(self) -> Rows:
-        assert self._cache.rows is not None
-        return self._cache.rows
-
-
-_rows: ContextVar[Rows | None] = ContextVar("rows that run", default=None)
+        return self._cache.running
 
 
 def _checked(config: PreTrainedConfig) -> Iterable[CacheLayerMixin]:
     """The layers of the model's own cache, if slabs can stand for them."""
     layers = DynamicCache(config=config).layers
-    kinds = {type(layer) for layer in layers}
-    if strange := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
-        names = ", ".join(sorted(kind.__name__ for kind in strange))
-        raise ServingError(f"a {config.model_type!r} model keeps more than keys and values ({names})")
+    if strange := {type(layer).__name__ for layer in layers} - _KINDS:
+        names = ", ".join(sorted(strange))
+        raise ServingError(f"a {config.model_type!r} model keeps what slabs cannot hold ({names})")
     return layers
-
-
-def _aware(make: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    """A mask function of transformers that knows that rows may begin at places of their own."""
-
-    def mask(*others: Any, **arguments: Any) -> Tensor | None:
-        rows = _rows.get()
-        if rows is None or rows.begin is not None:
-            return make(*others, **arguments)
-        return ragged(rows, *others, **arguments)
-
-    def ragged(rows: Rows, *, mask_function: Callable[..., Tensor], device: torch.device, **arguments: Any) -> Tensor:
-        row = torch.arange(arguments["batch_size"], device=device)[:, None, None, None]
-        keys = torch.arange(arguments["kv_length"], device=device)[None, None, None, :]
-        allowed = mask_function(row, torch.zeros_like(row), rows.positions[:, None, :, None], keys)
-        allowed = allowed.expand(len(row), 1, rows.num_tokens, keys.shape[-1])
-        if make is sdpa_mask:
-            return allowed
-        zero, least = torch.zeros((), dtype=arguments["dtype"]), torch.finfo(arguments["dtype"]).min
-        return torch.where(allowed, zero.to(device), least)
-
-    return mask
-
-
-ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", _aware(sdpa_mask))
-ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _aware(eager_mask))

@@ -5,11 +5,14 @@ Not thread-safe: one compute thread calls it.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ecogen.models.decoder import SegmentedDecoder, State
-from ecogen.models.slabs import Rows, SlabCache
+from ecogen.models.rows import Rows
+from ecogen.models.slabs import SlabCache
 from ecogen.placement import Segment
 from ecogen.serving.scheduler import Step
 
@@ -43,12 +46,15 @@ class DecoderStage:
         first = torch.tensor(step.positions)[:, None]
         rows = Rows(step.first, first + torch.arange(len(step.tokens[0])))
         inputs = torch.tensor(step.tokens) if received is None else received
-        with cache.at(rows):
-            given: State = self._model(inputs, self._segment, position_ids=rows.positions, cache=cache, num_logits=1)
+        given = cache.run(partial(self._forward, cache), inputs, rows)
         if not self._segment.has_head:
             return given
         assert isinstance(given, Tensor)
         return given[:, -1]
+
+    def _forward(self, cache: SlabCache, inputs: State, positions: Tensor) -> State:
+        given: State = self._model(inputs, self._segment, position_ids=positions, cache=cache, num_logits=1)
+        return given
 
     @property
     def cache_bytes(self) -> int:

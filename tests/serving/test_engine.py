@@ -103,6 +103,17 @@ async def test_many_requests_at_once_answer_as_each_alone(folder: Path, whole: P
     assert answers == [alone(whole, *request) for request in asked]
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_next", "deepseek_v32", "inkling_text"])
+async def test_models_that_keep_more_than_keys_and_values(model_type: str, tmp_path: Path) -> None:
+    """Slots go from one request to the next, and requests from slot to slot, with states and indexed keys."""
+    changes = {"index_n_heads": 16} if model_type == "deepseek_v32" else {}  # two give ties, which lengths decide
+    whole = save_decoder(model_type, tmp_path, **changes)
+    asked = [(prompt, 3 + 5 * (index % 4)) for index, prompt in enumerate(prompts(14))]
+    async with engine_of(tmp_path) as engine:
+        answers = await asyncio.gather(*(answer(engine, *request) for request in asked))
+    assert answers == [alone(whole, *request) for request in asked]
+
+
 async def test_an_answer_ends_at_an_ending_token(folder: Path, whole: PreTrainedModel) -> None:
     [prompt] = prompts(1)
     wanted = alone(whole, prompt, 12)
