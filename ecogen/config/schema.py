@@ -266,6 +266,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Serving:
+    """How clusters serve a language model."""
+
+    slots: Count = 8  # requests at once in each group; a chain has as many groups as stages
+    max_tokens: Count = 2048  # the longest request, prompt and answer; no more than the model was made for
+    chunk: Count = 256  # tokens of a prompt that go through at once, while others decode
+    waiting: Count = 256  # requests that may wait for a slot at an edge
+    patience_s: Positive = 30.0  # how long requests wait for devices that can hold the model
+
+
+@dataclass(frozen=True, config=STRICT)
 class TransportRecipe:
     """Limits between nodes."""
 
@@ -295,6 +306,7 @@ class Recipe:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     seed: Seed = 0
     engine: Literal["inproc", "local"] = "inproc"
+    task: Literal["tune", "serve"] = "tune"  # what its nodes do
     model: Model = field(default_factory=Model)
     pretraining: Pretraining = field(default_factory=Pretraining)
     data: Data = field(default_factory=Data)
@@ -307,5 +319,6 @@ class Recipe:
     privacy: Privacy = field(default_factory=Privacy)
     faults: Faults = field(default_factory=Faults)
     wire: Wire = field(default_factory=Wire)
+    serving: Serving = field(default_factory=Serving)
     transport: TransportRecipe = field(default_factory=TransportRecipe)
     evaluation: Evaluation = field(default_factory=Evaluation)

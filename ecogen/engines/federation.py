@@ -86,6 +86,13 @@ class Federation:
                 yield record
 
     @property
+    def transport(self) -> Transport:
+        """The operator's; it knows where the edges are."""
+        for edge_id in self.topology.edge_ids:
+            self._engine.address(edge_id)
+        return self._engine.transport
+
+    @property
     def cloud_address(self) -> str:
         """Where the cloud is, for those who come to watch."""
         return self._engine.address(self.topology.cloud_id)

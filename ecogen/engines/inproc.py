@@ -50,7 +50,8 @@ class InprocEngine:
         context = NodeContext(
             node_id, make_folder(self._folder / NODES / node_id), transport, worker, compute.device, compute.dtype
         )
-        node = Node(context, build_role(context, tier, parent_id, self._recipe, self._tuned))
+        serves = self._recipe.task == "serve"
+        node = Node(context, build_role(context, tier, parent_id, self._recipe, self._tuned, serves=serves))
         address = await node.serve()
         self._tasks[node_id] = asyncio.create_task(node.run(address), name=node_id)
 

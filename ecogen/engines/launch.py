@@ -18,7 +18,7 @@ from ecogen.errors import RunError
 from ecogen.models.adapters import BACKBONE, tunables_file
 from ecogen.models.checkpoint import load_metadata
 
-_ENGINES = {"inproc": launch_inproc, "local": launch_local}
+ENGINES = {"inproc": launch_inproc, "local": launch_local}
 
 
 @asynccontextmanager
@@ -36,7 +36,7 @@ async def launch(
     """
     recipe = check_recipe(recipe)
     with tempfile.TemporaryDirectory(prefix="ecogen-") as temporary:
-        async with _ENGINES[recipe.engine](recipe, Path(folder or temporary), tuned=tuned) as federation:
+        async with ENGINES[recipe.engine](recipe, Path(folder or temporary), tuned=tuned) as federation:
             yield federation
 
 

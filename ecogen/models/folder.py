@@ -82,6 +82,15 @@ def write_shard(path: Path, shard: str, tensors: Mapping[str, Tensor]) -> None:
     save_tensors(path / f"{shard}.safetensors", tensors, {"format": "pt"})
 
 
+def has_shard(path: Path, shard: str, names: Iterable[str]) -> bool:
+    """Whether a shard is there, whole, with these tensors and no others."""
+    file = path / f"{shard}.safetensors"
+    try:
+        return file.exists() and _sizes(file).keys() == set(names)
+    except CheckpointError:
+        return False
+
+
 def write_index(path: Path, config: Mapping[str, Any], names: Mapping[str, Iterable[str]]) -> None:
     """Make a model folder of shards that are there.
 
@@ -101,9 +110,13 @@ def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is corrupt ({problem}); restore it") from problem
 
 
+def _names(file: Any) -> list[str]:
+    return list(file.keys())
+
+
 def _sizes(path: Path) -> dict[str, int]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in _names(file)}
     except (OSError, safetensors.SafetensorError) as problem:
         raise CheckpointError(f"{path} is missing or corrupt ({problem}); restore it") from problem

@@ -106,6 +106,7 @@ class Welcome(msgspec.Struct, frozen=True):
         digest: of the backbone, so that a child that has it already need not fetch it again.
         placement: for a device: of its cluster.
         next_round: for an edge: the round that the federation is at.
+        names: for an edge that serves: of the tensors in the model's folder.
     """
 
     recipe: dict[str, Any]
@@ -113,6 +114,7 @@ class Welcome(msgspec.Struct, frozen=True):
     digest: str
     placement: list[dict[str, Any]] = msgspec.field(default_factory=list)
     next_round: int = 0
+    names: list[str] = msgspec.field(default_factory=list)
 
 
 class ProgressReport(msgspec.Struct, frozen=True):

@@ -56,6 +56,7 @@ class NodeSettings:
         tuned: for the cloud of a federation that only serves, its tunables.
         certificates: the folder with `node.pem`, `node.key` and `authority.pem`.
         revoked: the federation's revocation list, where there is one.
+        serves: a language model, in a federation that tunes nothing.
         message_mib: the largest message, both ways.
     """
 
@@ -73,6 +74,7 @@ class NodeSettings:
     port: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    serves: bool = False
     message_mib: int = recipes.TransportRecipe.message_mib
 
 
@@ -91,7 +93,8 @@ async def run_node(settings: NodeSettings, on_serving: Callable[[str], None]) ->
     folder = make_folder(settings.folder)
     context = NodeContext(settings.node_id, folder, transport, worker, settings.device, settings.dtype)
     recipe = recipes.from_table(settings.recipe) if settings.recipe else None
-    node = Node(context, build_role(context, settings.tier, settings.parent_id, recipe, settings.tuned))
+    role = build_role(context, settings.tier, settings.parent_id, recipe, settings.tuned, serves=settings.serves)
+    node = Node(context, role)
     address = await node.serve()
     if settings.parent_id and settings.parent_address:
         transport.learn(settings.parent_id, settings.parent_address)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 from ecogen.errors import PlacementError
 from ecogen.placement import Labels, Placement, Segment, place
@@ -48,6 +49,26 @@ class Plan:
         return sum(self.stage_s)
 
 
+class Stages(Protocol):
+    """Blocks in a row that devices in a row are to share."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def num_devices(self) -> int: ...
+
+    @property
+    def start_stop(self) -> int:
+        """Where the first device's blocks must end; 0 where that is open."""
+
+    def seconds(self, index: int, start: int, stop: int) -> float:
+        """How long device `index` takes for blocks [start, stop)."""
+
+    def fits(self, index: int, start: int, stop: int) -> bool:
+        """Whether it has the memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """A model over the devices of a cluster in their order, and what is in flight between them.
@@ -67,6 +88,14 @@ class Pipeline:
     tunes: bool = True
     owners: int = 1
     start_stop: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return self.shape.num_blocks
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.devices)
 
     def segments(self, index: int, start: int, stop: int) -> list[Segment]:
         """What device `index` computes on as the first device starts, if it gets blocks [start, stop)."""
@@ -173,39 +202,39 @@ def _search(pipeline: Pipeline) -> tuple[int, ...] | None:
         starts = [pipeline]
     else:  # what the other owners hold depends on where the start's blocks end
         starts = [replace(pipeline, start_stop=stop) for stop in _stops(pipeline, 0)]
-    ways = [way for way in map(_search_from, starts) if way is not None]
+    ways = [way for way in map(fastest, starts) if way is not None]
     return min(ways)[1][:-1] if ways else None
 
 
-def _search_from(pipeline: Pipeline) -> tuple[float, tuple[int, ...]] | None:
-    """The least largest stage time and where each stage stops."""
+def fastest(stages: Stages) -> tuple[float, tuple[int, ...]] | None:
+    """The least largest stage time and where each stage stops; None if no way fits."""
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for index in range(len(pipeline.devices)):
-        best = _extend(pipeline, index, best)
-    return best.get(pipeline.shape.num_blocks)
+    for index in range(stages.num_devices):
+        best = _extend(stages, index, best)
+    return best.get(stages.num_blocks)
 
 
 def _extend(
-    pipeline: Pipeline, index: int, best: dict[int, tuple[float, tuple[int, ...]]]
+    stages: Stages, index: int, best: dict[int, tuple[float, tuple[int, ...]]]
 ) -> dict[int, tuple[float, tuple[int, ...]]]:
     """For each stop, the best way to bring blocks [0, stop) on the devices up to `index`."""
     extended = {}
-    for stop in _stops(pipeline, index):
+    for stop in _stops(stages, index):
         ways = [
-            (max(slowest, pipeline.seconds(index, start, stop)), (*cuts, stop))
+            (max(slowest, stages.seconds(index, start, stop)), (*cuts, stop))
             for start, (slowest, cuts) in best.items()
-            if start < stop and pipeline.fits(index, start, stop)
+            if start < stop and stages.fits(index, start, stop)
         ]
         if ways:
             extended[stop] = min(ways)
     return extended
 
 
-def _stops(pipeline: Pipeline, index: int) -> range:
+def _stops(stages: Stages, index: int) -> range:
     """Where device `index` may stop: each device after it needs a block, and the last one takes all that is left."""
-    num_blocks, after = pipeline.shape.num_blocks, len(pipeline.devices) - 1 - index
-    if after and index == 0 and pipeline.start_stop:
-        return range(pipeline.start_stop, pipeline.start_stop + 1)
+    num_blocks, after = stages.num_blocks, stages.num_devices - 1 - index
+    if after and index == 0 and stages.start_stop:
+        return range(stages.start_stop, stages.start_stop + 1)
     return range(index + 1, num_blocks - after + 1) if after else range(num_blocks, num_blocks + 1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -108,7 +108,7 @@ class Engine:
         ends: Collection[int] = (),
         adapter: str = "",
         given: Sequence[int] = (),
-    ) -> AsyncIterator[Chosen]:
+    ) -> AsyncGenerator[Chosen]:
         """The answer's tokens as they come, the ending one among them. Leaving early frees the slot.
 
         Args:
@@ -122,6 +122,8 @@ class Engine:
             OverloadedError: if as many wait as may.
         """
         self._check(prompt, max_new)
+        if given and (len(given) >= max_new or given[-1] in ends):
+            return  # the other engine had come to the end
         answer = self._answers[request_id] = _Answer(sampling, max_new, ends, adapter, given)
         self._scheduler.submit(request_id, [*prompt, *given])
         self._wake()

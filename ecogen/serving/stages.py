@@ -61,10 +61,12 @@ class StagesOfDevice:
         if error.node_id in self._placement.node_ids:
             self._tell(Message.of(LOST, Lost(self._number, error.node_id, str(error))))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Another chain takes this one's place."""
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def cache_bytes(self) -> int:

@@ -1,0 +1,104 @@
+"""An end device that serves: fetches its segments of a language model from its edge, and answers with the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from ecogen.errors import AuthenticationError, NodeLostError
+from ecogen.models.decoder import load_decoder
+from ecogen.node.context import BOOKS, Caller, NodeContext, Ready, methods
+from ecogen.placement import Segment, neighbours_of
+from ecogen.runtime.membership import attend
+from ecogen.runtime.neighbours import Neighbours
+from ecogen.serving.decoder_stage import DecoderStage
+from ecogen.serving.loading import CONNECT, LOAD, Connect, Load, fetch_folder, segments_by_visit
+from ecogen.serving.stages import StagesOfDevice
+from ecogen.serving.steps import STEP
+from ecogen.topology import Tier
+from ecogen.transport.base import Message, Peer, Stream
+
+logger = logging.getLogger(__name__)
+
+
+class ServingDevice:
+    """One end device.
+
+    Args:
+        edge_id: its edge, the only one that may give it orders.
+    """
+
+    def __init__(self, context: NodeContext, edge_id: str) -> None:
+        self._context, self._edge_id = context, edge_id
+        self._stages: StagesOfDevice | None = None
+        self._neighbour_ids: frozenset[str] = frozenset()
+        self._held_bytes = 0
+        self._neighbours = Neighbours(context.transport, self._deliver, self._lose)
+        edge = Caller(Tier.EDGE, edge_id)
+        self.methods = methods(edge, **{LOAD: self._load, CONNECT: self._connect, BOOKS: self._books})
+
+    async def run(self, address: str) -> None:
+        """Stay a member of the edge, whatever happens to it."""
+        try:
+            await attend(self._context.transport, self._edge_id, address, self._prepare)
+        finally:
+            await self._neighbours.close()
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        """Serve a stream that the edge or a neighbour on the chain opened.
+
+        Raises:
+            AuthenticationError: if it is neither.
+        """
+        if peer.node_id not in self._neighbour_ids | {self._edge_id}:
+            raise AuthenticationError(f"{peer.node_id!r} ({peer.tier}) is no neighbour of {self._context.node_id!r}")
+        await self._neighbours.adopt(peer, stream)
+
+    async def _prepare(self, _: Message) -> Message:
+        """Nothing is needed to be ready: what to hold, the edge says when it knows who is here."""
+        return Message.of("ready", Ready(self._context.worker.usage("delivery")))
+
+    async def _load(self, _: Peer, message: Message) -> Message:
+        """Hold what is this device's of a chain; answers with what that took."""
+        load = message.read(Load)
+        await self._drop()
+        placement, node_id = load.placement, self._context.node_id
+        self._neighbour_ids = frozenset(neighbours_of(placement, 1, node_id))
+        folder, compute = self._context.folder / f"model-{load.digest}", self._context.worker.compute
+        await fetch_folder(self._context.transport, self._edge_id, folder, load.config, load.names, compute)
+        visits = segments_by_visit(placement, node_id)
+        stages = await compute(self._open, folder, visits, load)
+        worker, neighbours = self._context.worker, self._neighbours
+        self._stages = StagesOfDevice(load.chain, placement, stages, self._edge_id, worker, neighbours)
+        return Message.of(LOAD, Ready(self._context.worker.usage("delivery", self._held_bytes)))
+
+    async def _drop(self) -> None:
+        stages, self._stages = self._stages, None
+        if stages is not None:
+            await stages.close()
+
+    def _open(self, folder: Path, visits: Mapping[int, Segment], load: Load) -> dict[int, DecoderStage]:
+        segments = list(dict.fromkeys(visits.values()))
+        model = load_decoder(folder, segments)
+        self._held_bytes = sum(tensor.nbytes for tensor in model.parameters())
+        room = (load.groups, load.slots, load.max_tokens)
+        return {index: DecoderStage(model, segment, *room) for index, segment in visits.items()}
+
+    async def _connect(self, _: Peer, message: Message) -> Message:
+        """Meet the neighbours."""
+        await self._neighbours.connect(message.read(Connect).addresses)
+        return Message.of(CONNECT)
+
+    async def _books(self, _: Peer, __: Message) -> Message:
+        """The usage that no other answer has reported; itself not in the books."""
+        held_bytes = self._held_bytes + (self._stages.cache_bytes if self._stages else 0)
+        return Message.of(BOOKS, Ready(self._context.worker.usage("serving", held_bytes)), counted=False)
+
+    def _deliver(self, sender_id: str, message: Message) -> None:
+        if self._stages is not None and message.method == STEP:
+            self._stages.deliver(sender_id, message)
+
+    def _lose(self, error: NodeLostError) -> None:
+        if self._stages is not None:
+            self._stages.lose(error)

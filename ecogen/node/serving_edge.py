@@ -1,0 +1,146 @@
+"""An edge that serves: has its clusters hold the model, and answers what gateways ask."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+
+import torch
+
+from ecogen import config as recipes
+from ecogen.accounting.constants import Constants
+from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError
+from ecogen.models.folder import ModelFolder, open_folder
+from ecogen.node.context import OPERATOR, PUBLISH, NodeContext, Ready, Welcome
+from ecogen.node.parent import Parent
+from ecogen.runtime.membership import Members, attend
+from ecogen.runtime.neighbours import Neighbours
+from ecogen.runtime.outbox import Outbox
+from ecogen.serving.cluster import ServedCluster
+from ecogen.serving.desk import Desk
+from ecogen.serving.generation import Finish, GenerationRequest
+from ecogen.serving.language import LanguageModel
+from ecogen.serving.loading import fetch_folder
+from ecogen.serving.sampling import Chosen
+from ecogen.serving.tally import Tally
+from ecogen.topology import Tier
+from ecogen.transport.base import Message, Peer, Stream
+
+
+class ServingEdge:
+    """One edge site; which devices it has, the cloud's welcome says."""
+
+    def __init__(self, context: NodeContext, cloud_id: str) -> None:
+        self._context, self._cloud_id = context, cloud_id
+        self._outbox = Outbox(context.folder / "records.jsonl", self._send_record)
+        self._members = Members([], self._outbox.put)
+        self._prepared = asyncio.Event()
+        self._clusters: list[ServedCluster] = []
+        self._neighbours = Neighbours(context.transport, self._deliver, self._lose)
+        read = lambda names: self._folder.read(names)  # noqa: E731 - the folder is there when a child asks
+        self.methods = Parent(Tier.END, context, self._members, self._welcome, read, self._outbox.put).methods()
+
+    async def run(self, address: str) -> None:
+        """Stay a member of the cloud and serve; that goes on while the cloud is away."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(attend(self._context.transport, self._cloud_id, address, self._prepare))
+                group.create_task(self._members.watch_for_silence())
+                group.create_task(self._outbox.run())
+                await self._prepared.wait()
+                for cluster in self._clusters:
+                    group.create_task(cluster.run())
+        finally:
+            await self._neighbours.close()
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        """Serve the stream of a gateway, or of a device that is here.
+
+        Raises:
+            AuthenticationError: if it is neither.
+        """
+        if peer.tier == OPERATOR:
+            await Desk(peer, stream, self._answer).run()
+        elif peer.tier == Tier.END and self._members.is_ready(peer.node_id):
+            await self._neighbours.adopt(peer, stream)
+        else:
+            raise AuthenticationError(f"{peer.node_id!r} ({peer.tier}) is no device of {self._context.node_id!r}")
+
+    async def _prepare(self, message: Message) -> Message:
+        """Get ready to work as the cloud's welcome says; returns the answer to it."""
+        if not self._prepared.is_set():
+            await self._settle(message.read(Welcome))
+            self._prepared.set()
+        return Message.of("ready", Ready(self._context.worker.usage("delivery")))
+
+    async def _settle(self, welcome: Welcome) -> None:
+        context = self._context
+        recipe = recipes.from_table(welcome.recipe, f"the recipe of {self._cloud_id}")
+        self._recipe, self._topology = recipe, recipes.build_topology(recipe.topology)
+        self._folder = await self._obtain(welcome, Path(recipe.model.source))
+        clusters = self._topology.clusters_of(context.node_id)
+        dtypes = {recipes.compute_of(recipe, node_id).dtype for cluster in clusters for node_id in cluster.node_ids}
+        largest = max((getattr(torch, dtype) for dtype in dtypes), key=lambda dtype: dtype.itemsize)
+        model = LanguageModel(self._folder, largest)
+        self._clusters = [
+            ServedCluster(
+                cluster,
+                self._topology.nodes,
+                model,
+                recipe.serving,
+                self._members,
+                context.transport,
+                self._neighbours,
+                self._finish,
+                recipe.placement.labels,
+            )
+            for cluster in clusters
+        ]
+        self._members.expected = [node_id for cluster in clusters for node_id in cluster.node_ids]
+
+    async def _obtain(self, welcome: Welcome, source: Path) -> ModelFolder:
+        """The model: where the cloud has it, if this machine has that too, or else on this edge's disk."""
+        compute = self._context.worker.compute
+        try:
+            folder = await compute(open_folder, source)
+            if await compute(lambda: folder.digest) == welcome.digest:
+                return folder
+        except CheckpointError:
+            pass
+        names = {name: [name] for name in welcome.names}
+        path = self._context.folder / f"model-{welcome.digest}"
+        await fetch_folder(self._context.transport, self._cloud_id, path, welcome.model, names, compute)
+        return await compute(open_folder, path)
+
+    async def _welcome(self, device_id: str) -> Message:
+        await self._prepared.wait()
+        if device_id not in self._members.expected:
+            raise ProtocolError(f"{device_id!r} is not a device of {self._context.node_id!r}; let it join its own edge")
+        return Message.of("join", Welcome(recipes.to_table(self._recipe), {}, ""))
+
+    async def _answer(
+        self, request_id: str, request: GenerationRequest, given: tuple[int, ...]
+    ) -> AsyncGenerator[Chosen | Finish]:
+        """By the cluster that has the fewest requests, one that serves if there is any."""
+        await self._prepared.wait()
+        cluster = min(self._clusters, key=lambda cluster: (cluster.chain is None, cluster.engine.num_requests))
+        async with aclosing(cluster.generate(request_id, request, given)) as answer:
+            async for one in answer:
+                yield one
+
+    def _finish(self, tally: Tally) -> Finish:
+        return tally.finish(self._topology, Constants())
+
+    def _deliver(self, sender_id: str, message: Message) -> None:
+        for cluster in self._clusters:
+            if cluster.has(sender_id):
+                cluster.deliver(sender_id, message)
+
+    def _lose(self, error: NodeLostError) -> None:
+        for cluster in self._clusters:
+            cluster.lose(error)
+
+    async def _send_record(self, line: bytes) -> None:
+        await self._context.transport.call(self._cloud_id, Message(PUBLISH, body=line))

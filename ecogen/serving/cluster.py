@@ -1,0 +1,176 @@
+"""A cluster that serves: holds the model on the devices that are here, and again when one is lost or comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from ecogen.config import Serving
+from ecogen.errors import NodeLostError, PlacementError, ServingError, TransportError
+from ecogen.placement import Labels, Placement, neighbours_of, segments_held
+from ecogen.planning.decoding import place_decoder
+from ecogen.runtime.membership import Members
+from ecogen.runtime.neighbours import Neighbours
+from ecogen.serving.chain import ServedChain
+from ecogen.serving.engine import Engine
+from ecogen.serving.generation import Finish, GenerationRequest
+from ecogen.serving.language import LanguageModel
+from ecogen.serving.loading import CONNECT, LOAD, Connect, Load
+from ecogen.serving.sampling import Chosen
+from ecogen.serving.tally import Tally
+from ecogen.topology import Cluster, Node
+from ecogen.transport.base import Message, Transport
+
+logger = logging.getLogger(__name__)
+
+
+class ServedCluster:
+    """One cluster of an edge.
+
+    Args:
+        nodes: of the topology, by id.
+        model: what is served.
+        members: the edge's devices.
+        finish: makes the account of a request, from what it took.
+        labels: where the head is.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        nodes: Mapping[str, Node],
+        model: LanguageModel,
+        spec: Serving,
+        members: Members,
+        transport: Transport,
+        neighbours: Neighbours,
+        finish: Callable[[Tally], Finish],
+        labels: Labels = "end",
+    ) -> None:
+        self._labels = labels
+        self._cluster, self._nodes, self._model, self._spec = cluster, nodes, model, spec
+        self._members, self._transport, self._neighbours, self._finish = members, transport, neighbours, finish
+        max_tokens = model.max_tokens(spec.max_tokens)
+        self.engine = Engine(
+            slots_per_group=spec.slots, max_tokens=max_tokens, max_waiting=spec.waiting, chunk=spec.chunk
+        )
+        self.chain: ServedChain | None = None
+        self._number = 0
+        self._here_then: list[str] = []  # when it was decided where to hold the model
+        self._tallies: dict[str, Tally] = {}
+
+    async def generate(
+        self, request_id: str, request: GenerationRequest, given: Sequence[int] = ()
+    ) -> AsyncGenerator[Chosen | Finish]:
+        """The answer's tokens, and what it took.
+
+        Raises:
+            ServingError: as `Engine.generate`.
+        """
+        tally = Tally(self._cluster.edge_id, self._cluster.cluster_id, len(request.prompt))
+        self._tallies[request_id] = tally
+        prompt, sampling, max_new, ends = request.prompt, request.sampling, request.max_new, request.ends
+        try:
+            answer = self.engine.generate(request_id, prompt, sampling, max_new=max_new, ends=ends, given=given)
+            async with aclosing(answer) as tokens:
+                async for chosen in tokens:
+                    yield chosen
+            yield self._finish(tally)
+        finally:
+            del self._tallies[request_id]
+
+    async def run(self) -> None:
+        """Forever: serve on a chain of the devices that are here, until they are others."""
+        await self._members.wait_for(
+            lambda: self._members.are_ready(self._cluster.node_ids), timeout_s=self._spec.patience_s
+        )
+        while True:
+            placement = await self._placed()
+            try:
+                await self._hold(placement)
+            except TransportError as problem:
+                await self._lose(problem)
+                continue
+            await self._serve(placement)
+
+    async def _placed(self) -> Placement:
+        """Where the devices that are here can hold the model; requests wait, but not for ever."""
+        while True:
+            self._here_then = self._here()
+            weights = self._model.weights(self._spec.slots * max(1, len(self._here_then)), self.engine.max_tokens)
+            try:
+                return place_decoder(weights, [self._nodes[node_id] for node_id in self._here_then], self._labels)
+            except PlacementError as problem:
+                if not await self._members.wait_for(self._has_changed, self._spec.patience_s):
+                    logger.warning("%s: %s", self._cluster.cluster_id, problem)
+                    self.engine.fail(ServingError(f"{self._cluster.cluster_id}: {problem}"))
+
+    def _here(self) -> list[str]:
+        return [node_id for node_id in self._cluster.node_ids if self._members.is_ready(node_id)]
+
+    def _has_changed(self) -> bool:
+        return self._here() != self._here_then
+
+    async def _hold(self, placement: Placement) -> None:
+        """Have every device load what is its own, and then meet its neighbours.
+
+        Raises:
+            TransportError: if one is lost, or cannot.
+        """
+        self._number += 1
+        ids = placement.node_ids
+        await asyncio.gather(*(self._transport.call(node_id, self._load(placement, node_id)) for node_id in ids))
+        edge_ids = {placement.start_id, placement.visits[-1].node_id}
+        await self._neighbours.connect(self._members.locate(edge_ids))
+        await asyncio.gather(*(self._transport.call(node_id, self._connect(placement, node_id)) for node_id in ids))
+
+    async def _serve(self, placement: Placement) -> None:
+        """Answer requests on one chain, until one of its devices is lost or another comes."""
+        chain = self.chain = ServedChain(self._number, placement, self._neighbours, self._tallies)
+        groups = len(placement.node_ids)
+        self.engine.attach(chain.run, groups)
+        logger.info("%s serves on %s", self._cluster.cluster_id, " -> ".join(map(str, placement.node_ids)))
+        others = asyncio.create_task(self._members.wait_for(self._has_changed, None))
+        try:
+            ends: list[asyncio.Future[Any]] = [chain.lost, others]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            others.cancel()
+            self.chain = None
+            await self.engine.detach()
+        if chain.lost.done():
+            await self._lose(chain.lost.result())
+
+    def has(self, node_id: str) -> bool:
+        """Whether it is a device of this cluster."""
+        return node_id in self._cluster.node_ids
+
+    def deliver(self, sender_id: str, message: Message) -> None:
+        """Take what a device of the chain says."""
+        if self.chain is not None:
+            self.chain.deliver(sender_id, message)
+
+    def lose(self, problem: NodeLostError) -> None:
+        """The stream to a device broke."""
+        if self.chain is not None:
+            self.chain.lose(problem)
+
+    async def _lose(self, problem: TransportError) -> None:
+        logger.warning("%s: %s", self._cluster.cluster_id, problem)
+        if isinstance(problem, NodeLostError):
+            await self._members.lose(problem.node_id, str(problem))
+        else:
+            await asyncio.sleep(1)  # it is here and cannot: it may be able to with other devices beside it
+
+    def _load(self, placement: Placement, node_id: str) -> Message:
+        model, spec = self._model, self._spec
+        names = model.shards(segments_held(placement, 1, node_id))
+        room = (len(placement.node_ids), spec.slots, self.engine.max_tokens)
+        visits = list(placement.visits)
+        return Message.of(LOAD, Load(self._number, visits, dict(model.config), model.digest, names, *room))
+
+    def _connect(self, placement: Placement, node_id: str) -> Message:
+        return Message.of(CONNECT, Connect(self._members.locate(neighbours_of(placement, 1, node_id))))

@@ -1,0 +1,104 @@
+"""Where an edge takes requests: one stream to a gateway carries many of them, and their tokens back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+import msgspec
+
+from ecogen.errors import EcoGenError, NodeLostError, TransportError
+from ecogen.serving.generation import Finish, GenerationRequest
+from ecogen.serving.sampling import Chosen
+from ecogen.transport.base import Message, Peer, Stream
+from ecogen.transport.failures import Failure, failure_of, internal_error
+
+logger = logging.getLogger(__name__)
+
+GENERATE, CANCEL, NEWS = "generate", "cancel", "news"
+
+
+class Generate(msgspec.Struct, frozen=True):
+    """Gateway to edge: answer this; `given` are the answer's first tokens, where another edge had begun it."""
+
+    request_id: str
+    request: GenerationRequest
+    given: tuple[int, ...] = ()
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    """Gateway to edge: nobody reads this answer any more."""
+
+    request_id: str
+
+
+class News(msgspec.Struct, frozen=True):
+    """Edge to gateway, of one answer: its next token; or what it took, in the end; or why it ends."""
+
+    request_id: str
+    chosen: Chosen | None = None
+    finish: Finish | None = None
+    failure: Failure | None = None
+
+
+Answer = Callable[[str, GenerationRequest, tuple[int, ...]], AsyncGenerator[Chosen | Finish]]
+"""Answers one request: its id, itself, and the tokens that it has already."""
+
+
+class Desk:
+    """One gateway's stream.
+
+    Args:
+        answer: what serves.
+    """
+
+    def __init__(self, peer: Peer, stream: Stream, answer: Answer) -> None:
+        self._peer, self._stream, self._answer = peer, stream, answer
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Take requests until the gateway leaves; what it asked for then ends."""
+        try:
+            while (message := await self._stream.receive()) is not None:
+                self._take(message)
+        except NodeLostError:
+            logger.info("gateway %s left", self._peer.node_id)
+        finally:
+            for task in list(self._tasks.values()):
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _take(self, message: Message) -> None:
+        if message.method == GENERATE:
+            wanted = message.read(Generate)
+            task = asyncio.create_task(self._serve(wanted))
+            self._tasks[wanted.request_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(wanted.request_id, None))
+        elif message.method == CANCEL and (task_of := self._tasks.get(message.read(Cancel).request_id)):
+            task_of.cancel()
+
+    async def _serve(self, wanted: Generate) -> None:
+        request_id = wanted.request_id
+        try:
+            async with aclosing(self._answer(request_id, wanted.request, wanted.given)) as answer:
+                async for one in answer:
+                    chosen, finish = (one, None) if isinstance(one, Chosen) else (None, one)
+                    await self._tell(News(request_id, chosen, finish))
+        except TransportError:
+            return  # the gateway is gone
+        except EcoGenError as problem:
+            await self._tell_failure(request_id, problem)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            await self._tell_failure(request_id, internal_error("the request"))
+
+    async def _tell_failure(self, request_id: str, problem: EcoGenError) -> None:
+        try:
+            await self._tell(News(request_id, failure=failure_of(problem)))
+        except TransportError:
+            logger.info("gateway %s left", self._peer.node_id)
+
+    async def _tell(self, news: News) -> None:
+        await self._stream.send(Message.of(NEWS, news, kind="activations"))
