@@ -92,6 +92,10 @@ class Federation:
             self._engine.address(edge_id)
         return self._engine.transport
 
+    def check(self) -> None:
+        """Raise what made a node fail for good, if one did."""
+        self._engine.check()
+
     @property
     def cloud_address(self) -> str:
         """Where the cloud is, for those who come to watch."""

@@ -52,7 +52,8 @@ async def launch_serving(recipe: recipes.Recipe, *, folder: Path | None = None) 
     with tempfile.TemporaryDirectory(prefix="ecogen-") as temporary:
         async with ENGINES[recipe.engine](recipe, folder or Path(temporary)) as federation:
             edge_ids = federation.topology.edge_ids
-            gateway = Gateway(federation.transport, edge_ids, served, recipe.serving.patience_s)
+            patience_s = recipe.serving.patience_s
+            gateway = Gateway(federation.transport, edge_ids, served, patience_s, federation.check)
             try:
                 yield gateway
             finally:

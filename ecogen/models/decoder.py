@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, S those of the cache and T, D hidden, V vocabulary.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,9 @@ from ecogen.placement import Segment
 
 _CACHE_LINE = 64
 """Bytes, as torch allocates; see `c10/core/alignment.h`."""
+
+_LOADING = threading.Lock()
+"""While transformers makes or loads a model it changes defaults of the whole process; nodes may share one."""
 
 State = Tensor | tuple[Tensor, ...]
 """What passes between two blocks: hidden states [B, T, D], in some families with more beside them."""
@@ -125,7 +129,7 @@ def load_decoder(folder: Path, segments: Sequence[Segment], *, dtype: torch.dtyp
     config = open_config(folder)
     part = _part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)
     try:
-        with _without_progress_bars():
+        with _LOADING, _without_progress_bars():
             whole, found = part.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"{folder} is corrupt or not complete ({problem}); restore it") from problem
@@ -149,7 +153,7 @@ def align(model: nn.Module) -> None:
 
 def names_of(config: PreTrainedConfig, names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
     """Those of a checkpoint's tensors that a node needs for its segments: all but what only others hold."""
-    with torch.device("meta"):
+    with _LOADING, torch.device("meta"):
         foreign = _foreign(_part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)(config))
     others = re.compile("|".join(foreign) or r"(?!)")
     return [name for name in names if not others.search(name)]
@@ -195,7 +199,7 @@ def _part_of(whole: type[PreTrainedModel], segments: Sequence[Segment]) -> type[
     def make(self: PreTrainedModel, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:
         whole.__init__(self, config, *args, **kwargs)
         _make_holes(self, segments)
-        self._keys_to_ignore_on_load_unexpected |= _foreign(self)
+        self._keys_to_ignore_on_load_unexpected = self._keys_to_ignore_on_load_unexpected | _foreign(self)
 
     return type(whole.__name__, (whole,), {"__init__": make, "__module__": whole.__module__})
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -40,12 +40,18 @@ class Gateway:
         transport: the operator's, which knows where the edges are.
         model: what they serve.
         patience_s: how long a request waits for an edge.
+        check: raises what made a node fail for good, if one did.
     """
 
     def __init__(
-        self, transport: Transport, edge_ids: Sequence[str], model: ServedModel, patience_s: float = 30.0
+        self,
+        transport: Transport,
+        edge_ids: Sequence[str],
+        model: ServedModel,
+        patience_s: float = 30.0,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._transport, self._model, self._patience_s = transport, model, patience_s
+        self._transport, self._model, self._patience_s, self._check = transport, model, patience_s, check
         self._edges = [_Edge(edge_id) for edge_id in edge_ids]
         self._name, self._numbers = secrets.token_hex(4), count()
 
@@ -69,11 +75,11 @@ class Gateway:
                             deadline_s = time.monotonic() + self._patience_s
                         yield one
                 return
-            except NodeLostError as problem:
+            except NodeLostError:
                 edge.lost_s = time.monotonic()
+                self._check()
                 if time.monotonic() > deadline_s:
                     raise
-                logger.warning("%s; the request goes on elsewhere", problem)
                 await asyncio.sleep(0.2)
 
     async def close(self) -> None:
@@ -130,6 +136,8 @@ class Gateway:
         except TransportError as lost:
             problem = NodeLostError(edge.node_id, str(lost))
         finally:
+            if edge.answers:
+                logger.warning("%s; %d requests go on elsewhere", problem, len(edge.answers))
             edge.stream = None
             for answer in edge.answers.values():
                 answer.put_nowait(problem)

@@ -1,0 +1,171 @@
+"""A federation that serves answers as transformers does, whoever else asks and whoever is lost meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ecogen.config import DeviceProfile, PlacementRecipe, Recipe, Serving, TopologyRecipe
+from ecogen.engines.serving import check_serving, launch_serving
+from ecogen.errors import CheckpointError, PlacementError, ServingError, UnknownModelError
+from ecogen.models.folder import open_folder
+from ecogen.serving.generation import GenerationRequest
+from ecogen.serving.sampling import Chosen, Sampling
+from tests.models.decoders import save_decoder
+from tests.serving.federations import (
+    GREEDY,
+    SPEC,
+    alone,
+    answer,
+    prompts,
+    request,
+    serving,
+    tiny_recipe,
+    whole_answer,
+)
+
+EDGE, DEVICES = "edge-0", [f"edge-0.cluster-0.device-{index}" for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_decoder("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model).eval()
+
+
+@pytest.mark.parametrize("labels", ["end", "start"])
+async def test_many_at_once_are_answered_as_each_alone(
+    labels: str, model: Path, whole: PreTrainedModel, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(model, placement=PlacementRecipe(labels=labels))  # type: ignore[arg-type]
+    asked = [(prompt, 3 + 5 * (index % 4)) for index, prompt in enumerate(prompts(14))]
+    async with launch_serving(recipe, folder=tmp_path) as gateway:
+        answers = await asyncio.gather(*(whole_answer(gateway, *one) for one in asked))
+    assert [tokens for tokens, _ in answers] == [alone(whole, *one) for one in asked]
+    for _, finish in answers:
+        assert finish.node_ids == tuple(DEVICES)
+        assert 0 < finish.bill.energy_j.low < finish.bill.energy_j.mid < finish.bill.energy_j.high
+        assert min(finish.t_ul_s, finish.t_inference_s, finish.t_dl_s, finish.bill.emissions_g.mid) > 0
+
+
+async def test_each_device_has_only_its_own_tensors_on_its_disk(model: Path, tmp_path: Path) -> None:
+    async with serving(tiny_recipe(model), tmp_path) as (gateway, _):
+        await answer(gateway, [5, 6], 2)
+    whole = open_folder(model)
+    held = [open_folder(path).files.keys() for path in sorted(tmp_path.glob("nodes/*device*/model-*"))]
+    assert len(held) == 3
+    assert set().union(*held) == whole.files.keys()
+    assert not held[0] & held[1]
+    assert held[0] & held[2] == {"model.embed_tokens.weight"}  # tied to the head
+
+
+@pytest.mark.parametrize("victim", DEVICES)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=7, frequency_penalty=0.6)], ids=["greedy", "drawn"])
+async def test_a_device_lost_in_mid_generation(victim: str, sampling: Sampling, model: Path, tmp_path: Path) -> None:
+    """The others take its blocks, and every answer goes on: no token is lost or doubled."""
+    asked = [(prompt, 30) for prompt in prompts(5)]
+    async with serving(tiny_recipe(model), tmp_path / "a") as (gateway, _):
+        wanted = await asyncio.gather(*(answer(gateway, *one, sampling) for one in asked))
+    async with serving(tiny_recipe(model), tmp_path / "b") as (gateway, engine):
+        answering = [asyncio.create_task(answer(gateway, *one, sampling)) for one in asked]
+        first = gateway.generate(request(gateway, [7, 8, 9], 30))
+        for _ in range(4):
+            await anext(first)
+        await engine.kill(victim)
+        assert await asyncio.wait_for(asyncio.gather(*answering), 30) == wanted
+        rest, finish = [one async for one in first], None
+        finish = rest[-1]
+        assert not isinstance(finish, Chosen)
+        assert set(DEVICES) - {victim} <= set(finish.node_ids)
+        await engine.start_node(victim)
+        assert await asyncio.wait_for(answer(gateway, *asked[0], sampling), 30) == wanted[0]
+
+
+async def test_an_edge_lost_in_mid_generation(model: Path, tmp_path: Path) -> None:
+    """Another edge goes on with its answers."""
+    [prompt] = prompts(1)
+    sampling = Sampling(seed=2, presence_penalty=0.3)
+    async with serving(tiny_recipe(model, devices=1, edges=2), tmp_path) as (gateway, engine):
+        wanted = await answer(gateway, prompt, 40, sampling)
+        tokens = gateway.generate(request(gateway, prompt, 40, sampling))
+        begun = [await anext(tokens) for _ in range(5)]
+        edge = next(edge.node_id for edge in gateway._edges if edge.answers)
+        await engine.kill(edge)
+        rest = [one async for one in tokens]
+        assert [one.token for one in [*begun, *rest] if isinstance(one, Chosen)] == wanted
+
+
+async def test_without_a_spare_readers_are_told(model: Path, tmp_path: Path) -> None:
+    """Two devices that hold half of the model each."""
+    spec = Serving(slots=1, max_tokens=64, patience_s=1)
+    devices = TopologyRecipe(edges=1, clusters_per_edge=1, devices_per_cluster=2, end=DeviceProfile(memory_gib=0.0006))
+    recipe = tiny_recipe(model, serving=spec, topology=devices)
+    async with serving(recipe, tmp_path) as (gateway, engine):
+        tokens = gateway.generate(request(gateway, [5, 6, 7], 50))
+        await anext(tokens)
+        await engine.kill(DEVICES[1])
+        with pytest.raises(ServingError, match=r"the model needs .* add a device"):
+            async for _ in tokens:
+                pass
+        await engine.start_node(DEVICES[1])
+        assert len(await answer(gateway, [5, 6, 7], 4)) == 4
+
+
+async def test_who_leaves_frees_its_slot(model: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(model, devices=1, serving=Serving(slots=1, max_tokens=64, waiting=3))
+    async with serving(recipe, tmp_path) as (gateway, _):
+        for prompt in prompts(6):
+            stream = gateway.generate(request(gateway, prompt, 30))
+            await anext(stream)
+            await stream.aclose()
+        assert len(await answer(gateway, [5, 6, 7], 8)) == 8
+
+
+async def test_clusters_share_the_work(model: Path, tmp_path: Path) -> None:
+    async with serving(tiny_recipe(model, devices=1, clusters=2, edges=2), tmp_path) as (gateway, _):
+        for _ in range(9):  # until the last one has loaded the model
+            answers = await asyncio.gather(*(whole_answer(gateway, prompt, 25) for prompt in prompts(8)))
+            devices = [finish.node_ids for _, finish in answers]
+            if len(set(devices)) == 4:
+                break
+        assert sorted(devices.count(device) for device in set(devices)) == [2, 2, 2, 2]
+
+
+# What may be wrong.
+
+
+async def test_requests_that_cannot_be_answered(model: Path, tmp_path: Path) -> None:
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, _):
+        with pytest.raises(UnknownModelError, match="there is no model 'other'"):
+            await anext(gateway.generate(GenerationRequest("other", (5,), GREEDY, 4)))
+        with pytest.raises(ServingError, match=r"a prompt of 60 tokens and an answer of 5 do not fit 1 to 64 tokens"):
+            await answer(gateway, [5] * 60, 5)
+
+
+def test_a_model_that_does_not_fit(model: Path) -> None:
+    small = TopologyRecipe(edges=1, clusters_per_edge=1, devices_per_cluster=2, end=DeviceProfile(memory_gib=1e-4))
+    with pytest.raises(PlacementError, match=r"no cuts of its 6 blocks fit 2 devices .* add a device"):
+        check_serving(tiny_recipe(model, topology=small))
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no model folder"):
+        check_serving(tiny_recipe(tmp_path))
+
+
+def test_no_longer_requests_than_the_model_was_made_for(model: Path) -> None:
+    assert check_serving(tiny_recipe(model)).max_tokens == SPEC.max_tokens
+    assert check_serving(tiny_recipe(model, serving=Serving(max_tokens=4096))).max_tokens == 128
+
+
+def test_a_recipe_that_serves_is_no_recipe_that_tunes() -> None:
+    assert Recipe().task == "tune"
