@@ -16,7 +16,7 @@ from ecogen.engines.federation import Federation
 from ecogen.engines.run_folder import NODES
 from ecogen.metering.meter import CpuMeter
 from ecogen.node.build import build_role
-from ecogen.node.context import OPERATOR, NodeContext
+from ecogen.node.context import OPERATOR, NodeContext, Role
 from ecogen.node.node import Node
 from ecogen.runtime.worker import Worker
 from ecogen.storage import make_folder
@@ -33,6 +33,7 @@ class InprocEngine:
         self._recipe, self._folder, self.network, self._tuned = recipe, folder, network, tuned
         self._executor = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compute")
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.roles: dict[str, Role] = {}
         self.transport: MemoryTransport = network.join(Peer(OPERATOR, OPERATOR))
 
     async def start(self) -> None:
@@ -52,6 +53,7 @@ class InprocEngine:
         )
         serves = self._recipe.task == "serve"
         node = Node(context, build_role(context, tier, parent_id, self._recipe, self._tuned, serves=serves))
+        self.roles[node_id] = node.role
         address = await node.serve()
         self._tasks[node_id] = asyncio.create_task(node.run(address), name=node_id)
 

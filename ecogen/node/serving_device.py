@@ -6,14 +6,29 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from ecogen.errors import AuthenticationError, NodeLostError
+import torch
+
+from ecogen.errors import AuthenticationError, NodeLostError, ProtocolError
 from ecogen.models.decoder import load_decoder
+from ecogen.models.mixed_lora import MixedLora
 from ecogen.node.context import BOOKS, Caller, NodeContext, Ready, methods
 from ecogen.placement import Segment, neighbours_of
 from ecogen.runtime.membership import attend
 from ecogen.runtime.neighbours import Neighbours
+from ecogen.runtime.stage import resolve_device
 from ecogen.serving.decoder_stage import DecoderStage
-from ecogen.serving.loading import CONNECT, LOAD, Connect, Load, fetch_folder, segments_by_visit
+from ecogen.serving.loading import (
+    CONNECT,
+    DROP,
+    LOAD,
+    PREPARE,
+    Assembly,
+    Connect,
+    Drop,
+    Load,
+    fetch_folder,
+    segments_by_visit,
+)
 from ecogen.serving.stages import StagesOfDevice
 from ecogen.serving.steps import STEP
 from ecogen.topology import Tier
@@ -34,9 +49,12 @@ class ServingDevice:
         self._stages: StagesOfDevice | None = None
         self._neighbour_ids: frozenset[str] = frozenset()
         self._held_bytes = 0
+        self._lora: MixedLora | None = None
+        self._assembly = Assembly()
         self._neighbours = Neighbours(context.transport, self._deliver, self._lose)
         edge = Caller(Tier.EDGE, edge_id)
-        self.methods = methods(edge, **{LOAD: self._load, CONNECT: self._connect, BOOKS: self._books})
+        handlers = {LOAD: self._load, CONNECT: self._connect, PREPARE: self._hold, DROP: self._forget}
+        self.methods = methods(edge, **handlers, **{BOOKS: self._books})
 
     async def run(self, address: str) -> None:
         """Stay a member of the edge, whatever happens to it."""
@@ -80,10 +98,29 @@ class ServingDevice:
 
     def _open(self, folder: Path, visits: Mapping[int, Segment], load: Load) -> dict[int, DecoderStage]:
         segments = list(dict.fromkeys(visits.values()))
-        model = load_decoder(folder, segments)
+        context = self._context
+        model = load_decoder(folder, segments, dtype=getattr(torch, context.dtype)).to(resolve_device(context.device))
         self._held_bytes = sum(tensor.nbytes for tensor in model.parameters())
+        lora = self._lora = MixedLora(model)
         room = (load.groups, load.slots, load.max_tokens)
-        return {index: DecoderStage(model, segment, *room) for index, segment in visits.items()}
+        return {index: DecoderStage(model, segment, *room, lora) for index, segment in visits.items()}
+
+    async def _hold(self, _: Peer, message: Message) -> Message:
+        """Hold an adapter's part of the own blocks, once all of it is here."""
+        adapter_id, adapter = self._assembly.add(message)
+        if adapter is not None:
+            await self._context.worker.compute(self._loaded.hold, adapter_id, adapter)
+        return Message.of(PREPARE)
+
+    async def _forget(self, _: Peer, message: Message) -> Message:
+        await self._context.worker.compute(self._loaded.drop, message.read(Drop).adapter_id)
+        return Message.of(DROP)
+
+    @property
+    def _loaded(self) -> MixedLora:
+        if self._lora is None:
+            raise ProtocolError(f"{self._context.node_id} holds no model yet")
+        return self._lora
 
     async def _connect(self, _: Peer, message: Message) -> Message:
         """Meet the neighbours."""

@@ -13,16 +13,16 @@ from ecogen import config as recipes
 from ecogen.accounting.constants import Constants
 from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError
 from ecogen.models.folder import ModelFolder, open_folder
-from ecogen.node.context import OPERATOR, PUBLISH, NodeContext, Ready, Welcome
+from ecogen.node.context import OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
 from ecogen.runtime.membership import Members, attend
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.outbox import Outbox
 from ecogen.serving.cluster import ServedCluster
-from ecogen.serving.desk import Desk
-from ecogen.serving.generation import Finish, GenerationRequest
+from ecogen.serving.desk import Desk, Generate
+from ecogen.serving.generation import Finish
 from ecogen.serving.language import LanguageModel
-from ecogen.serving.loading import fetch_folder
+from ecogen.serving.loading import DROP, PREPARE, Assembly, Drop, fetch_folder
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.tally import Tally
 from ecogen.topology import Tier
@@ -40,7 +40,9 @@ class ServingEdge:
         self._clusters: list[ServedCluster] = []
         self._neighbours = Neighbours(context.transport, self._deliver, self._lose)
         read = lambda names: self._folder.read(names)  # noqa: E731 - the folder is there when a child asks
-        self.methods = Parent(Tier.END, context, self._members, self._welcome, read, self._outbox.put).methods()
+        parent = Parent(Tier.END, context, self._members, self._welcome, read, self._outbox.put)
+        self._assembly = Assembly()
+        self.methods = {**parent.methods(), **methods(Caller(OPERATOR), **{PREPARE: self._hold, DROP: self._forget})}
 
     async def run(self, address: str) -> None:
         """Stay a member of the cloud and serve; that goes on while the cloud is away."""
@@ -120,15 +122,27 @@ class ServingEdge:
             raise ProtocolError(f"{device_id!r} is not a device of {self._context.node_id!r}; let it join its own edge")
         return Message.of("join", Welcome(recipes.to_table(self._recipe), {}, ""))
 
-    async def _answer(
-        self, request_id: str, request: GenerationRequest, given: tuple[int, ...]
-    ) -> AsyncGenerator[Chosen | Finish]:
+    async def _answer(self, wanted: Generate) -> AsyncGenerator[Chosen | Finish]:
         """By the cluster that has the fewest requests, one that serves if there is any."""
         await self._prepared.wait()
         cluster = min(self._clusters, key=lambda cluster: (cluster.chain is None, cluster.engine.num_requests))
-        async with aclosing(cluster.generate(request_id, request, given)) as answer:
+        request_id, adapter_id = wanted.request_id, wanted.adapter_id
+        async with aclosing(cluster.generate(request_id, wanted.request, adapter_id, wanted.given)) as answer:
             async for one in answer:
                 yield one
+
+    async def _hold(self, _: Peer, message: Message) -> Message:
+        """Have every stage of every cluster hold an adapter, once all of it is here."""
+        await self._prepared.wait()
+        adapter_id, adapter = self._assembly.add(message)
+        if adapter is not None:
+            await asyncio.gather(*(cluster.prepare(adapter_id, adapter) for cluster in self._clusters))
+        return Message.of(PREPARE)
+
+    async def _forget(self, _: Peer, message: Message) -> Message:
+        adapter_id = message.read(Drop).adapter_id
+        await asyncio.gather(*(cluster.drop(adapter_id) for cluster in self._clusters))
+        return Message.of(DROP)
 
     def _finish(self, tally: Tally) -> Finish:
         return tally.finish(self._topology, Constants())

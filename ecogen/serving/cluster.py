@@ -9,7 +9,8 @@ from contextlib import aclosing
 from typing import Any
 
 from ecogen.config import Serving
-from ecogen.errors import NodeLostError, PlacementError, ServingError, TransportError
+from ecogen.errors import EcoGenError, NodeLostError, PlacementError, ServingError, TransportError
+from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Labels, Placement, neighbours_of, segments_held
 from ecogen.planning.decoding import place_decoder
 from ecogen.runtime.membership import Members
@@ -18,7 +19,7 @@ from ecogen.serving.chain import ServedChain
 from ecogen.serving.engine import Engine
 from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.language import LanguageModel
-from ecogen.serving.loading import CONNECT, LOAD, Connect, Load
+from ecogen.serving.loading import CONNECT, DROP, LOAD, Connect, Drop, Load, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.tally import Tally
 from ecogen.topology import Cluster, Node
@@ -61,20 +62,47 @@ class ServedCluster:
         self._number = 0
         self._here_then: list[str] = []  # when it was decided where to hold the model
         self._tallies: dict[str, Tally] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._turn = asyncio.Lock()  # of giving devices something to hold
+
+    async def prepare(self, adapter_id: str, adapter: Adapter) -> None:
+        """Have every stage hold an adapter; those of a later chain will too.
+
+        Raises:
+            CheckpointError: if it does not fit the model; then none holds it.
+        """
+        async with self._turn:
+            self._adapters[adapter_id] = adapter
+            try:
+                await self._send_adapter(adapter_id)
+            except TransportError as problem:
+                logger.warning("%s: %s", self._cluster.cluster_id, problem)  # the next chain gets it
+            except EcoGenError:
+                await self._drop(adapter_id)
+                raise
+
+    async def drop(self, adapter_id: str) -> None:
+        """Have no stage hold an adapter any longer; no request names it."""
+        async with self._turn:
+            await self._drop(adapter_id)
 
     async def generate(
-        self, request_id: str, request: GenerationRequest, given: Sequence[int] = ()
+        self, request_id: str, request: GenerationRequest, adapter_id: str = "", given: Sequence[int] = ()
     ) -> AsyncGenerator[Chosen | Finish]:
         """The answer's tokens, and what it took.
 
         Raises:
-            ServingError: as `Engine.generate`.
+            ServingError: as `Engine.generate`; or if it has no such adapter.
         """
+        if adapter_id and adapter_id not in self._adapters:
+            raise ServingError(f"{self._cluster.cluster_id} has no adapter {adapter_id!r}")
         tally = Tally(self._cluster.edge_id, self._cluster.cluster_id, len(request.prompt))
         self._tallies[request_id] = tally
         prompt, sampling, max_new, ends = request.prompt, request.sampling, request.max_new, request.ends
         try:
-            answer = self.engine.generate(request_id, prompt, sampling, max_new=max_new, ends=ends, given=given)
+            answer = self.engine.generate(
+                request_id, prompt, sampling, max_new=max_new, ends=ends, adapter=adapter_id, given=given
+            )
             async with aclosing(answer) as tokens:
                 async for chosen in tokens:
                     yield chosen
@@ -90,11 +118,13 @@ class ServedCluster:
         while True:
             placement = await self._placed()
             try:
-                await self._hold(placement)
+                async with self._turn:
+                    await self._hold(placement)
+                    self.chain = ServedChain(self._number, placement, self._neighbours, self._tallies)
             except TransportError as problem:
                 await self._lose(problem)
                 continue
-            await self._serve(placement)
+            await self._serve(self.chain)
 
     async def _placed(self) -> Placement:
         """Where the devices that are here can hold the model; requests wait, but not for ever."""
@@ -126,13 +156,36 @@ class ServedCluster:
         edge_ids = {placement.start_id, placement.visits[-1].node_id}
         await self._neighbours.connect(self._members.locate(edge_ids))
         await asyncio.gather(*(self._transport.call(node_id, self._connect(placement, node_id)) for node_id in ids))
+        for adapter_id, adapter in self._adapters.items():
+            await self._give(placement, adapter_id, adapter)
 
-    async def _serve(self, placement: Placement) -> None:
+    async def _send_adapter(self, adapter_id: str) -> None:
+        if self.chain is not None:
+            await self._give(self.chain.placement, adapter_id, self._adapters[adapter_id])
+
+    async def _give(self, placement: Placement, adapter_id: str, adapter: Adapter) -> None:
+        """Give each device the part of an adapter that is in its blocks."""
+        await asyncio.gather(
+            *(self._give_to(placement, node_id, adapter_id, adapter) for node_id in placement.node_ids)
+        )
+
+    async def _give_to(self, placement: Placement, node_id: str, adapter_id: str, adapter: Adapter) -> None:
+        blocks = [block for segment in placement.segments_of(node_id) for block in segment.blocks]
+        for message in parts_of(adapter_id, adapter.of_blocks(blocks)):
+            await self._transport.call(node_id, message)
+
+    async def _drop(self, adapter_id: str) -> None:
+        self._adapters.pop(adapter_id, None)
+        node_ids = self.chain.placement.node_ids if self.chain else []
+        drops = [self._transport.call(node_id, Message.of(DROP, Drop(adapter_id))) for node_id in node_ids]
+        for problem in await asyncio.gather(*drops, return_exceptions=True):
+            if isinstance(problem, TransportError):
+                logger.warning("%s: %s", self._cluster.cluster_id, problem)  # what comes after it holds nothing
+
+    async def _serve(self, chain: ServedChain) -> None:
         """Answer requests on one chain, until one of its devices is lost or another comes."""
-        chain = self.chain = ServedChain(self._number, placement, self._neighbours, self._tallies)
-        groups = len(placement.node_ids)
-        self.engine.attach(chain.run, groups)
-        logger.info("%s serves on %s", self._cluster.cluster_id, " -> ".join(map(str, placement.node_ids)))
+        self.engine.attach(chain.run, len(chain.placement.node_ids))
+        logger.info("%s serves on %s", self._cluster.cluster_id, " -> ".join(chain.placement.node_ids))
         others = asyncio.create_task(self._members.wait_for(self._has_changed, None))
         try:
             ends: list[asyncio.Future[Any]] = [chain.lost, others]

@@ -21,10 +21,16 @@ GENERATE, CANCEL, NEWS = "generate", "cancel", "news"
 
 
 class Generate(msgspec.Struct, frozen=True):
-    """Gateway to edge: answer this; `given` are the answer's first tokens, where another edge had begun it."""
+    """Gateway to edge: answer this.
+
+    Attributes:
+        adapter_id: which of those that it was given; empty for none.
+        given: the answer's first tokens, where another edge had begun it.
+    """
 
     request_id: str
     request: GenerationRequest
+    adapter_id: str = ""
     given: tuple[int, ...] = ()
 
 
@@ -43,8 +49,8 @@ class News(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
-Answer = Callable[[str, GenerationRequest, tuple[int, ...]], AsyncGenerator[Chosen | Finish]]
-"""Answers one request: its id, itself, and the tokens that it has already."""
+Answer = Callable[[Generate], AsyncGenerator[Chosen | Finish]]
+"""Answers one request."""
 
 
 class Desk:
@@ -82,7 +88,7 @@ class Desk:
     async def _serve(self, wanted: Generate) -> None:
         request_id = wanted.request_id
         try:
-            async with aclosing(self._answer(request_id, wanted.request, wanted.given)) as answer:
+            async with aclosing(self._answer(wanted)) as answer:
                 async for one in answer:
                     chosen, finish = (one, None) if isinstance(one, Chosen) else (None, one)
                     await self._tell(News(request_id, chosen, finish))

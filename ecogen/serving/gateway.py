@@ -1,4 +1,8 @@
-"""The gateway: gives requests to edges, the one with the fewest first, and to another where one is lost meanwhile."""
+"""The gateway: gives requests to edges, the one with the fewest first, and to another where one is lost meanwhile.
+
+It also says which version of an adapter a name means. A version is given to all stages of all edges first; only when
+they all hold it does the name mean it, for requests that come from then on. Those before it end on theirs.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,16 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 
-from ecogen.errors import NodeLostError, TransportError, UnknownModelError
+from ecogen.errors import NodeLostError, ServingError, TransportError, UnknownModelError
+from ecogen.models.mixed_lora import Adapter
 from ecogen.serving.desk import CANCEL, GENERATE, Cancel, Generate, News
 from ecogen.serving.generation import Finish, GenerationRequest, ServedModel
+from ecogen.serving.loading import DROP, Drop, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.transport.base import Message, Stream, Transport
 from ecogen.transport.failures import rebuild
@@ -31,6 +37,18 @@ class _Edge:
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     pump: asyncio.Task[None] | None = None
     lost_s: float = -1e9
+
+
+@dataclass(eq=False)
+class _Version:
+    """What a name means, or meant: an adapter, or the backbone alone."""
+
+    served: ServedModel
+    tenant: str | None = None
+    adapter_id: str = ""
+    adapter: Adapter | None = None
+    num_users: int = 0
+    is_retired: bool = False
 
 
 class Gateway:
@@ -51,48 +69,139 @@ class Gateway:
         patience_s: float = 30.0,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._transport, self._model, self._patience_s, self._check = transport, model, patience_s, check
+        self._transport, self._patience_s, self._check = transport, patience_s, check
         self._edges = [_Edge(edge_id) for edge_id in edge_ids]
+        self._backbone = _Version(model)
+        self._versions: dict[tuple[str | None, str], _Version] = {(None, model.name): self._backbone}
+        self._retired: set[_Version] = set()
+        self._publishing = asyncio.Lock()
         self._name, self._numbers = secrets.token_hex(4), count()
+        self._drops: set[asyncio.Task[None]] = set()
+
+    # Models.
 
     def models(self, tenant: str | None = None) -> Sequence[ServedModel]:
-        """What may be asked for."""
-        return [self._model]
+        """Those that a tenant may ask for, the backbone first."""
+        return [version.served for version in self._versions.values() if version.tenant in (None, tenant)]
+
+    async def put_adapter(self, name: str, adapter: Adapter, tenant: str | None = None) -> None:
+        """Add an adapter under a name, or replace the one that has it.
+
+        Args:
+            tenant: who alone may ask for it; None for all.
+
+        Raises:
+            ServingError: if the name is the backbone's.
+            CheckpointError: if it does not fit the model; then all is as it was.
+            NodeLostError: if an edge is lost meanwhile; then too.
+        """
+        async with self._publishing:
+            backbone = self._backbone.served
+            if name == backbone.name:
+                raise ServingError(f"the name {name!r} is the backbone's; choose another")
+            old = self._versions.get((tenant, name))
+            served = ServedModel(name, time.time(), backbone.max_tokens, backbone.name)
+            version = _Version(served, tenant, f"{self._name}-{next(self._numbers)}", adapter)
+            try:
+                await asyncio.gather(*(self._give(edge, version) for edge in self._edges))
+            except Exception:
+                await self._drop(version)
+                raise
+            self._versions[tenant, name] = version
+            if old is not None:
+                self._retire(old)
+
+    async def remove_adapter(self, name: str, tenant: str | None = None) -> None:
+        """No request may name it any more; those that did end on it.
+
+        Raises:
+            UnknownModelError: if the tenant has no such adapter.
+        """
+        async with self._publishing:
+            version = self._versions.get((tenant, name))
+            if version is None or version is self._backbone:
+                raise UnknownModelError(f"there is no adapter {name!r}")
+            self._retire(self._versions.pop((tenant, name)))
+
+    def _version(self, name: str, tenant: str | None) -> _Version:
+        """A tenant's own of that name, or else the one for all."""
+        version = self._versions.get((tenant, name)) or self._versions.get((None, name))
+        if version is None:
+            raise UnknownModelError(f"there is no model {name!r}; GET /v1/models lists those there are")
+        return version
+
+    async def _give(self, edge: _Edge, version: _Version) -> None:
+        """Bring an adapter to an edge, which brings it to its stages."""
+        assert version.adapter is not None
+        for message in parts_of(version.adapter_id, version.adapter):
+            await self._transport.call(edge.node_id, message)
+
+    def _retire(self, version: _Version) -> None:
+        version.is_retired = True
+        if version.num_users:
+            self._retired.add(version)
+        else:
+            self._start_drop(version)
+
+    def _start_drop(self, version: _Version) -> None:
+        task = asyncio.create_task(self._drop(version))
+        self._drops.add(task)
+        task.add_done_callback(self._drops.discard)
+
+    async def _drop(self, version: _Version) -> None:
+        drop = Message.of(DROP, Drop(version.adapter_id))
+        drops = (self._transport.call(edge.node_id, drop) for edge in self._edges)
+        for problem in await asyncio.gather(*drops, return_exceptions=True):
+            if isinstance(problem, TransportError):
+                logger.warning("%s", problem)  # what it is when it comes back holds nothing
+
+    @contextmanager
+    def _using(self, version: _Version) -> Iterator[None]:
+        version.num_users += 1
+        try:
+            yield
+        finally:
+            version.num_users -= 1
+            if version in self._retired and not version.num_users:
+                self._retired.discard(version)
+                self._start_drop(version)
+
+    # Requests.
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chosen | Finish]:
         """The answer's tokens and what it took, from whichever edge; see `Serving.generate`."""
-        if request.model not in {model.name for model in self.models(request.tenant)}:
-            raise UnknownModelError(f"there is no model {request.model!r}; GET /v1/models lists those there are")
+        version = self._version(request.model, request.tenant)
         given: list[int] = []
         deadline_s = time.monotonic() + self._patience_s
-        while True:
-            edge = min(self._edges, key=lambda edge: (time.monotonic() - edge.lost_s < 2, len(edge.answers)))
-            try:
-                async with aclosing(self._ask(edge, request, tuple(given))) as answer:
-                    async for one in answer:
-                        if isinstance(one, Chosen):
-                            given.append(one.token)
-                            deadline_s = time.monotonic() + self._patience_s
-                        yield one
-                return
-            except NodeLostError:
-                edge.lost_s = time.monotonic()
-                self._check()
-                if time.monotonic() > deadline_s:
-                    raise
-                await asyncio.sleep(0.2)
+        with self._using(version):
+            while True:
+                edge = min(self._edges, key=lambda edge: (time.monotonic() - edge.lost_s < 2, len(edge.answers)))
+                try:
+                    async with aclosing(self._ask(edge, request, version.adapter_id, tuple(given))) as answer:
+                        async for one in answer:
+                            if isinstance(one, Chosen):
+                                given.append(one.token)
+                                deadline_s = time.monotonic() + self._patience_s
+                            yield one
+                    return
+                except NodeLostError:
+                    edge.lost_s = time.monotonic()
+                    self._check()
+                    if time.monotonic() > deadline_s:
+                        raise
+                    await asyncio.sleep(0.2)
 
     async def close(self) -> None:
         """Leave all edges."""
+        for task in (*self._drops, *(edge.pump for edge in self._edges if edge.pump)):
+            task.cancel()
         for edge in self._edges:
-            if edge.pump is not None:
-                edge.pump.cancel()
             if edge.stream is not None:
                 with suppress(TransportError):
                     await edge.stream.close()
 
     async def _ask(
-        self, edge: _Edge, request: GenerationRequest, given: tuple[int, ...]
+        self, edge: _Edge, request: GenerationRequest, adapter_id: str, given: tuple[int, ...]
     ) -> AsyncGenerator[Chosen | Finish]:
         """The rest of an answer from one edge.
 
@@ -104,7 +213,8 @@ class Gateway:
         ended = False
         try:
             stream = await self._stream(edge)
-            await stream.send(Message.of(GENERATE, Generate(request_id, request, given), kind="activations"))
+            order = Generate(request_id, request, adapter_id, given)
+            await stream.send(Message.of(GENERATE, order, kind="activations"))
             while not ended:
                 one = await news.get()
                 ended = isinstance(one, NodeLostError) or one.chosen is None
@@ -119,10 +229,14 @@ class Gateway:
                     await edge.stream.send(Message.of(CANCEL, Cancel(request_id)))
 
     async def _stream(self, edge: _Edge) -> Stream:
+        """The stream to an edge; one that was started anew is given all adapters first."""
         async with edge.opening:
             if edge.stream is None:
-                edge.stream = await self._transport.open(edge.node_id)
-                edge.pump = asyncio.create_task(self._pump(edge, edge.stream))
+                stream = await self._transport.open(edge.node_id)
+                for version in [*self._versions.values(), *self._retired]:
+                    if version.adapter is not None:
+                        await self._give(edge, version)
+                edge.stream, edge.pump = stream, asyncio.create_task(self._pump(edge, stream))
             return edge.stream
 
     async def _pump(self, edge: _Edge, stream: Stream) -> None:

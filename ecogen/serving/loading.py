@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
+from ecogen.errors import ProtocolError
 from ecogen.models.folder import has_shard, write_index, write_shard
+from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Placement, Segment, Visit
 from ecogen.runtime.delivery import fetch_tensors
-from ecogen.transport.base import Transport
+from ecogen.transport.base import Message, Transport
+from ecogen.units import MIB
+
+_PART_BYTES = 4 * MIB
+_MAX_PARTS = 4096
 
 Compute = Callable[..., Awaitable[Any]]
 
-LOAD, CONNECT = "load", "connect"
+LOAD, CONNECT, PREPARE, DROP = "load", "connect", "prepare", "drop"
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -48,6 +55,67 @@ class Connect(msgspec.Struct, frozen=True):
     """Edge to device: here are your neighbours on the chain."""
 
     addresses: dict[str, str]
+
+
+class Prepare(msgspec.Struct, frozen=True):
+    """Hold an adapter, so that steps may name it; its tensors come in parts.
+
+    Attributes:
+        adapter_id: of this version; no other version ever has it.
+        config: as PEFT saves it.
+        part: the number of this one.
+        is_last: whether the adapter is complete with it.
+    """
+
+    adapter_id: str
+    config: dict[str, Any]
+    part: int
+    is_last: bool
+
+
+class Drop(msgspec.Struct, frozen=True):
+    """No step names this adapter any more."""
+
+    adapter_id: str
+
+
+class Assembly:
+    """Adapters of which parts have come."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[str, Tensor]] = {}
+
+    def add(self, message: Message) -> tuple[str, Adapter | None]:
+        """Take one part; gives the adapter once it is complete.
+
+        Raises:
+            ProtocolError: if it is too large.
+        """
+        prepare = message.read(Prepare)
+        tensors = self._parts.setdefault(prepare.adapter_id, {}) if prepare.part else {}
+        self._parts[prepare.adapter_id] = tensors
+        tensors |= message.tensors
+        if prepare.part >= _MAX_PARTS:
+            del self._parts[prepare.adapter_id]
+            raise ProtocolError(f"adapter {prepare.adapter_id!r} has more than {_MAX_PARTS} parts")
+        if not prepare.is_last:
+            return prepare.adapter_id, None
+        return prepare.adapter_id, Adapter(prepare.config, self._parts.pop(prepare.adapter_id))
+
+
+def parts_of(adapter_id: str, adapter: Adapter) -> Iterator[Message]:
+    """The messages that bring an adapter, one at least."""
+    parts: list[dict[str, Tensor]] = [{}]
+    room = _PART_BYTES
+    for name, tensor in adapter.tensors.items():
+        if tensor.nbytes > room and parts[-1]:
+            parts.append({})
+            room = _PART_BYTES
+        parts[-1][name] = tensor
+        room -= tensor.nbytes
+    for index, tensors in enumerate(parts):
+        prepare = Prepare(adapter_id, dict(adapter.config), index, index == len(parts) - 1)
+        yield Message.of(PREPARE, prepare, kind="tunables", tensors=tensors)
 
 
 async def fetch_folder(

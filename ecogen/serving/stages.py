@@ -95,7 +95,7 @@ class StagesOfDevice:
     def _compute(self, flow: StepFlow, state: State | None) -> tuple[State | list[Chosen | str], float]:
         """On the compute thread: what goes on, or each row's token, and the seconds that it took."""
         began_s, order = time.perf_counter(), flow.order
-        given: State | list[Chosen | str] = self._stages[len(flow.visits)].run(order.step, state)
+        given: State | list[Chosen | str] = self._stages[len(flow.visits)].run(order.step, state, order.adapters)
         if len(flow.visits) + 1 == len(self._placement):
             assert isinstance(given, Tensor)
             given = self._choosers.choose(order, given)

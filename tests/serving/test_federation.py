@@ -61,11 +61,15 @@ async def test_each_device_has_only_its_own_tensors_on_its_disk(model: Path, tmp
     async with serving(tiny_recipe(model), tmp_path) as (gateway, _):
         await answer(gateway, [5, 6], 2)
     whole = open_folder(model)
-    held = [open_folder(path).files.keys() for path in sorted(tmp_path.glob("nodes/*device*/model-*"))]
+    held = tensors_on_disks(tmp_path)
     assert len(held) == 3
     assert set().union(*held) == whole.files.keys()
     assert not held[0] & held[1]
     assert held[0] & held[2] == {"model.embed_tokens.weight"}  # tied to the head
+
+
+def tensors_on_disks(folder: Path) -> list[set[str]]:
+    return [set(open_folder(path).files) for path in sorted(folder.glob("nodes/*device*/model-*"))]
 
 
 @pytest.mark.parametrize("victim", DEVICES)

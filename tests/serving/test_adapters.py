@@ -1,0 +1,132 @@
+"""Many adapters on one backbone while it serves: each answer is its adapter's, and of one version from end to end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ecogen.errors import CheckpointError, ServingError, UnknownModelError
+from ecogen.models.mixed_lora import open_adapter
+from ecogen.node.serving_edge import ServingEdge
+from ecogen.serving.gateway import Gateway
+from ecogen.serving.generation import GenerationRequest
+from ecogen.serving.sampling import Chosen
+from tests.models.decoders import save_decoder
+from tests.models.test_mixed_lora import save_adapter
+from tests.serving.federations import GREEDY, alone, prompts, serving, tiny_recipe
+
+NAMES = ["one", "two", "three"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_decoder("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: save_adapter(model, folder / name, seed) for seed, name in enumerate(NAMES)}
+
+
+def wanted(model: Path, adapter: Path | None, prompt: list[int], max_new: int) -> list[int]:
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    tuned = whole if adapter is None else PeftModel.from_pretrained(whole, adapter)
+    return alone(tuned.eval(), prompt, max_new)
+
+
+async def asked(gateway: Gateway, name: str, prompt: list[int], max_new: int, tenant: str | None = None) -> list[int]:
+    request = GenerationRequest(name, tuple(prompt), GREEDY, max_new, tenant=tenant)
+    return [one.token async for one in gateway.generate(request) if isinstance(one, Chosen)]
+
+
+async def test_a_batch_may_mix_adapters(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    names = ["tiny", *NAMES]
+    asked_for = [(names[index % 4], prompt) for index, prompt in enumerate(prompts(12))]
+    async with serving(tiny_recipe(model), tmp_path) as (gateway, _):
+        for name, folder in adapters.items():
+            await gateway.put_adapter(name, open_adapter(folder))
+        assert [served.name for served in gateway.models()] == names
+        answers = await asyncio.gather(*(asked(gateway, name, prompt, 10) for name, prompt in asked_for))
+    for (name, prompt), answer in zip(asked_for, answers, strict=True):
+        assert answer == wanted(model, adapters.get(name), prompt, 10), name
+    assert len({tuple(answer) for answer in answers}) > 6
+
+
+async def test_a_replaced_adapter_ends_its_answers_and_gives_no_others(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    [prompt] = prompts(1)
+    request = GenerationRequest("mine", tuple(prompt), GREEDY, 30)
+    async with serving(tiny_recipe(model), tmp_path) as (gateway, engine):
+        await gateway.put_adapter("mine", open_adapter(adapters["one"]))
+        async with aclosing(gateway.generate(request)) as running:
+            begun = [await anext(running) for _ in range(3)]
+            await gateway.put_adapter("mine", open_adapter(adapters["two"]))
+            assert await asked(gateway, "mine", prompt, 30) == wanted(model, adapters["two"], prompt, 30)
+            await gateway.remove_adapter("mine")
+            with pytest.raises(UnknownModelError, match="there is no model 'mine'"):
+                await asked(gateway, "mine", prompt, 30)
+            rest = [one async for one in running]
+        tokens = [one.token for one in [*begun, *rest] if isinstance(one, Chosen)]
+        assert tokens == wanted(model, adapters["one"], prompt, 30)
+        await asyncio.gather(*gateway._drops)
+        edge = engine.roles["edge-0"]
+        assert isinstance(edge, ServingEdge)
+        assert not edge._clusters[0]._adapters, "what nobody uses is dropped"
+
+
+@pytest.mark.parametrize("victim", ["edge-0", "edge-0.cluster-0.device-1"])
+async def test_who_comes_back_is_given_the_adapters(
+    victim: str, model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    [prompt] = prompts(1)
+    async with serving(tiny_recipe(model), tmp_path) as (gateway, engine):
+        await gateway.put_adapter("one", open_adapter(adapters["one"]))
+        before = await asked(gateway, "one", prompt, 12)
+        stream = gateway.generate(GenerationRequest("one", tuple(prompt), GREEDY, 12))
+        begun = [await anext(stream) for _ in range(3)]
+        await engine.kill(victim)
+        await engine.start_node(victim)
+        rest = [one async for one in stream]
+        assert [one.token for one in [*begun, *rest] if isinstance(one, Chosen)] == before
+        assert before == wanted(model, adapters["one"], prompt, 12)
+
+
+async def test_a_tenants_adapter_is_not_there_for_others(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, _):
+        await gateway.put_adapter("hers", open_adapter(adapters["one"]), tenant="her")
+        assert [served.name for served in gateway.models("her")] == ["tiny", "hers"]
+        assert [served.name for served in gateway.models("him")] == ["tiny"]
+        assert await asked(gateway, "hers", [5, 6], 3, "her") == wanted(model, adapters["one"], [5, 6], 3)
+        for tenant in ("him", None):
+            with pytest.raises(UnknownModelError, match="there is no model 'hers'"):
+                await asked(gateway, "hers", [5, 6], 3, tenant)
+            with pytest.raises(UnknownModelError):
+                await gateway.remove_adapter("hers", tenant)
+        await gateway.put_adapter("hers", open_adapter(adapters["two"]), tenant="him")  # a name tells nothing
+        assert await asked(gateway, "hers", [5, 6], 3, "him") == wanted(model, adapters["two"], [5, 6], 3)
+        assert await asked(gateway, "hers", [5, 6], 3, "her") == wanted(model, adapters["one"], [5, 6], 3)
+        with pytest.raises(ServingError, match="the name 'tiny' is the backbone's"):
+            await gateway.put_adapter("tiny", open_adapter(adapters["two"]))
+
+
+async def test_an_adapter_of_another_model_changes_nothing(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    save_decoder("llama", tmp_path / "wider", hidden_size=128)
+    other = open_adapter(save_adapter(tmp_path / "wider", tmp_path / "adapter", 1))
+    async with serving(tiny_recipe(model), tmp_path) as (gateway, _):
+        await gateway.put_adapter("mine", open_adapter(adapters["one"]))
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            await gateway.put_adapter("mine", other)
+        assert await asked(gateway, "mine", [5, 6], 4) == wanted(model, adapters["one"], [5, 6], 4)
