@@ -13,7 +13,7 @@ from itertools import count
 from torch import Tensor
 
 from ecogen.errors import ServingError
-from ecogen.serving.sampling import Chosen, Sampler, Sampling
+from ecogen.serving.sampling import Chosen, Constrain, Sampler, Sampling
 from ecogen.serving.scheduler import Scheduler, Step
 
 RunStep = Callable[[Step], Awaitable[Tensor]]
@@ -27,8 +27,8 @@ _NOBODY_WAITS = (0, True)
 class _Answer:
     """One request at work."""
 
-    def __init__(self, sampling: Sampling, max_new: int, ends: Collection[int]) -> None:
-        self.choose = Sampler(sampling)
+    def __init__(self, choose: Sampler, max_new: int, ends: Collection[int]) -> None:
+        self.choose = choose
         self.left, self.ends = max_new, ends
         self.chosen: asyncio.Queue[Chosen | Exception | None] = asyncio.Queue()
 
@@ -56,12 +56,20 @@ class Engine:
         slots_per_group: requests at once in each.
         max_tokens: the longest request, prompt and answer.
         chunk: tokens of a prompt that go through at once.
+        constrain: for requests with a grammar.
     """
 
     def __init__(
-        self, run_step: RunStep, *, num_groups: int, slots_per_group: int, max_tokens: int, chunk: int = 256
+        self,
+        run_step: RunStep,
+        *,
+        num_groups: int,
+        slots_per_group: int,
+        max_tokens: int,
+        chunk: int = 256,
+        constrain: Constrain | None = None,
     ) -> None:
-        self._run_step, self._max_tokens = run_step, max_tokens
+        self._run_step, self._max_tokens, self._constrain = run_step, max_tokens, constrain
         self._scheduler = Scheduler(num_groups, slots_per_group, chunk)
         self._answers: dict[str, _Answer] = {}
         self._numbers = count()
@@ -96,7 +104,7 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and an answer of {max_new} do not fit 1 to {self._max_tokens} tokens"
             )
         request_id = str(next(self._numbers))
-        answer = self._answers[request_id] = _Answer(sampling, max_new, ends)
+        answer = self._answers[request_id] = _Answer(Sampler(sampling, self._constrain), max_new, ends)
         self._scheduler.submit(request_id, prompt)
         self._wake()
         try:

@@ -1,0 +1,127 @@
+"""What turns text into a model's tokens and back: its tokenizer, its chat template, its ending tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from jinja2 import TemplateError
+from llguidance import LLTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ecogen.errors import CheckpointError, ServingError
+from ecogen.serving.grammar import vocabulary_of
+from ecogen.serving.openai.pieces import TextStream
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""For models that were tuned for no chat: a transcript, one message a line, without any special token."""
+
+
+class TextModel:
+    """A tokenizer and what goes with it.
+
+    Args:
+        ends: tokens that end an answer, beside the tokenizer's own.
+        chat_template: Jinja; the tokenizer's own by default, or else `PLAIN_TEMPLATE`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, ends: Collection[int] = (), chat_template: str | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = chat_template or tokenizer.chat_template
+        own = {tokenizer.eos_token_id} - {None}
+        self.ends = frozenset(own.union(ends))
+
+    @property
+    def num_tokens(self) -> int:
+        """In the vocabulary."""
+        return len(self._tokenizer)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """A prompt's tokens, those included that the tokenizer begins every text with."""
+        return tuple(self._tokenizer.encode(text))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """The tokens of a chat whose next message is the assistant's.
+
+        What looks like a special token in a message stays text: nobody can end a turn from within.
+
+        Raises:
+            ServingError: if the template refuses the messages.
+        """
+        try:
+            return self._encode_chat(messages)
+        except (TemplateError, TypeError, ValueError, KeyError) as problem:
+            raise ServingError(f"the model's chat template does not take these messages: {problem}") from problem
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        chat = [dict(message) for message in messages]
+        if self._template:
+            ids = self._tokenizer.apply_chat_template(
+                chat,
+                chat_template=self._template,
+                add_generation_prompt=True,
+                sanitize_control_tokens=True,
+                return_dict=False,
+            )
+            return tuple(ids)
+        text = self._tokenizer.apply_chat_template(
+            chat, chat_template=PLAIN_TEMPLATE, add_generation_prompt=True, tokenize=False
+        )
+        # a transcript begins as any text does
+        return tuple(self._tokenizer.encode(text, split_special_tokens=True))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a prompt or an answer, without special tokens."""
+        return str(self._tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """For the text of an answer to this prompt."""
+        return TextStream(self._tokenizer.backend_tokenizer, prompt)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for; may be a part of a character."""
+        if self.vocabulary is None:
+            return str(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)).encode()
+        return bytes(self.vocabulary.decode_bytes([token]))
+
+    @cached_property
+    def vocabulary(self) -> LLTokenizer | None:
+        """The bytes of all tokens; None for a kind of tokenizer whose tokens have none of their own."""
+        try:
+            return vocabulary_of(self._tokenizer, self.ends)
+        except ServingError:
+            return None
+
+
+def load_text(folder: Path) -> TextModel:
+    """The tokenizer of a folder written by `save_pretrained`; nothing is downloaded.
+
+    Raises:
+        CheckpointError: if there is none, or none that the library `tokenizers` runs.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as problem:
+        raise CheckpointError(f"{folder} holds no tokenizer that can be read: {problem}; save one there") from problem
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CheckpointError(f"{folder}: {type(tokenizer).__name__} is not run by `tokenizers`; save a tokenizer.json")
+    text = TextModel(tokenizer, ends=_ends(folder))
+    _ = text.vocabulary  # takes about a second for a large one: now, not in somebody's request
+    return text
+
+
+def _ends(folder: Path) -> set[int]:
+    """The ending tokens that a model's configurations name; chat models have several."""
+    ends: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        named = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        ends.update(named if isinstance(named, list) else [] if named is None else [named])
+    return ends
