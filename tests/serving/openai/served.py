@@ -90,7 +90,7 @@ class ScriptedServing:
 
     Args:
         answers: the tokens of each request in turn, the last again and again; an exception is raised.
-        stalls: waits for ever before the token of this number, so that others have to act.
+        stalls: waits before the token of this number, until `resume` is set.
     """
 
     def __init__(
@@ -104,8 +104,12 @@ class ScriptedServing:
         self._finish = finish or a_finish()
         self.asked: list[GenerationRequest] = []
         self.running = 0
-        self.stalled, self.left = asyncio.Event(), asyncio.Event()
+        self.stalled, self.resume, self.left, self.idle = (asyncio.Event() for _ in range(4))
         self.tenants: dict[str, str] = {}
+
+    def say(self, answer: Sequence[int | Exception]) -> None:
+        """From now on, always."""
+        self._answers = [answer]
 
     def models(self, tenant: str | None = None) -> list[ServedModel]:
         mine = [name for name in self._names if self.tenants.get(name, tenant) == tenant]
@@ -119,7 +123,7 @@ class ScriptedServing:
             for number, token in enumerate(answer[: request.max_new]):
                 if number == self._stalls:
                     self.stalled.set()
-                    await asyncio.Event().wait()
+                    await self.resume.wait()
                 if isinstance(token, Exception):
                     raise token
                 top = tuple((token + rank, -0.5 - rank) for rank in range(request.sampling.num_top))
@@ -129,6 +133,8 @@ class ScriptedServing:
         finally:
             self.running -= 1
             self.left.set()
+            if not self.running:
+                self.idle.set()
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, BadRequestError
 
+from ecogen.serving.openai.app import build_app
 from ecogen.serving.openai.text import TextModel
 from tests.serving.openai.served import (
     ScriptedServing,
@@ -68,15 +69,13 @@ async def test_several_choices_each_with_its_role_text_and_end() -> None:
 
 
 async def test_the_models_template_makes_the_prompt() -> None:
-    """Content in parts is joined; what OpenAI now calls developer is a system message; special tokens are the template's."""
+    """Content in parts is joined; what OpenAI now calls developer is a system message."""
     serving = ScriptedServing([END])
     text = TextModel(wrapped(byte_level(), chat_template=TEMPLATE))
     messages = [
         {"role": "developer", "content": "hello"},
         {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "test"}]},
     ]
-    from ecogen.serving.openai.app import build_app
-
     async with client_of(build_app(serving, text)) as client:
         await ask(client, messages)
     user, assistant = (byte_level().token_to_id(name) for name in ("<|user|>", "<|assistant|>"))

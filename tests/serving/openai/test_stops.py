@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=4)
 def cut(text: str, places: list[int]) -> list[str]:
     """The text in pieces, some of them empty."""
     edges = [0, *sorted(min(place, len(text)) for place in places), len(text)]
-    return [text[begin:stop] for begin, stop in zip(edges, edges[1:], strict=False)]
+    return [text[begin:stop] for begin, stop in pairwise(edges)]
 
 
 def shown(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
