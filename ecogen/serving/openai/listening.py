@@ -129,7 +129,10 @@ def _listener(host: str, port: int) -> socket.socket:
         listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as problem:
         raise ServingError(f"cannot listen on {host}:{port}: {problem}; choose another address or port") from problem
+    # connections inherit both; asyncio sets the second only on sockets whose protocol was named, and without it an
+    # answer's second packet waits 40 ms for the first one's acknowledgement
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 

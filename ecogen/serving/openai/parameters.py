@@ -123,7 +123,7 @@ def parse(body: bytes, kind: type[AnyParameters]) -> AnyParameters:
     """
     try:
         given = msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
         raise Refusal(400, f"The body is not a JSON object: {problem}", code="invalid_json") from problem
     given = _without_nulls(given)
     known = kind.__struct_fields__

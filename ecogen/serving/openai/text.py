@@ -33,7 +33,10 @@ class TextModel:
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, *, ends: Collection[int] = (), chat_template: str | None = None
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
+        # nothing sets these later, so that threads may encode at once
+        self._backend.no_padding()
+        self._backend.no_truncation()
         self._template = chat_template or tokenizer.chat_template
         own = {tokenizer.eos_token_id} - {None}
         self.ends = frozenset(own.union(ends))
@@ -45,7 +48,7 @@ class TextModel:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """A prompt's tokens, those included that the tokenizer begins every text with."""
-        return tuple(self._tokenizer.encode(text))
+        return tuple(self._backend.encode(text).ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """The tokens of a chat whose next message is the assistant's.
@@ -61,34 +64,33 @@ class TextModel:
             raise ServingError(f"the model's chat template does not take these messages: {problem}") from problem
 
     def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        chat = [dict(message) for message in messages]
-        if self._template:
-            ids = self._tokenizer.apply_chat_template(
-                chat,
-                chat_template=self._template,
-                add_generation_prompt=True,
-                sanitize_control_tokens=True,
-                return_dict=False,
-            )
-            return tuple(ids)
-        text = self._tokenizer.apply_chat_template(
-            chat, chat_template=PLAIN_TEMPLATE, add_generation_prompt=True, tokenize=False
+        ids = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=self._template or PLAIN_TEMPLATE,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_dict=False,
         )
-        # a transcript begins as any text does
-        return tuple(self._tokenizer.encode(text, split_special_tokens=True))
+        return (*(() if self._template else self._beginning), *ids)
+
+    @cached_property
+    def _beginning(self) -> tuple[int, ...]:
+        """What the tokenizer begins every text with; a template writes it itself, a transcript does not."""
+        plain, whole = (self._backend.encode("x", add_special_tokens=special).ids for special in (False, True))
+        return tuple(whole[: -len(plain)]) if whole[-len(plain) :] == plain else ()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a prompt or an answer, without special tokens."""
-        return str(self._tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return str(self._backend.decode(list(tokens), skip_special_tokens=True))
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """For the text of an answer to this prompt."""
-        return TextStream(self._tokenizer.backend_tokenizer, prompt)
+        return TextStream(self._backend, prompt)
 
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for; may be a part of a character."""
         if self.vocabulary is None:
-            return str(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)).encode()
+            return str(self._backend.decode([token], skip_special_tokens=False)).encode()
         return bytes(self.vocabulary.decode_bytes([token]))
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -153,3 +154,20 @@ async def test_parts_of_characters_have_bytes() -> None:
         choice = (await ask(client, logprobs=True)).choices[0]
     assert choice.message.content == "\ufffd"
     assert [token.token for token in choice.logprobs.content] == ["bytes:\\xe5", "bytes:\\xa5"]
+
+
+def test_threads_may_encode_at_once() -> None:
+    """Long texts are tokenised beside the event loop."""
+    text = TextModel(wrapped(byte_level()))
+    long, chat = "hello world " * 2000, [{"role": "user", "content": "</s>a test " * 2000}]
+    wanted = [text.encode(long), text.encode_chat(chat)] * 8
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(text.encode, long), pool.submit(text.encode_chat, chat)]
+        calls += [pool.submit(*again) for again in [(text.encode, long), (text.encode_chat, chat)] * 7]
+        assert [call.result() for call in calls] == wanted
+
+
+async def test_long_prompts() -> None:
+    async with client_of(echo_app()) as client:
+        answer = await ask(client, [{"role": "user", "content": "hello " * 900}], "echo", max_tokens=1)
+    assert answer.usage.prompt_tokens > 900

@@ -10,9 +10,13 @@ from typing import Any
 
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Mount
 
 from ecogen.errors import ServingError
 from ecogen.serving.openai.app import build_app
+from ecogen.serving.openai.connection import ABORT
 from ecogen.serving.openai.echo import EchoServing
 from ecogen.serving.openai.limits import Limits
 from ecogen.serving.openai.listening import Address, listening, serve_http
@@ -147,3 +151,19 @@ async def test_signals_stay_their_owners() -> None:
     async with client_of(echo_app()) as client:
         await client.models.retrieve("echo")
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+async def test_nothing_waits_for_an_acknowledgement() -> None:
+    """An answer's head and body are two packets; with Nagle's algorithm the second would be 40 ms late."""
+    taken: list[int] = []
+
+    async def look(scope: Any, receive: Any, send: Any) -> None:
+        transport = scope["state"][ABORT].__self__
+        taken.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        await Response()(scope, receive, send)
+
+    app = Starlette(routes=[Mount("/", look)])
+    app.state.is_open = True
+    async with client_of(app) as client:
+        await client.get("/look", cast_to=object)
+    assert taken == [1]

@@ -129,7 +129,9 @@ async def test_what_asks_for_nothing_is_taken() -> None:
         )
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'"text"'])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b"\xff", b'"text"', b'{"a":' + b"[" * 9999, b'{"prompt": "\\ud800"}']
+)
 async def test_bodies_that_are_no_objects(body: bytes) -> None:
     async with client_of(echo_app()) as client, httpx2.AsyncClient() as http:
         answer = await http.post(f"{client.base_url}completions", content=body)
