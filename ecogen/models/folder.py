@@ -18,6 +18,16 @@ from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import save_tensors, weight_files
 from ecogen.storage import write_atomically
 
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What turns text into a model's tokens and back, and says which tokens end it."""
+
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
 
@@ -75,6 +85,17 @@ def open_folder(path: Path) -> ModelFolder:
         for name, size in _sizes(file).items():
             files[name], sizes[name] = file, size
     return ModelFolder(path, config, files, sizes)
+
+
+def read_text_files(path: Path) -> dict[str, bytes]:
+    """Those of `TEXT_FILES` that a folder has."""
+    return {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
+
+
+def write_text_files(path: Path, files: Mapping[str, bytes]) -> None:
+    """Put such files into a folder; others are left out."""
+    for name in set(TEXT_FILES) & files.keys():
+        write_atomically(path / name, files[name])
 
 
 def write_shard(path: Path, shard: str, tensors: Mapping[str, Tensor]) -> None:

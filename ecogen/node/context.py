@@ -107,6 +107,7 @@ class Welcome(msgspec.Struct, frozen=True):
         placement: for a device: of its cluster.
         next_round: for an edge: the round that the federation is at.
         names: for an edge that serves: of the tensors in the model's folder.
+        files: for an edge that serves: the tokenizer's.
     """
 
     recipe: dict[str, Any]
@@ -115,6 +116,7 @@ class Welcome(msgspec.Struct, frozen=True):
     placement: list[dict[str, Any]] = msgspec.field(default_factory=list)
     next_round: int = 0
     names: list[str] = msgspec.field(default_factory=list)
+    files: dict[str, bytes] = msgspec.field(default_factory=dict)
 
 
 class ProgressReport(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ import msgspec
 
 from ecogen import config as recipes
 from ecogen.errors import ProtocolError
-from ecogen.models.folder import open_folder
+from ecogen.models.folder import open_folder, read_text_files
 from ecogen.node.cloud import Log
 from ecogen.node.context import PUBLISH, Caller, NodeContext, Welcome, methods
 from ecogen.node.parent import Parent
@@ -47,7 +47,9 @@ class ServingCloud:
         await self._prepared.wait()
         folder = self._folder
         table = recipes.to_table(self._recipe)
-        return Message.of("join", Welcome(table, dict(folder.config), self._digest, names=list(folder.files)))
+        files = await self._context.worker.compute(read_text_files, folder.path)
+        welcome = Welcome(table, dict(folder.config), self._digest, names=list(folder.files), files=files)
+        return Message.of("join", welcome)
 
     async def _publish(self, peer: Peer, message: Message) -> Message:
         """Take a record of an edge."""

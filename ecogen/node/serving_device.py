@@ -10,6 +10,7 @@ import torch
 
 from ecogen.errors import AuthenticationError, NodeLostError, ProtocolError
 from ecogen.models.decoder import load_decoder
+from ecogen.models.folder import write_text_files
 from ecogen.models.mixed_lora import MixedLora
 from ecogen.node.context import BOOKS, Caller, NodeContext, Ready, methods
 from ecogen.placement import Segment, neighbours_of
@@ -17,6 +18,7 @@ from ecogen.runtime.membership import attend
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.stage import resolve_device
 from ecogen.serving.decoder_stage import DecoderStage
+from ecogen.serving.grammar import constrain_in
 from ecogen.serving.loading import (
     CONNECT,
     DROP,
@@ -86,9 +88,11 @@ class ServingDevice:
         folder, compute = self._context.folder / f"model-{load.digest}", self._context.worker.compute
         await fetch_folder(self._context.transport, self._edge_id, folder, load.config, load.names, compute)
         visits = segments_by_visit(placement, node_id)
+        await compute(write_text_files, folder, load.files)
         stages = await compute(self._open, folder, visits, load)
+        constrain = constrain_in(folder) if "tokenizer.json" in load.files else None
         worker, neighbours = self._context.worker, self._neighbours
-        self._stages = StagesOfDevice(load.chain, placement, stages, self._edge_id, worker, neighbours)
+        self._stages = StagesOfDevice(load.chain, placement, stages, self._edge_id, worker, neighbours, constrain)
         return Message.of(LOAD, Ready(self._context.worker.usage("delivery", self._held_bytes)))
 
     async def _drop(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from ecogen import config as recipes
 from ecogen.accounting.constants import Constants
 from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError
-from ecogen.models.folder import ModelFolder, open_folder
+from ecogen.models.folder import ModelFolder, open_folder, write_text_files
 from ecogen.node.context import OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
 from ecogen.runtime.membership import Members, attend
@@ -114,6 +114,7 @@ class ServingEdge:
         names = {name: [name] for name in welcome.names}
         path = self._context.folder / f"model-{welcome.digest}"
         await fetch_folder(self._context.transport, self._cloud_id, path, welcome.model, names, compute)
+        await compute(write_text_files, path, welcome.files)
         return await compute(open_folder, path)
 
     async def _welcome(self, device_id: str) -> Message:
@@ -122,14 +123,16 @@ class ServingEdge:
             raise ProtocolError(f"{device_id!r} is not a device of {self._context.node_id!r}; let it join its own edge")
         return Message.of("join", Welcome(recipes.to_table(self._recipe), {}, ""))
 
-    async def _answer(self, wanted: Generate) -> AsyncGenerator[Chosen | Finish]:
+    async def _answer(self, wanted: Generate) -> AsyncGenerator[Chosen | Finish, bool | None]:
         """By the cluster that has the fewest requests, one that serves if there is any."""
         await self._prepared.wait()
         cluster = min(self._clusters, key=lambda cluster: (cluster.chain is None, cluster.engine.num_requests))
         request_id, adapter_id = wanted.request_id, wanted.adapter_id
         async with aclosing(cluster.generate(request_id, wanted.request, adapter_id, wanted.given)) as answer:
-            async for one in answer:
-                yield one
+            one = await anext(answer)
+            while isinstance(one, Chosen):
+                one = await answer.asend((yield one))
+            yield one
 
     async def _hold(self, _: Peer, message: Message) -> Message:
         """Have every stage of every cluster hold an adapter, once all of it is here."""

@@ -88,7 +88,7 @@ class ServedCluster:
 
     async def generate(
         self, request_id: str, request: GenerationRequest, adapter_id: str = "", given: Sequence[int] = ()
-    ) -> AsyncGenerator[Chosen | Finish]:
+    ) -> AsyncGenerator[Chosen | Finish, bool | None]:
         """The answer's tokens, and what it took.
 
         Raises:
@@ -105,7 +105,8 @@ class ServedCluster:
             )
             async with aclosing(answer) as tokens:
                 async for chosen in tokens:
-                    yield chosen
+                    if (yield chosen):
+                        break
             yield self._finish(tally)
         finally:
             del self._tallies[request_id]
@@ -223,7 +224,8 @@ class ServedCluster:
         names = model.shards(segments_held(placement, 1, node_id))
         room = (len(placement.node_ids), spec.slots, self.engine.max_tokens)
         visits = list(placement.visits)
-        return Message.of(LOAD, Load(self._number, visits, dict(model.config), model.digest, names, *room))
+        files = model.text_files if node_id == visits[-1].node_id else {}
+        return Message.of(LOAD, Load(self._number, visits, dict(model.config), model.digest, names, *room, files))
 
     def _connect(self, placement: Placement, node_id: str) -> Message:
         return Message.of(CONNECT, Connect(self._members.locate(neighbours_of(placement, 1, node_id))))

@@ -17,7 +17,7 @@ from ecogen.transport.failures import Failure, failure_of, internal_error
 
 logger = logging.getLogger(__name__)
 
-GENERATE, CANCEL, NEWS = "generate", "cancel", "news"
+GENERATE, STOP, CANCEL, NEWS = "generate", "stop", "cancel", "news"
 
 
 class Generate(msgspec.Struct, frozen=True):
@@ -32,6 +32,12 @@ class Generate(msgspec.Struct, frozen=True):
     request: GenerationRequest
     adapter_id: str = ""
     given: tuple[int, ...] = ()
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Gateway to edge: of this answer no more tokens are needed; what did it take?"""
+
+    request_id: str
 
 
 class Cancel(msgspec.Struct, frozen=True):
@@ -49,7 +55,7 @@ class News(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
-Answer = Callable[[Generate], AsyncGenerator[Chosen | Finish]]
+Answer = Callable[[Generate], AsyncGenerator[Chosen | Finish, bool | None]]
 """Answers one request."""
 
 
@@ -63,6 +69,7 @@ class Desk:
     def __init__(self, peer: Peer, stream: Stream, answer: Answer) -> None:
         self._peer, self._stream, self._answer = peer, stream, answer
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._stopped: set[str] = set()
 
     async def run(self) -> None:
         """Take requests until the gateway leaves; what it asked for then ends."""
@@ -82,6 +89,8 @@ class Desk:
             task = asyncio.create_task(self._serve(wanted))
             self._tasks[wanted.request_id] = task
             task.add_done_callback(lambda _: self._tasks.pop(wanted.request_id, None))
+        elif message.method == STOP:
+            self._stopped |= {message.read(Stop).request_id} & self._tasks.keys()
         elif message.method == CANCEL and (task_of := self._tasks.get(message.read(Cancel).request_id)):
             task_of.cancel()
 
@@ -89,9 +98,13 @@ class Desk:
         request_id = wanted.request_id
         try:
             async with aclosing(self._answer(wanted)) as answer:
-                async for one in answer:
-                    chosen, finish = (one, None) if isinstance(one, Chosen) else (None, one)
-                    await self._tell(News(request_id, chosen, finish))
+                one = await anext(answer)
+                while isinstance(one, Chosen):
+                    is_stopped = request_id in self._stopped
+                    if not is_stopped:
+                        await self._tell(News(request_id, one))
+                    one = await answer.asend(is_stopped)
+                await self._tell(News(request_id, finish=one))
         except TransportError:
             return  # the gateway is gone
         except EcoGenError as problem:
@@ -99,6 +112,8 @@ class Desk:
         except Exception:
             logger.exception("request %s failed", request_id)
             await self._tell_failure(request_id, internal_error("the request"))
+        finally:
+            self._stopped.discard(request_id)
 
     async def _tell_failure(self, request_id: str, problem: EcoGenError) -> None:
         try:

@@ -17,7 +17,7 @@ from itertools import count
 
 from ecogen.errors import NodeLostError, ServingError, TransportError, UnknownModelError
 from ecogen.models.mixed_lora import Adapter
-from ecogen.serving.desk import CANCEL, GENERATE, Cancel, Generate, News
+from ecogen.serving.desk import CANCEL, GENERATE, STOP, Cancel, Generate, News, Stop
 from ecogen.serving.generation import Finish, GenerationRequest, ServedModel
 from ecogen.serving.loading import DROP, Drop, parts_of
 from ecogen.serving.sampling import Chosen
@@ -168,21 +168,23 @@ class Gateway:
 
     # Requests.
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chosen | Finish]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chosen | Finish, bool | None]:
         """The answer's tokens and what it took, from whichever edge; see `Serving.generate`."""
         version = self._version(request.model, request.tenant)
         given: list[int] = []
-        deadline_s = time.monotonic() + self._patience_s
+        deadline_s, is_stopped = time.monotonic() + self._patience_s, None
         with self._using(version):
-            while True:
+            while not is_stopped:  # an edge that is lost after that cannot say any more what it took
                 edge = min(self._edges, key=lambda edge: (time.monotonic() - edge.lost_s < 2, len(edge.answers)))
                 try:
                     async with aclosing(self._ask(edge, request, version.adapter_id, tuple(given))) as answer:
-                        async for one in answer:
-                            if isinstance(one, Chosen):
-                                given.append(one.token)
-                                deadline_s = time.monotonic() + self._patience_s
-                            yield one
+                        one = await anext(answer)
+                        while isinstance(one, Chosen):
+                            given.append(one.token)
+                            deadline_s = time.monotonic() + self._patience_s
+                            is_stopped = yield one
+                            one = await answer.asend(is_stopped)
+                        yield one
                     return
                 except NodeLostError:
                     edge.lost_s = time.monotonic()
@@ -202,7 +204,7 @@ class Gateway:
 
     async def _ask(
         self, edge: _Edge, request: GenerationRequest, adapter_id: str, given: tuple[int, ...]
-    ) -> AsyncGenerator[Chosen | Finish]:
+    ) -> AsyncGenerator[Chosen | Finish, bool | None]:
         """The rest of an answer from one edge.
 
         Raises:
@@ -215,10 +217,14 @@ class Gateway:
             stream = await self._stream(edge)
             order = Generate(request_id, request, adapter_id, given)
             await stream.send(Message.of(GENERATE, order, kind="activations"))
+            is_stopped = None
             while not ended:
                 one = await news.get()
                 ended = isinstance(one, NodeLostError) or one.chosen is None
-                yield _said(one)
+                if ended or not is_stopped:
+                    is_stopped = yield _said(one)
+                    if is_stopped and not ended:
+                        await stream.send(Message.of(STOP, Stop(request_id)))
         except TransportError:
             ended = True
             raise

@@ -71,8 +71,11 @@ class Serving(Protocol):
     def models(self, tenant: str | None = None) -> Sequence[ServedModel]:
         """Those that a tenant may ask for, the backbone first."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chosen | Finish]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chosen | Finish, bool | None]:
         """The answer's tokens as they come, and what it took in the end. Leaving early frees the slot.
+
+        Who has enough before the end, since the text holds a stop string, sends True instead of asking for the next
+        token, and gets what it took so far: `if (yield chosen): break`.
 
         Raises:
             UnknownModelError: if the tenant has no such model.

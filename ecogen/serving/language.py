@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ecogen.models.decoder import block_of, names_of, open_config
-from ecogen.models.folder import ModelFolder
+from ecogen.models.folder import ModelFolder, read_text_files
 from ecogen.placement import Segment
 from ecogen.planning.decoding import Weights
 
@@ -33,6 +33,11 @@ class LanguageModel:
     @property
     def config(self) -> Mapping[str, Any]:
         return self.folder.config
+
+    @cached_property
+    def text_files(self) -> dict[str, bytes]:
+        """The tokenizer's."""
+        return read_text_files(self.folder.path)
 
     @cached_property
     def digest(self) -> str:

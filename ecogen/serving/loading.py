@@ -35,6 +35,7 @@ class Load(msgspec.Struct, frozen=True):
         digest: of its folder, so that tensors that are on this disk already need not be fetched again.
         names: of the tensors that this device needs, by shard.
         groups, slots, max_tokens: room for requests.
+        files: the tokenizer's, for the last stage, which may have to keep to a grammar.
     """
 
     chain: int
@@ -45,6 +46,7 @@ class Load(msgspec.Struct, frozen=True):
     groups: int
     slots: int
     max_tokens: int
+    files: dict[str, bytes] = msgspec.field(default_factory=dict)
 
     @property
     def placement(self) -> Placement:

@@ -1,7 +1,7 @@
 """From logits to a token, one request at a time, with the settings of OpenAI's interface.
 
-Order, as transformers has it: penalties, temperature, top-k, top-p. Log-probabilities are those of the model's own
-distribution, before any of these.
+Order, as transformers has it: penalties and biases, what a grammar allows, temperature, top-k, top-p. Log-probabilities
+are those of the model's own distribution, before any of these.
 
 Shapes: V vocabulary.
 """
@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ecogen.errors import ServingError
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Sampling:
         presence_penalty: taken from the logit of each token that was given before.
         frequency_penalty: taken as often as it was given.
         num_top: of the likeliest tokens, how many are told with their log-probabilities.
+        logit_bias: what is added to the logits of some tokens.
+        grammar: that the answer keeps to; the sampler's factory of constraints knows its format.
     """
 
     temperature: float = 1.0
@@ -42,6 +46,22 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     num_top: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: str | None = None
+
+
+class Constraint(Protocol):
+    """What may follow in one answer."""
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits [V], minus infinity where a token may not follow."""
+
+    def take(self, token: int) -> None:
+        """A token was chosen."""
+
+
+Constrain = Callable[[str], Constraint]
+"""Makes a constraint of a grammar; knows the tokenizer."""
 
 
 class Chosen(NamedTuple):
@@ -56,12 +76,22 @@ class Sampler:
     """Chooses one request's tokens; remembers what it gave, for penalties.
 
     Args:
+        constrain: for requests with a grammar.
         given: tokens of the answer that were chosen before, elsewhere.
+
+    Raises:
+        ServingError: if the request has a grammar and there is nothing that knows grammars.
     """
 
-    def __init__(self, sampling: Sampling, given: Sequence[int] = ()) -> None:
+    def __init__(self, sampling: Sampling, constrain: Constrain | None = None, given: Sequence[int] = ()) -> None:
         self._sampling = sampling
+        self._constraint = _constraint(sampling, constrain)
+        self._biased = torch.tensor([token for token, _ in sampling.logit_bias], dtype=torch.long)
+        self._biases = torch.tensor([bias for _, bias in sampling.logit_bias], dtype=torch.float)
         self._given = Counter(given)
+        if self._constraint:
+            for token in given:
+                self._constraint.take(token)
         self._warp = _warpers(sampling)
         self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._generator = torch.Generator()
@@ -69,8 +99,10 @@ class Sampler:
     def __call__(self, logits: Tensor) -> Chosen:
         """The next token, of logits [V]."""
         logits = logits.detach().float().cpu()
-        token = self._choose(self._penalised(logits))
+        token = self._choose(self._allowed(self._biased_by_request(self._penalised(logits))))
         self._given[token] += 1
+        if self._constraint:
+            self._constraint.take(token)
         return self._told(token, logits)
 
     def _choose(self, logits: Tensor) -> int:
@@ -88,10 +120,24 @@ class Sampler:
         counts = torch.tensor(list(self._given.values()), dtype=logits.dtype)
         return logits.index_add(0, tokens, -(presence + frequency * counts))
 
+    def _biased_by_request(self, logits: Tensor) -> Tensor:
+        return logits.index_add(0, self._biased, self._biases) if len(self._biased) else logits
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        return self._constraint.mask(logits) if self._constraint else logits
+
     def _told(self, token: int, logits: Tensor) -> Chosen:
         logprobs = logits.log_softmax(-1)
         values, tokens = logprobs.topk(min(self._sampling.num_top, len(logprobs)))
         return Chosen(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
+def _constraint(sampling: Sampling, constrain: Constrain | None) -> Constraint | None:
+    if sampling.grammar is None:
+        return None
+    if constrain is None:
+        raise ServingError("answers of this model cannot be held to a grammar; ask without response_format")
+    return constrain(sampling.grammar)
 
 
 def _mixed(seed: int, number: int) -> int:

@@ -9,18 +9,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
-from ecogen.errors import NodeLostError
+from ecogen.errors import NodeLostError, ServingError
 from ecogen.models.decoder import State
 from ecogen.placement import Placement
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.worker import Worker
 from ecogen.serving.decoder_stage import DecoderStage
-from ecogen.serving.sampling import Chosen, Sampler
-from ecogen.serving.steps import CHOSEN, LOST, STEP, Lost, Order, StepFlow, StepResult, Visited
+from ecogen.serving.sampling import Chosen, Constrain, Sampler
+from ecogen.serving.steps import CHOSEN, LOST, STEP, Lost, Order, Start, StepFlow, StepResult, Visited
 from ecogen.transport.base import Message
 from ecogen.transport.codec import encode_prefix
 
@@ -34,6 +33,7 @@ class StagesOfDevice:
         number: of the chain.
         stages: by the index of the visit.
         edge_id: who is told what was chosen.
+        constrain: for requests with a grammar, where the last stage is here.
     """
 
     def __init__(
@@ -44,10 +44,11 @@ class StagesOfDevice:
         edge_id: str,
         worker: Worker,
         neighbours: Neighbours,
+        constrain: Constrain | None = None,
     ) -> None:
         self._number, self._placement, self._stages = number, placement, stages
         self._edge_id, self._worker, self._neighbours = edge_id, worker, neighbours
-        self._choosers = Choosers()
+        self._choosers = Choosers(constrain)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def deliver(self, sender_id: str, message: Message) -> None:
@@ -132,35 +133,41 @@ class StagesOfDevice:
         return StepResult(self._number, step.group, [where] * len(step.requests), flow.visits)
 
 
-class Chooser(Protocol):
-    """Chooses one request's next token of logits [V]."""
-
-    def __call__(self, logits: Tensor) -> Chosen:
-        """The token."""
-
-
 class Choosers:
-    """The requests whose tokens the last stage chooses."""
+    """The requests whose tokens the last stage chooses.
 
-    def __init__(self) -> None:
-        self._choosers: dict[str, Chooser] = {}
+    Args:
+        constrain: for requests with a grammar.
+    """
+
+    def __init__(self, constrain: Constrain | None = None) -> None:
+        self._constrain = constrain
+        self._choosers: dict[str, Sampler | str] = {}  # or why there is none
 
     def choose(self, order: Order, logits: Tensor) -> list[Chosen | str]:
         """Each row's token, or why it has none, of logits [B, V]; nothing where the step gives none."""
         for request_id in order.ended:
             self._choosers.pop(request_id, None)
         for request_id, start in order.starts.items():
-            self._choosers[request_id] = Sampler(start.sampling, start.given)
+            self._choosers[request_id] = self._chooser(start)
         if not order.step.gives:
             return []
         return [self._choose(name, row) for name, row in zip(order.step.requests, logits, strict=True)]
 
+    def _chooser(self, start: Start) -> Sampler | str:
+        try:
+            return Sampler(start.sampling, self._constrain, start.given)
+        except ServingError as problem:
+            return str(problem)
+
     def _choose(self, request_id: str, logits: Tensor) -> Chosen | str:
-        choose = self._choosers.get(request_id)
-        if choose is None:
-            return "its reader has left"
+        choose = self._choosers.get(request_id, "its reader has left")
+        if isinstance(choose, str):
+            return choose
         try:
             return choose(logits)
+        except ServingError as problem:
+            return str(problem)
         except Exception as problem:  # of what one request asks for, or of weights that give no numbers
             return f"no token can be chosen: {problem}; are the model's weights sound?"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -80,3 +81,28 @@ def test_log_probabilities_are_the_models_own(values: list[float], num_top: int)
     logprobs = logits.log_softmax(-1)
     assert chosen.logprob == pytest.approx(float(logprobs[chosen.token]))
     assert [value for _, value in chosen.top] == pytest.approx(logprobs.sort(descending=True)[0][:num_top].tolist())
+
+
+def test_biases_move_and_ban_tokens() -> None:
+    """Log-probabilities stay the model's own."""
+    assert shares(Sampling(seed=1, logit_bias=((0, -100), (4, 3)))) == pytest.approx(
+        [0, *softmax([1, 0, -1, 0])], abs=0.03
+    )
+    chosen = Sampler(Sampling(temperature=0, logit_bias=((4, 10.0),)))(LOGITS)
+    assert (chosen.token, chosen.logprob) == (4, pytest.approx(float(LOGITS.log_softmax(-1)[4])))
+
+
+def test_a_constraint_sees_every_token_and_is_stronger_than_a_bias() -> None:
+    class Odd:
+        taken: ClassVar[list[int]] = []
+
+        def mask(self, logits: Tensor) -> Tensor:
+            return logits.masked_fill(torch.arange(len(logits)) % 2 == 0, -torch.inf)
+
+        def take(self, token: int) -> None:
+            self.taken.append(token)
+
+    sampler = Sampler(Sampling(grammar="odd", logit_bias=((0, 100),)), lambda grammar: {"odd": Odd()}[grammar])
+    tokens = [sampler(LOGITS).token for _ in range(50)]
+    assert set(tokens) == {1, 3}
+    assert Odd.taken == tokens

@@ -1,0 +1,229 @@
+"""What a client asks, in the terms of what serves it: one request a choice, checked against limits and model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ecogen.errors import ServingError
+from ecogen.serving.generation import GenerationRequest, ServedModel, Serving
+from ecogen.serving.grammar import json_grammar
+from ecogen.serving.openai.limits import Limits
+from ecogen.serving.openai.parameters import ChatParameters, CompletionParameters, Message, Parameters
+from ecogen.serving.openai.refusals import unknown_model, wrong
+from ecogen.serving.openai.text import TextModel
+from ecogen.serving.sampling import Sampling
+
+# Text longer than this is tokenised beside the event loop, which others wait for: some milliseconds at 1 MB/s.
+_LONG_TEXT = 4096
+
+_SEEDS = 2**64
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a client asks.
+
+    Attributes:
+        requests: one a choice, all of one prompt after the other.
+        num_prompt_tokens: of all prompts, each counted once however many choices it has.
+        openings: what each choice's text begins with before the answer.
+        tells_logprobs: whether the answer holds log-probabilities.
+    """
+
+    model: str
+    requests: tuple[GenerationRequest, ...]
+    num_prompt_tokens: int
+    stops: tuple[str, ...]
+    openings: tuple[str, ...]
+    tells_logprobs: bool
+    streams: bool
+    tells_usage: bool
+
+
+class Asking:
+    """Makes questions of parameters."""
+
+    def __init__(self, serving: Serving, text: TextModel, limits: Limits) -> None:
+        self._serving, self._text, self._limits = serving, text, limits
+
+    async def completion(self, asked: CompletionParameters, tenant: str | None) -> Question:
+        """The question behind `/v1/completions`.
+
+        Raises:
+            Refusal: if a parameter cannot be used.
+        """
+        if asked.best_of not in (None, asked.n):
+            raise wrong("best_of", f"'best_of' must equal 'n', which is {asked.n}; nothing is ranked here")
+        if asked.echo and asked.logprobs is not None:
+            raise wrong("echo", "'echo' with 'logprobs' is not supported: a prompt's log-probabilities are not kept")
+        model = self._model(asked.model, tenant)
+        prompts = [await self._prompt_tokens(prompt) for prompt in self._prompts(asked)]
+        echoes = [self._text.decode(prompt) if asked.echo else "" for prompt in prompts]
+        sampling = await self._sampling(asked, asked.logprobs or 0)
+        requests = [self._request(model, tenant, prompt, sampling, asked.max_tokens, "prompt") for prompt in prompts]
+        return self._question(asked, requests, echoes, tells_logprobs=asked.logprobs is not None)
+
+    async def chat(self, asked: ChatParameters, tenant: str | None) -> Question:
+        """The question behind `/v1/chat/completions`.
+
+        Raises:
+            Refusal: if a parameter cannot be used.
+        """
+        if asked.top_logprobs and not asked.logprobs:
+            raise wrong("top_logprobs", "'top_logprobs' needs 'logprobs': true")
+        model = self._model(asked.model, tenant)
+        messages = [_plain(message, index) for index, message in enumerate(asked.messages)]
+        try:
+            prompt = await self._aside(sum(map(len, _contents(messages))), lambda: self._text.encode_chat(messages))
+        except ServingError as problem:
+            raise wrong("messages", str(problem)) from problem
+        sampling = await self._sampling(asked, asked.top_logprobs)
+        max_new = asked.max_completion_tokens or asked.max_tokens
+        request = self._request(model, tenant, prompt, sampling, max_new, "messages")
+        return self._question(asked, [request], [""], tells_logprobs=asked.logprobs)
+
+    def _model(self, name: str, tenant: str | None) -> ServedModel:
+        models = {model.name: model for model in self._serving.models(tenant)}
+        if name not in models:
+            raise unknown_model(name, list(models))
+        return models[name]
+
+    def _prompts(self, asked: CompletionParameters) -> Sequence[str | list[int]]:
+        """Several as they are, one in a list."""
+        prompts: list[Any] = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        kinds = {type(prompt) for prompt in prompts}
+        if kinds == {int}:
+            prompts, kinds = [prompts], {list}
+        if len(kinds) != 1:
+            raise wrong("prompt", "prompt: give text, a list of texts, a list of tokens, or a list of such lists")
+        if len(prompts) > self._limits.prompts:
+            raise wrong("prompt", f"prompt: {len(prompts)} prompts, at most {self._limits.prompts} are taken at once")
+        return prompts
+
+    async def _prompt_tokens(self, prompt: str | list[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return await self._aside(len(prompt), lambda: self._text.encode(prompt))
+        known = self._text.num_tokens
+        if foreign := [token for token in prompt if not 0 <= token < known]:
+            raise wrong("prompt", f"prompt: there is no token {foreign[0]}; this model has 0 to {known - 1}")
+        return tuple(prompt)
+
+    async def _aside(self, num_chars: int, encode: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        return await asyncio.to_thread(encode) if num_chars > _LONG_TEXT else encode()
+
+    async def _sampling(self, asked: Parameters, num_top: int) -> Sampling:
+        return Sampling(
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            top_p=asked.top_p,
+            seed=asked.seed,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            num_top=num_top,
+            logit_bias=tuple(self._bias(*bias) for bias in asked.logit_bias.items()),
+            grammar=await self._grammar(asked),
+        )
+
+    def _bias(self, token: str, bias: float) -> tuple[int, float]:
+        known = self._text.num_tokens
+        if not (token.isascii() and token.isdigit() and int(token) < known):
+            raise wrong("logit_bias", f"logit_bias: '{token}' is no token; this model has 0 to {known - 1}")
+        return int(token), bias
+
+    async def _grammar(self, asked: Parameters) -> str | None:
+        form = asked.response_format
+        if form is None or form.type == "text":
+            return None
+        if self._text.vocabulary is None or not self._text.ends:
+            raise wrong("response_format", "response_format: this model's tokenizer cannot be held to a grammar")
+        if (form.type == "json_schema") != (form.json_schema is not None):
+            raise wrong("response_format", "response_format: 'json_schema' goes with the type of that name")
+        try:
+            return await asyncio.to_thread(json_grammar, form.json_schema.schema if form.json_schema else None)
+        except ServingError as problem:
+            raise wrong("response_format", f"response_format: {problem}") from problem
+
+    def _request(
+        self,
+        model: ServedModel,
+        tenant: str | None,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        max_new: int | None,
+        param: str,
+    ) -> GenerationRequest:
+        """One whose prompt and answer fit the model; without a length, the answer may fill what is left."""
+        longest = min(self._limits.prompt_tokens or model.max_tokens, model.max_tokens - (max_new or 1))
+        if not prompt:
+            raise wrong(param, f"{param}: has no tokens; give at least one")
+        if len(prompt) > longest:
+            raise wrong(
+                param,
+                f"{param}: {len(prompt)} tokens, and at most {max(0, longest)} are taken before an answer of up to "
+                f"{max_new or 1} by this model of {model.max_tokens}; shorten one of them",
+                "context_length_exceeded",
+            )
+        left = max_new or model.max_tokens - len(prompt)
+        return GenerationRequest(model.name, prompt, sampling, left, self._text.ends, tenant)
+
+    def _question(
+        self, asked: Parameters, requests: Sequence[GenerationRequest], openings: Sequence[str], *, tells_logprobs: bool
+    ) -> Question:
+        if asked.n > self._limits.choices:
+            raise wrong("n", f"n: {asked.n} choices, at most {self._limits.choices} are given")
+        if asked.stream_options and not asked.stream:
+            raise wrong("stream_options", "'stream_options' needs 'stream': true")
+        return Question(
+            model=asked.model,
+            requests=tuple(_choice(request, index) for request in requests for index in range(asked.n)),
+            num_prompt_tokens=sum(len(request.prompt) for request in requests),
+            stops=self._stops(asked),
+            openings=tuple(opening for opening in openings for _ in range(asked.n)),
+            tells_logprobs=tells_logprobs,
+            streams=asked.stream,
+            tells_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+        )
+
+    def _stops(self, asked: Parameters) -> tuple[str, ...]:
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop
+        if len(stops) > self._limits.stops:
+            raise wrong("stop", f"stop: {len(stops)} stop strings, at most {self._limits.stops} are taken")
+        if not all(0 < len(stop) <= self._limits.stop_chars for stop in stops):
+            raise wrong("stop", f"stop: a stop string has 1 to {self._limits.stop_chars} characters")
+        return tuple(stops)
+
+
+def _choice(request: GenerationRequest, index: int) -> GenerationRequest:
+    """One of several of a prompt: each draws on its own; the first as if it were alone."""
+    seed = request.sampling.seed
+    if seed is None or not index:
+        return request
+    signed = (seed + index + _SEEDS // 2) % _SEEDS - _SEEDS // 2
+    return replace(request, sampling=replace(request.sampling, seed=signed))
+
+
+def _plain(message: Message, index: int) -> dict[str, str]:
+    """A message as chat templates know it: its text parts joined, and what OpenAI now calls developer as system."""
+    role = "system" if message.role == "developer" else message.role
+    plain = {"role": role, "content": _text_of(message.content, f"messages[{index}].content")}
+    return plain | ({"name": message.name} if message.name is not None else {})
+
+
+def _text_of(content: str | list[dict[str, object]], param: str) -> str:
+    if isinstance(content, str):
+        return content
+    for index, part in enumerate(content):
+        if part.keys() != {"type", "text"} or part["type"] != "text" or not isinstance(part["text"], str):
+            given = part.get("type")
+            raise wrong(
+                f"{param}[{index}]",
+                f'{param}[{index}]: of type {given!r}; only {{"type": "text", "text": ...}} is read',
+            )
+    return "".join(str(part["text"]) for part in content)
+
+
+def _contents(messages: Sequence[dict[str, str]]) -> list[str]:
+    return [message["content"] for message in messages]
