@@ -149,6 +149,50 @@ def predict(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run that tuned a language model, or a model's folder.")
+    ],
+    port: Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="0 for any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    recipe: Annotated[
+        str, typer.Option(metavar="RECIPE", help="Where it is served: devices, clusters, edges.")
+    ] = "serve",
+    engine: Annotated[EngineName | None, typer.Option(help="All nodes in this process, or a process a node.")] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", min=1, help="Devices that share the blocks.")] = None,
+    settings: Settings = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=DIR", help="A LoRA adapter and its name; repeatable."),
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='API keys: TOML, a line `tenant = "key"` each.')
+    ] = None,
+    allow_open: Annotated[bool, typer.Option("--allow-open", help="Let other machines ask without a key.")] = False,
+) -> None:
+    """Serve a language model through OpenAI's API.
+
+    Prints one line when it answers. Ctrl-C ends it when running answers are told.
+    """
+    overrides = [*(settings or []), *([f"engine={engine}"] if engine else [])]
+    overrides += [f"topology.devices_per_cluster={devices}"] if devices else []
+    resolved = recipes.load(recipe, overrides)
+    if resolved.engine == "local":
+        from ecogen.engines.forking import fork_server
+
+        fork_server()  # before the imports that take long, since it does the same ones
+    from ecogen.engines import serving
+    from ecogen.serving.openai.keys import Keys, read_keys
+
+    served = serving.with_adapters(serving.find_served(model), adapters or [])
+    ready = lambda address, gateway: print(serving.ready_line(address, gateway), flush=True)  # noqa: E731
+    known = read_keys(keys) if keys else Keys()
+    work = serving.serve(served, resolved, host=host, port=port, keys=known, allow_open=allow_open, on_ready=ready)
+    with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
+        asyncio.run(work)
+
+
+@app.command()
 def status(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of several.")] = Path("runs"),
 ) -> None:

@@ -9,7 +9,7 @@ from transformers import ViTConfig
 from ecogen import config as recipes
 from ecogen.accounting.intensity import check_zones
 from ecogen.engines.forming import formed
-from ecogen.errors import CheckpointError
+from ecogen.errors import CheckpointError, ConfigError
 from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import model_shape
 from ecogen.planning.clusters import place_clusters
@@ -32,6 +32,8 @@ def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
         CheckpointError: if the model's folder is missing, corrupt or for other images.
         PlacementError: if a cluster cannot hold the model.
     """
+    if recipe.task == "serve":
+        raise ConfigError(["task: this recipe serves a model; use it as `ecogen serve MODEL --recipe RECIPE`"])
     config = _announced_config(recipe.model)
     recipe = formed(recipe)
     topology = recipes.build_topology(recipe.topology)

@@ -1,0 +1,141 @@
+"""`ecogen serve` as a person starts it: processes of their own, OpenAI's client, a device that is killed, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from openai import AuthenticationError, NotFoundError, OpenAI
+from transformers import AutoModelForCausalLM
+
+from tests.command import Ran, relatives, started
+from tests.models.decoders import save_decoder
+from tests.models.test_mixed_lora import save_adapter
+from tests.serving.federations import alone
+from tests.serving.openai.served import byte_level, tokens, wrapped
+
+EcoGen = Callable[..., Ran]
+PROMPT = "hello world"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_decoder("llama", folder, vocab_size=byte_level().get_vocab_size(), max_position_embeddings=512)
+    wrapped(byte_level()).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def serving(*arguments: object, key: str = "none") -> Iterator[tuple[subprocess.Popen[str], OpenAI, str]]:
+    """The process, a client, and the line that it printed."""
+    with started("serve", *arguments, "--port", 0) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.match(r"ready: (http://127\.0\.0\.1:\d+/v1) serves ", line)
+        assert found, line + (process.stderr.read() if process.stderr else "")
+        with OpenAI(base_url=found[1], api_key=key, max_retries=0, timeout=60) as client:
+            yield process, client, line
+
+
+def text_of(ids: list[int]) -> str:
+    return byte_level().decode(ids, skip_special_tokens=True)
+
+
+def wanted(model: Path, max_new: int) -> str:
+    whole = AutoModelForCausalLM.from_pretrained(model).eval()
+    return text_of(alone(whole, [1, *tokens(PROMPT)], max_new))
+
+
+def test_a_device_is_killed_while_it_answers(model: Path) -> None:
+    """The text is as if nothing had happened, and Ctrl-C leaves nothing behind."""
+    with serving(model, "--devices", 3) as (process, client, line):
+        assert line.rstrip().endswith("serves tiny")
+        whole = client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=400)
+        assert whole.usage
+        assert whole.usage.model_dump()["ecogen"]["where"] == [f"edge-0.cluster-0.device-{i}" for i in range(3)]
+        assert whole.usage.model_dump()["ecogen"]["energy_j"] > 0
+        stream = client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=400, stream=True)
+        pieces = [next(stream).choices[0].text for _ in range(20)]
+        device_processes(process.pid)[-1].kill()
+        pieces += [chunk.choices[0].text for chunk in stream]
+        assert "".join(pieces) == whole.choices[0].text
+        short = client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=20)
+        assert short.choices[0].text in (wanted(model, 20), wanted(model, 20).rstrip("\ufffd"))
+        family = relatives(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        _, alive = psutil.wait_procs(family, 10)
+        assert not alive
+
+
+def device_processes(pid: int) -> list[psutil.Process]:
+    """Those that compute: they came last."""
+    nodes = [child for child in relatives(pid) if "forkserver" in " ".join(child.cmdline())]
+    return sorted(nodes, key=lambda child: child.pid)
+
+
+def test_keys_and_adapters(model: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(model, tmp_path / "adapter", 1)
+    keys = tmp_path / "keys.toml"
+    keys.write_text('anna = "a-long-secret-key"\n')
+    keys.chmod(0o600)
+    arguments = (model, "--engine", "inproc", "--devices", 2, "--adapter", f"poems={adapter}", "--keys", keys)
+    with serving(*arguments, key="a-long-secret-key") as (process, client, line):
+        assert line.rstrip().endswith("serves tiny, poems")
+        assert [served.id for served in client.models.list()] == ["tiny", "poems"]
+        answers = {
+            name: client.completions.create(model=name, prompt=PROMPT, temperature=0, max_tokens=24).choices[0].text
+            for name in ("tiny", "poems")
+        }
+        assert answers["tiny"] != answers["poems"]
+        with pytest.raises(NotFoundError, match="The model 'prose' does not exist; did you mean 'poems'"):
+            client.completions.create(model="prose", prompt=PROMPT)
+        with pytest.raises(AuthenticationError):
+            client.with_options(api_key="another").models.list()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+# What may be wrong; nothing here starts a node.
+
+
+def test_what_cannot_be_served(model: Path, tmp_path: Path, ecogen: EcoGen) -> None:
+    shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    adapter = save_adapter(model, tmp_path / "dora", 1, use_dora=True)
+    for arguments, said in {
+        (tmp_path,): "holds no model: give a folder that save_pretrained wrote, or a finished run",
+        (tmp_path / "bare",): "holds no tokenizer that can be read",
+        (model, "--adapter", "poems"): "'poems' is not NAME=DIR",
+        (model, "--adapter", f"poems={tmp_path}"): "is no adapter: adapter_config.json cannot be read",
+        (model, "--adapter", f"poems={adapter}"): "DoRA cannot share a batch with others; merge it",
+        (model, "--keys", tmp_path / "none"): "none",
+        (model, "--set", "topology.end.memory_gib=0.0001"): "add a device, or set serving.slots",
+        (model, "--set", "serving.slotz=3"): "did you mean 'slots'",
+    }.items():
+        ran = ecogen("serve", *arguments, "--engine", "inproc")
+        assert ran.code == 2, arguments
+        assert said in ran.err, (arguments, ran.err)
+
+
+def test_others_may_not_ask_without_a_key(model: Path, ecogen: EcoGen) -> None:
+    ran = ecogen("serve", model, "--engine", "inproc", "--host", "0.0.0.0", "--port", 0)
+    assert ran.code == 2
+    assert "without API keys whoever reaches 0.0.0.0 may ask; give keys" in ran.err
+
+
+def test_a_recipe_that_serves_tunes_nothing(ecogen: EcoGen, tmp_path: Path) -> None:
+    ran = ecogen("run", "serve", "--out", tmp_path / "run")
+    assert ran.code == 2
+    assert "use it as `ecogen serve MODEL --recipe RECIPE`" in ran.err
+    assert not (tmp_path / "run").exists()
