@@ -272,6 +272,7 @@ class Serving:
     slots: Count = 8  # requests at once in each group; a chain has as many groups as stages
     max_tokens: Count = 2048  # the longest request, prompt and answer; no more than the model was made for
     chunk: Count = 256  # tokens of a prompt that go through at once, while others decode
+    shelf: Natural = 4  # places of each group for what requests leave behind; the next that begin alike start there
     waiting: Count = 256  # requests that may wait for a slot at an edge
     patience_s: Positive = 30.0  # how long requests wait for devices that can hold the model
 

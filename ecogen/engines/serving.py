@@ -139,7 +139,11 @@ def check_serving(recipe: recipes.Recipe, name: str | None = None) -> ServedMode
         nodes = [topology.nodes[node_id] for node_id in cluster.node_ids]
         dtypes = [getattr(torch, recipes.compute_of(recipe, node.node_id).dtype) for node in nodes]
         model = LanguageModel(folder, max(dtypes, key=lambda dtype: dtype.itemsize))
-        place_decoder(model.weights(recipe.serving.slots * len(nodes), max_tokens), nodes, recipe.placement.labels)
+        place_decoder(
+            model.weights((recipe.serving.slots + recipe.serving.shelf) * len(nodes), max_tokens),
+            nodes,
+            recipe.placement.labels,
+        )
     return ServedModel(name or path.name, time.time(), max_tokens)
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from ecogen.errors import ServingError
 from ecogen.models.decoder import State
@@ -192,6 +192,11 @@ class _Slab(CacheLayerMixin):
     @property
     def _rows(self) -> Rows:
         return self._cache.running
+
+
+def has_states(config: PreTrainedConfig) -> bool:
+    """Whether some layers keep states that have seen all tokens, rather than something of each of them."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in _checked(config))
 
 
 def _checked(config: PreTrainedConfig) -> Iterable[CacheLayerMixin]:

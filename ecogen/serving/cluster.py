@@ -56,7 +56,12 @@ class ServedCluster:
         self._members, self._transport, self._neighbours, self._finish = members, transport, neighbours, finish
         max_tokens = model.max_tokens(spec.max_tokens)
         self.engine = Engine(
-            slots_per_group=spec.slots, max_tokens=max_tokens, max_waiting=spec.waiting, chunk=spec.chunk
+            slots_per_group=spec.slots,
+            max_tokens=max_tokens,
+            max_waiting=spec.waiting,
+            chunk=spec.chunk,
+            shelf=spec.shelf,
+            keeps_parts=not model.has_states,
         )
         self.chain: ServedChain | None = None
         self._number = 0
@@ -105,6 +110,7 @@ class ServedCluster:
             )
             async with aclosing(answer) as tokens:
                 async for chosen in tokens:
+                    tally.num_reused = self.engine.num_reused(request_id)
                     if (yield chosen):
                         break
             yield self._finish(tally)
@@ -131,7 +137,8 @@ class ServedCluster:
         """Where the devices that are here can hold the model; requests wait, but not for ever."""
         while True:
             self._here_then = self._here()
-            weights = self._model.weights(self._spec.slots * max(1, len(self._here_then)), self.engine.max_tokens)
+            slots = (self._spec.slots + self._spec.shelf) * max(1, len(self._here_then))
+            weights = self._model.weights(slots, self.engine.max_tokens)
             try:
                 return place_decoder(weights, [self._nodes[node_id] for node_id in self._here_then], self._labels)
             except PlacementError as problem:
@@ -222,7 +229,7 @@ class ServedCluster:
     def _load(self, placement: Placement, node_id: str) -> Message:
         model, spec = self._model, self._spec
         names = model.shards(segments_held(placement, 1, node_id))
-        room = (len(placement.node_ids), spec.slots, self.engine.max_tokens)
+        room = (len(placement.node_ids), spec.slots + spec.shelf, self.engine.max_tokens)
         visits = list(placement.visits)
         files = model.text_files if node_id == visits[-1].node_id else {}
         return Message.of(LOAD, Load(self._number, visits, dict(model.config), model.digest, names, *room, files))

@@ -33,6 +33,7 @@ class _Answer:
         # Of its own from the beginning: whichever stage goes on with it draws as the one before would have.
         self.sampling = sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(63))
         self.max_new, self.ends, self.adapter, self.given = max_new, ends, adapter, list(given)
+        self.num_reused = 0
         self.news: asyncio.Queue[Chosen | Exception | None] = asyncio.Queue()
 
     def take(self, chosen: Chosen | str) -> tuple[int, bool]:
@@ -60,11 +61,21 @@ class Engine:
         max_tokens: the longest request, prompt and answer.
         max_waiting: requests that may wait for a slot.
         chunk: tokens of a prompt that go through at once.
+        shelf, keeps_parts: as `Scheduler` has them.
     """
 
-    def __init__(self, *, slots_per_group: int, max_tokens: int, max_waiting: int = 1024, chunk: int = 256) -> None:
+    def __init__(
+        self,
+        *,
+        slots_per_group: int,
+        max_tokens: int,
+        max_waiting: int = 1024,
+        chunk: int = 256,
+        shelf: int = 0,
+        keeps_parts: bool = True,
+    ) -> None:
         self.max_tokens, self._max_waiting = max_tokens, max_waiting
-        self._scheduler = Scheduler(0, slots_per_group, chunk)
+        self._scheduler = Scheduler(0, slots_per_group, chunk, shelf=shelf, keeps_parts=keeps_parts)
         self._answers: dict[str, _Answer] = {}
         self._started: set[str] = set()  # those whose settings the chain's last stage has
         self._ended: list[str] = []  # and of these, those that it need not keep any longer
@@ -92,6 +103,11 @@ class Engine:
         """Tell all requests that they end here."""
         for answer in self._answers.values():
             answer.news.put_nowait(problem)
+
+    def num_reused(self, request_id: str) -> int:
+        """How many tokens of a prompt need not be computed, since one before it began with them."""
+        answer = self._answers.get(request_id)
+        return answer.num_reused if answer else 0
 
     @property
     def num_requests(self) -> int:
@@ -125,7 +141,7 @@ class Engine:
         if given and (len(given) >= max_new or given[-1] in ends):
             return  # the other engine had come to the end
         answer = self._answers[request_id] = _Answer(sampling, max_new, ends, adapter, given)
-        self._scheduler.submit(request_id, [*prompt, *given])
+        self._scheduler.submit(request_id, [*prompt, *given], adapter)
         self._wake()
         try:
             while (chosen := await answer.news.get()) is not None:
@@ -172,7 +188,8 @@ class Engine:
         """Hand out what a step gave; of one that gives no tokens, nothing but failures."""
         taken = [self._take(name, one) for name, one in zip(step.requests, chosen, strict=bool(chosen))]
         finished = [name for name, (_, is_last) in zip(step.requests, taken, strict=bool(taken)) if is_last]
-        self._scheduler.end(step.group, [token for token, _ in taken], finished)
+        failed = [name for name, one in zip(step.requests, chosen, strict=bool(chosen)) if isinstance(one, str)]
+        self._scheduler.end(step.group, [token for token, _ in taken], finished, failed)
 
     def _take(self, request_id: str, chosen: Chosen | str) -> tuple[int, bool]:
         answer = self._answers.get(request_id)
@@ -181,6 +198,8 @@ class Engine:
     def _order(self, step: Step) -> Order:
         answers = {name: self._answers[name] for name in step.requests if name in self._answers}
         starts = {}
+        for name, answer in answers.items():
+            answer.num_reused = self._scheduler.num_reused(name)
         if step.gives:
             new = {name: answer for name, answer in answers.items() if name not in self._started}
             starts = {name: Start(answer.sampling, tuple(answer.given)) for name, answer in new.items()}

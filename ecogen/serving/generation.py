@@ -40,6 +40,7 @@ class Finish:
         t_inference_s: from there to the last token, hops between stages included.
         t_dl_s: until the last token is back.
         node_ids: where it was computed, in order.
+        num_reused: tokens of the prompt that had been computed for another request.
     """
 
     bill: Bill
@@ -47,6 +48,7 @@ class Finish:
     t_inference_s: float
     t_dl_s: float
     node_ids: tuple[str, ...]
+    num_reused: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from ecogen.models.decoder import block_of, names_of, open_config
 from ecogen.models.folder import ModelFolder, read_text_files
+from ecogen.models.slabs import has_states
 from ecogen.placement import Segment
 from ecogen.planning.decoding import Weights
 
@@ -42,6 +43,11 @@ class LanguageModel:
     @cached_property
     def digest(self) -> str:
         return self.folder.digest
+
+    @cached_property
+    def has_states(self) -> bool:
+        """Whether some layers keep states that have seen all tokens."""
+        return has_states(self._config)
 
     def max_tokens(self, wanted: int) -> int:
         """As many as are wanted, but no more than the model was made for."""

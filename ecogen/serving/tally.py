@@ -37,7 +37,7 @@ class Tally:
     cluster_id: str
     num_prompt: int
     began_s: float = field(default_factory=time.perf_counter)
-    num_given: int = 0
+    num_reused: int = 0
     _visits: dict[tuple[str, str, str], _Visit] = field(default_factory=dict)
 
     def count_step(
@@ -71,6 +71,7 @@ class Tally:
             t_inference_s=time.perf_counter() - self.began_s,
             t_dl_s=_link_s(topology, ends[1], self.edge_id, _TOKEN_BYTES),
             node_ids=node_ids,
+            num_reused=self.num_reused,
         )
 
     def record(self, request_id: str, finish: Finish, topology: Topology) -> RequestRecord:

@@ -109,7 +109,7 @@ async def test_models_that_keep_more_than_keys_and_values(model_type: str, tmp_p
     changes = {"index_n_heads": 16} if model_type == "deepseek_v32" else {}  # two give ties, which lengths decide
     whole = save_decoder(model_type, tmp_path, **changes)
     asked = [(prompt, 3 + 5 * (index % 4)) for index, prompt in enumerate(prompts(14))]
-    async with engine_of(tmp_path) as engine:
+    async with engine_of(chain_of(tmp_path)) as engine:
         answers = await asyncio.gather(*(answer(engine, *request) for request in asked))
     assert answers == [alone(whole, *request) for request in asked]
 

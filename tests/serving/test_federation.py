@@ -110,7 +110,7 @@ async def test_an_edge_lost_in_mid_generation(model: Path, tmp_path: Path) -> No
 
 async def test_without_a_spare_readers_are_told(model: Path, tmp_path: Path) -> None:
     """Two devices that hold half of the model each."""
-    spec = Serving(slots=1, max_tokens=64, patience_s=1)
+    spec = Serving(slots=1, shelf=0, max_tokens=64, patience_s=1)
     devices = TopologyRecipe(edges=1, clusters_per_edge=1, devices_per_cluster=2, end=DeviceProfile(memory_gib=0.0006))
     recipe = tiny_recipe(model, serving=spec, topology=devices)
     async with serving(recipe, tmp_path) as (gateway, engine):
@@ -142,6 +142,23 @@ async def test_clusters_share_the_work(model: Path, tmp_path: Path) -> None:
             if len(set(devices)) == 4:
                 break
         assert sorted(devices.count(device) for device in set(devices)) == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_next", "deepseek_v3"])
+async def test_what_begins_alike_is_not_computed_again(kind: str, tmp_path: Path) -> None:
+    """And gives the same answers; states that have seen all tokens help chats that go on, and nobody else."""
+    whole = save_decoder(kind, tmp_path / "tiny")
+    [system, first, second] = [prompt[:12] for prompt in prompts(3, seed=9)]
+    system = [*range(3, 23), *system]
+    async with serving(tiny_recipe(tmp_path / "tiny", devices=2), tmp_path) as (gateway, _):
+        tokens, finish = await whole_answer(gateway, [*system, *first], 8)
+        assert (tokens, finish.num_reused) == (alone(whole, [*system, *first], 8), 0)
+        chat = [*system, *first, *tokens, *second]
+        going_on, other = [await whole_answer(gateway, prompt, 8) for prompt in (chat, [*system, *second])]
+    assert going_on[1].num_reused == len([*system, *first, *tokens]) - 1
+    assert other[1].num_reused == (0 if kind == "qwen3_next" else len(system))
+    assert going_on[0] == alone(whole, chat, 8)
+    assert other[0] == alone(whole, [*system, *second], 8)
 
 
 # What may be wrong.

@@ -154,6 +154,7 @@ def usage(num_prompt: int, num_answer: int, finishes: Sequence[Finish | None]) -
         "prompt_tokens": num_prompt,
         "completion_tokens": num_answer,
         "total_tokens": num_prompt + num_answer,
+        "prompt_tokens_details": {"cached_tokens": min(num_prompt, sum(finish.num_reused for finish in known))},
         "ecogen": _took(known) if known and len(known) == len(finishes) else None,
     }
 
