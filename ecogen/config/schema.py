@@ -273,6 +273,7 @@ class Serving:
     max_tokens: Count = 2048  # the longest request, prompt and answer; no more than the model was made for
     chunk: Count = 256  # tokens of a prompt that go through at once, while others decode
     shelf: Natural = 4  # places of each group for what requests leave behind; the next that begin alike start there
+    answers: Natural = 0  # whole answers that an edge keeps, for the same request again; 0: each is computed
     waiting: Count = 256  # requests that may wait for a slot at an edge
     patience_s: Positive = 30.0  # how long requests wait for devices that can hold the model
 

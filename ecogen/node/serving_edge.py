@@ -18,6 +18,7 @@ from ecogen.node.parent import Parent
 from ecogen.runtime.membership import Members, attend
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.outbox import Outbox
+from ecogen.serving.answers import Answers
 from ecogen.serving.cluster import ServedCluster
 from ecogen.serving.desk import Desk, Generate
 from ecogen.serving.generation import Finish
@@ -82,6 +83,7 @@ class ServingEdge:
         recipe = recipes.from_table(welcome.recipe, f"the recipe of {self._cloud_id}")
         self._recipe, self._topology = recipe, recipes.build_topology(recipe.topology)
         self._folder = await self._obtain(welcome, Path(recipe.model.source))
+        self._answers = Answers(recipe.serving.answers)
         clusters = self._topology.clusters_of(context.node_id)
         dtypes = {recipes.compute_of(recipe, node_id).dtype for cluster in clusters for node_id in cluster.node_ids}
         largest = max((getattr(torch, dtype) for dtype in dtypes), key=lambda dtype: dtype.itemsize)
@@ -124,15 +126,33 @@ class ServingEdge:
         return Message.of("join", Welcome(recipes.to_table(self._recipe), {}, ""))
 
     async def _answer(self, wanted: Generate) -> AsyncGenerator[Chosen | Finish, bool | None]:
-        """By the cluster that has the fewest requests, one that serves if there is any."""
+        """As it was answered before, where it was, or else by a cluster."""
         await self._prepared.wait()
-        cluster = min(self._clusters, key=lambda cluster: (cluster.chain is None, cluster.engine.num_requests))
-        request_id, adapter_id = wanted.request_id, wanted.adapter_id
-        async with aclosing(cluster.generate(request_id, wanted.request, adapter_id, wanted.given)) as answer:
+        tally, said = Tally(self._context.node_id, "", len(wanted.request.prompt)), list[Chosen]()
+        for chosen in self._answers.find(wanted) or ():
+            said.append(chosen)
+            if (yield chosen):
+                break
+        if said:
+            tally.num_reused = len(wanted.request.prompt)
+            yield self._finish(tally)
+            return
+        async with aclosing(self._computed(wanted)) as answer:
             one = await anext(answer)
             while isinstance(one, Chosen):
-                one = await answer.asend((yield one))
+                said.append(one)
+                is_stopped = yield one
+                one = await answer.asend(is_stopped)
+                if is_stopped:
+                    said.clear()
+            if said:
+                self._answers.keep(wanted, said)
             yield one
+
+    def _computed(self, wanted: Generate) -> AsyncGenerator[Chosen | Finish, bool | None]:
+        """By the cluster that has the fewest requests, one that serves if there is any."""
+        cluster = min(self._clusters, key=lambda cluster: (cluster.chain is None, cluster.engine.num_requests))
+        return cluster.generate(wanted.request_id, wanted.request, wanted.adapter_id, wanted.given)
 
     async def _hold(self, _: Peer, message: Message) -> Message:
         """Have every stage of every cluster hold an adapter, once all of it is here."""
