@@ -65,7 +65,9 @@ def is_unformed(recipe: TopologyRecipe) -> bool:
 
 def compute_of(recipe: Recipe, node_id: str) -> NodeCompute:
     """What a node computes on."""
-    return recipe.compute.nodes.get(node_id, NodeCompute(recipe.compute.device, recipe.compute.dtype))
+    return recipe.compute.nodes.get(
+        node_id, NodeCompute(recipe.compute.device, recipe.compute.dtype, recipe.compute.threads)
+    )
 
 
 def _clusters(recipe: TopologyRecipe) -> Iterator[tuple[str, Cluster]]:

@@ -170,6 +170,7 @@ class NodeCompute:
 
     device: DeviceName = "cpu"
     dtype: DtypeName = "float32"
+    threads: Count = 1  # of its process; nodes that share one have one each
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -178,6 +179,7 @@ class Compute:
 
     device: DeviceName = "cpu"
     dtype: DtypeName = "float32"
+    threads: Count = 1
     nodes: Mapping[str, NodeCompute] = field(default_factory=dict)
 
 

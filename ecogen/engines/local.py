@@ -214,6 +214,7 @@ class LocalEngine:
             port=port,
             device=compute.device,
             dtype=compute.dtype,
+            threads=compute.threads,
             serves=self._recipe.task == "serve",
             message_mib=self._recipe.transport.message_mib,
         )

@@ -10,8 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from ecogen import config as recipes
 from ecogen.accounting.intensity import check_zones
 from ecogen.engines.launch import ENGINES
@@ -137,8 +135,7 @@ def check_serving(recipe: recipes.Recipe, name: str | None = None) -> ServedMode
     max_tokens = LanguageModel(folder).max_tokens(recipe.serving.max_tokens)
     for cluster in topology.clusters.values():
         nodes = [topology.nodes[node_id] for node_id in cluster.node_ids]
-        dtypes = [getattr(torch, recipes.compute_of(recipe, node.node_id).dtype) for node in nodes]
-        model = LanguageModel(folder, max(dtypes, key=lambda dtype: dtype.itemsize))
+        model = LanguageModel(folder, [recipes.compute_of(recipe, node.node_id).dtype for node in nodes])
         place_decoder(
             model.weights((recipe.serving.slots + recipe.serving.shelf) * len(nodes), max_tokens),
             nodes,

@@ -74,6 +74,7 @@ class NodeSettings:
     port: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    threads: int = 1
     serves: bool = False
     message_mib: int = recipes.TransportRecipe.message_mib
 
@@ -87,7 +88,7 @@ async def run_node(settings: NodeSettings, on_serving: Callable[[str], None]) ->
     Raises:
         EcoGenError: if it cannot go on.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings.threads)
     transport = _transport(settings)
     worker = Worker(CpuMeter(settings.node_id, "process"), transport.counter)
     folder = make_folder(settings.folder)

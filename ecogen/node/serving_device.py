@@ -6,12 +6,11 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from ecogen.errors import AuthenticationError, NodeLostError, ProtocolError
 from ecogen.models.decoder import load_decoder
 from ecogen.models.folder import write_text_files
 from ecogen.models.mixed_lora import MixedLora
+from ecogen.models.quantize import held_bytes, quantize_weights
 from ecogen.node.context import BOOKS, Caller, NodeContext, Ready, methods
 from ecogen.placement import Segment, neighbours_of
 from ecogen.runtime.membership import attend
@@ -19,6 +18,7 @@ from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.stage import resolve_device
 from ecogen.serving.decoder_stage import DecoderStage
 from ecogen.serving.grammar import constrain_in
+from ecogen.serving.language import computed_in
 from ecogen.serving.loading import (
     CONNECT,
     DROP,
@@ -103,8 +103,11 @@ class ServingDevice:
     def _open(self, folder: Path, visits: Mapping[int, Segment], load: Load) -> dict[int, DecoderStage]:
         segments = list(dict.fromkeys(visits.values()))
         context = self._context
-        model = load_decoder(folder, segments, dtype=getattr(torch, context.dtype)).to(resolve_device(context.device))
-        self._held_bytes = sum(tensor.nbytes for tensor in model.parameters())
+        model = load_decoder(folder, segments, dtype=computed_in(context.dtype))
+        if context.dtype == "int8":
+            quantize_weights(model)
+        model.to(resolve_device(context.device))
+        self._held_bytes = held_bytes(model)
         lora = self._lora = MixedLora(model)
         room = (load.groups, load.slots, load.max_tokens)
         return {index: DecoderStage(model, segment, *room, lora) for index, segment in visits.items()}

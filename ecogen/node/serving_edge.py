@@ -7,8 +7,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
-import torch
-
 from ecogen import config as recipes
 from ecogen.accounting.constants import Constants
 from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError
@@ -86,8 +84,7 @@ class ServingEdge:
         self._answers = Answers(recipe.serving.answers)
         clusters = self._topology.clusters_of(context.node_id)
         dtypes = {recipes.compute_of(recipe, node_id).dtype for cluster in clusters for node_id in cluster.node_ids}
-        largest = max((getattr(torch, dtype) for dtype in dtypes), key=lambda dtype: dtype.itemsize)
-        model = LanguageModel(self._folder, largest)
+        model = LanguageModel(self._folder, dtypes)
         self._clusters = [
             ServedCluster(
                 cluster,

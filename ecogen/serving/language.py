@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,14 +20,17 @@ class LanguageModel:
     """A causal language model in a folder.
 
     Args:
-        dtype: in which devices hold it.
+        dtypes: in which devices hold it, as recipes name them.
 
     Raises:
         CheckpointError: if it cannot be cut.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: torch.dtype = torch.float32) -> None:
-        self.folder, self._dtype = folder, dtype
+    def __init__(self, folder: ModelFolder, dtypes: Iterable[str] = ("float32",)) -> None:
+        names = set(dtypes)
+        self.folder = folder
+        self._weight_bytes = max(getattr(torch, name).itemsize for name in names)
+        self._kept_bytes = max(computed_in(name).itemsize for name in names)
         self._config: PreTrainedConfig = open_config(folder.path)
         self._text: Any = self._config.get_text_config()
 
@@ -63,13 +66,13 @@ class LanguageModel:
 
     def weights(self, slots: int, max_tokens: int) -> Weights:
         """How large it is with room for so many requests."""
-        number, blocks = self._dtype.itemsize, [0] * self._text.num_hidden_layers
+        number, blocks = self._weight_bytes, [0] * self._text.num_hidden_layers
         for name, size in self.folder.sizes.items():
             if (block := block_of(name)) is not None:
                 blocks[block] += size * number
-        table = self._text.vocab_size * self._text.hidden_size * number
-        kept = slots * max_tokens * self._numbers_kept * number
-        return Weights(tuple(blocks), table, table, kept)
+        table = self._text.vocab_size * self._text.hidden_size
+        kept = slots * max_tokens * self._numbers_kept * self._kept_bytes
+        return Weights(tuple(blocks), table * self._kept_bytes, table * number, kept)
 
     @property
     def _numbers_kept(self) -> int:
@@ -78,3 +81,8 @@ class LanguageModel:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return int(2 * heads * width)
+
+
+def computed_in(dtype: str) -> torch.dtype:
+    """The type of activations where weights have one that a recipe names."""
+    return torch.float32 if dtype == "int8" else getattr(torch, dtype)

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ecogen.config import DeviceProfile, PlacementRecipe, Recipe, Serving, TopologyRecipe
+from ecogen.config import Compute, DeviceProfile, PlacementRecipe, Recipe, Serving, TopologyRecipe, from_table
 from ecogen.engines.serving import check_serving, launch_serving
-from ecogen.errors import CheckpointError, PlacementError, ServingError, UnknownModelError
+from ecogen.errors import CheckpointError, ConfigError, PlacementError, ServingError, UnknownModelError
 from ecogen.models.folder import open_folder
+from ecogen.models.mixed_lora import open_adapter
+from ecogen.node.serving_device import ServingDevice
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling
 from tests.models.decoders import save_decoder
+from tests.models.test_mixed_lora import save_adapter
 from tests.serving.federations import (
     GREEDY,
     SPEC,
@@ -190,3 +193,29 @@ def test_no_longer_requests_than_the_model_was_made_for(model: Path) -> None:
 
 def test_a_recipe_that_serves_is_no_recipe_that_tunes() -> None:
     assert Recipe().task == "tune"
+
+
+# Other numbers.
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.55), ("int8", 0.45)])
+async def test_smaller_weights_say_nearly_the_same(dtype: str, share: float, tmp_path: Path) -> None:
+    """Some matrices of a tiny model are hardly larger than their scales; the embedding stays in float32."""
+    whole = save_decoder("llama", tmp_path / "tiny", hidden_size=128, intermediate_size=256, tie_word_embeddings=False)
+    adapter = open_adapter(save_adapter(tmp_path / "tiny", tmp_path / "adapter", 1))
+    recipe = tiny_recipe(tmp_path / "tiny", devices=2, compute=Compute(dtype=dtype))  # type: ignore[arg-type]
+    async with serving(recipe, tmp_path) as (gateway, engine):
+        await gateway.put_adapter("tuned", adapter)
+        said = [await answer(gateway, prompt, 1) for prompt in prompts(40)]
+        tuned = GenerationRequest("tuned", (5, 6), GREEDY, 4)
+        assert len([one async for one in gateway.generate(tuned)]) == 5
+        devices = [role for role in engine.roles.values() if isinstance(role, ServingDevice)]
+        held = sum(device._held_bytes for device in devices)
+    assert held < share * sum(parameter.nbytes for parameter in whole.parameters())
+    agreeing = sum(one == alone(whole, prompt, 1) for one, prompt in zip(said, prompts(40), strict=True))
+    assert agreeing > 30
+
+
+def test_weights_in_integers_are_not_tuned() -> None:
+    with pytest.raises(ConfigError, match="int8 is for serving; tune in float32 or bfloat16"):
+        from_table({"compute": {"dtype": "int8"}})

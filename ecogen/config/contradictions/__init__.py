@@ -20,12 +20,20 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from too_large
     if too_large:
         return
-    for of_part in (_of_sizes, _of_data, of_tunables, of_aggregation, of_feedback, of_privacy):
+    for of_part in (_of_sizes, _of_compute, _of_data, of_tunables, of_aggregation, of_feedback, of_privacy):
         yield from of_part(recipe)
     wrong = list(of_pool(recipe.topology))
     yield from wrong
     if not wrong:
         yield from _of_names(recipe)
+
+
+def _of_compute(recipe: Recipe) -> Iterator[Contradiction]:
+    """Weights in integers are read, never tuned."""
+    places = {"compute.dtype": recipe.compute.dtype}
+    places |= {f"compute.nodes.{node_id}.dtype": node.dtype for node_id, node in recipe.compute.nodes.items()}
+    for place in (place for place, dtype in places.items() if dtype == "int8" and recipe.task != "serve"):
+        yield Contradiction((place, "task"), f"{place}: int8 is for serving; tune in float32 or bfloat16")
 
 
 def _of_names(recipe: Recipe) -> Iterator[Contradiction]:
