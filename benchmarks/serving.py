@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Federation:
         streams = await asyncio.gather(*(self._one(index) for index in range(at_once)))
         took_s = time.perf_counter() - began_s
         firsts = [times[0] for times in streams]
-        between = [later - sooner for times in streams for sooner, later in zip(times, times[1:], strict=False)]
+        between = [later - sooner for times in streams for sooner, later in pairwise(times)]
         return Streamed(sum(map(len, streams)) / took_s, firsts, between)
 
     async def _one(self, index: int) -> list[float]:

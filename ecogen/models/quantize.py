@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -17,7 +15,6 @@ def quantize_weights(model: SegmentedDecoder) -> None:
     Raises:
         ConfigError: if the library for it is missing.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of each kernel that is of another platform
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as problem:

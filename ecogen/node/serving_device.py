@@ -139,9 +139,9 @@ class ServingDevice:
         held_bytes = self._held_bytes + (self._stages.cache_bytes if self._stages else 0)
         return Message.of(BOOKS, Ready(self._context.worker.usage("serving", held_bytes)), counted=False)
 
-    def _deliver(self, sender_id: str, message: Message) -> None:
+    def _deliver(self, _: str, message: Message) -> None:
         if self._stages is not None and message.method == STEP:
-            self._stages.deliver(sender_id, message)
+            self._stages.deliver(message)
 
     def _lose(self, error: NodeLostError) -> None:
         if self._stages is not None:

@@ -170,7 +170,7 @@ class ServingEdge:
     def _deliver(self, sender_id: str, message: Message) -> None:
         for cluster in self._clusters:
             if cluster.has(sender_id):
-                cluster.deliver(sender_id, message)
+                cluster.deliver(message)
 
     def _lose(self, error: NodeLostError) -> None:
         for cluster in self._clusters:

@@ -90,7 +90,9 @@ class Neighbours:
 
     async def _stream(self, node_id: str) -> Stream:
         future = self._slot(node_id)
-        if self._opens(node_id) and not future.done():
+        if future.done():
+            return future.result()
+        if self._opens(node_id):
             return await asyncio.shield(self._opening(node_id))
         try:
             # Not wait_for, which swallows a cancellation where the future is done.

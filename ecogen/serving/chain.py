@@ -9,10 +9,9 @@ from ecogen.errors import NodeLostError
 from ecogen.placement import Placement
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.serving.sampling import Chosen
-from ecogen.serving.steps import CHOSEN, LOST, STEP, Lost, Order, StepFlow, StepResult
+from ecogen.serving.steps import CHOSEN, LOST, STEP, Lost, Order, StepFlow, StepResult, size_of
 from ecogen.serving.tally import Tally
 from ecogen.transport.base import Message
-from ecogen.transport.codec import encode_prefix
 
 
 class ServedChain:
@@ -49,13 +48,13 @@ class ServedChain:
         self._count(order, result, received_bytes)
         return result.chosen
 
-    def deliver(self, sender_id: str, message: Message) -> None:
+    def deliver(self, message: Message) -> None:
         """Take what a device says."""
         if message.method == CHOSEN:
             result = message.read(StepResult)
             future = self._waiting.get(result.group)
             if result.chain == self.number and future is not None and not future.done():
-                future.set_result((result, encode_prefix(message, sender_id).total_bytes))
+                future.set_result((result, size_of(message)))
         elif message.method == LOST:
             lost = message.read(Lost)
             if lost.chain == self.number:

@@ -209,10 +209,10 @@ class ServedCluster:
         """Whether it is a device of this cluster."""
         return node_id in self._cluster.node_ids
 
-    def deliver(self, sender_id: str, message: Message) -> None:
+    def deliver(self, message: Message) -> None:
         """Take what a device of the chain says."""
         if self.chain is not None:
-            self.chain.deliver(sender_id, message)
+            self.chain.deliver(message)
 
     def lose(self, problem: NodeLostError) -> None:
         """The stream to a device broke."""

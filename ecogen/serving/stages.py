@@ -19,9 +19,8 @@ from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.worker import Worker
 from ecogen.serving.decoder_stage import DecoderStage
 from ecogen.serving.sampling import Chosen, Constrain, Sampler
-from ecogen.serving.steps import CHOSEN, LOST, STEP, Lost, Order, Start, StepFlow, StepResult, Visited
+from ecogen.serving.steps import CHOSEN, LOST, STEP, Lost, Order, Start, StepFlow, StepResult, Visited, size_of
 from ecogen.transport.base import Message
-from ecogen.transport.codec import encode_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +50,11 @@ class StagesOfDevice:
         self._choosers = Choosers(constrain)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def deliver(self, sender_id: str, message: Message) -> None:
+    def deliver(self, message: Message) -> None:
         """Take a step from the edge or the device before; never waits."""
         flow = message.read(StepFlow)
         if flow.chain == self._number:
-            self._start(flow, state_of(message), encode_prefix(message, sender_id).total_bytes)
+            self._start(flow, state_of(message), size_of(message))
 
     def lose(self, error: NodeLostError) -> None:
         """A neighbour is lost: the edge should know at once."""

@@ -9,6 +9,7 @@ import msgspec
 
 from ecogen.serving.sampling import Chosen, Sampling
 from ecogen.serving.scheduler import Step
+from ecogen.transport.base import Message
 
 STEP, CHOSEN, LOST = "step", "chosen", "lost"
 
@@ -35,6 +36,11 @@ class Order:
     adapters: tuple[str, ...] = ()
     starts: Mapping[str, Start] = field(default_factory=dict)
     ended: tuple[str, ...] = ()
+
+
+def size_of(message: Message) -> int:
+    """Bytes of its body and tensors; a header of some ten bytes comes to them."""
+    return len(message.body) + sum(tensor.nbytes for tensor in message.tensors.values())
 
 
 class Visited(msgspec.Struct, frozen=True):
