@@ -2,13 +2,14 @@
 
 Names are the whole model's parameter names, without what PEFT puts between: `vit.layers.2.prompts`,
 `vit.layers.2.attention.q_proj.lora_A.weight`, `vit.layers.2.mlp.bottleneck.down.bias`,
-`vit.layers.2.attention.q_proj.bias`, `classifier.bias`.
+`vit.layers.2.attention.q_proj.bias`, `classifier.bias`; of a decoder `model.layers.2.mlp.up_proj.lora_B.weight`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from ecogen.config import Tunables as TunablesSpec
 from ecogen.errors import CheckpointError
 from ecogen.models.bottleneck import attach_bottleneck
+from ecogen.models.decoder import block_index
 from ecogen.models.prompts import attach_prompts
-from ecogen.models.vit import SegmentedViT
+from ecogen.models.segmented import Segmented
+from ecogen.models.targets import linear_paths, target_paths
 from ecogen.placement import Segment
 
 Tunables = dict[str, Tensor]
@@ -29,19 +32,50 @@ _PROMPT_DEVIATION = 0.12  # about the uniform draw of VPT's code for our sizes; 
 _MAGNITUDES = ".lora_magnitude_vector.weight"
 
 _BELOW, _ABOVE = -1, float("inf")
-_BLOCK = re.compile(r"vit\.layers\.(\d+)\.")
+
+_ADAPTED = re.compile(r"(?P<prefix>(?:\w+\.)*?layers)\.\d+\.(?P<path>.+?)\.(?:lora|ia3)_")
+
+_IA3_SCALED, _IA3_SECOND = ("k_proj", "v_proj"), ("fc2", "down_proj")
+"""Keys and values, and the second product of an MLP, in the families of which IA3 is known."""
 
 
-def attach_tunables(model: SegmentedViT, spec: TunablesSpec) -> None:
+def attach_tunables(model: Segmented, spec: TunablesSpec) -> None:
     """Add the prompts and adapters of the held blocks, and let them and the head train."""
-    held = [index for segment in model.segments for index in segment.blocks]
-    for index in held:
-        _attach_own(model.whole.vit.layers[index], spec, index, model.whole.config.hidden_size)
-    peft_config = adapter_config(spec, held)
+    attach_to(model.whole, [index for segment in model.segments for index in segment.blocks], spec)
+
+
+def attach_to(whole: Any, held: Sequence[int], spec: TunablesSpec) -> None:
+    """The same to some blocks of a model of transformers."""
+    blocks = {index: whole.base_model.layers[index] for index in held}
+    paths = sorted({path for block in blocks.values() for path in target_paths(block, _targets(spec))})
+    for index, block in blocks.items():
+        _attach_own(block, spec, index, whole.config.hidden_size)
+    peft_config = adapter_config(spec, held, f"{whole.base_model_prefix}.layers", paths)
     if peft_config is not None:
-        inject_adapter_in_model(peft_config, model.whole)
-    for name, parameter in model.whole.named_parameters():
+        inject_adapter_in_model(peft_config, whole)
+    for name, parameter in whole.named_parameters():
         parameter.requires_grad_(is_tunable(name, spec))
+
+
+def check_targets(whole: Any, spec: TunablesSpec) -> None:
+    """Check that each of the linear layers that adapters are for is in some block of the whole model.
+
+    Raises:
+        CheckpointError: if one is nowhere; says which there are.
+    """
+    blocks = list(whole.base_model.layers)
+    for target in spec.lora_targets if _targets(spec) == spec.lora_targets else ():
+        if not any(target_paths(block, [target]) for block in blocks):
+            names = sorted({path.rpartition(".")[2] for block in blocks for path in linear_paths(block)})
+            raise CheckpointError(
+                f"tunables.lora_targets: no block of this {whole.config.model_type!r} model has a linear layer "
+                f"{target!r}; name some of {', '.join(names)}, 'attention' or 'mlp'"
+            )
+
+
+def _targets(spec: TunablesSpec) -> Sequence[str]:
+    """The linear layers that PEFT's adapters are for."""
+    return (*_IA3_SCALED, *_IA3_SECOND) if spec.ia3 else spec.lora_targets
 
 
 def _attach_own(block: nn.Module, spec: TunablesSpec, index: int, hidden_size: int) -> None:
@@ -53,48 +87,64 @@ def _attach_own(block: nn.Module, spec: TunablesSpec, index: int, hidden_size: i
         attach_bottleneck(block.get_submodule("mlp"), tuned.bottleneck, hidden_size)
 
 
-def adapter_config(spec: TunablesSpec, blocks: Sequence[int], **settings: object) -> PeftConfig | None:
-    """PEFT's configuration of LoRA or IA3 on those of the blocks that have it; None where none has."""
+def adapter_config(
+    spec: TunablesSpec, blocks: Sequence[int], prefix: str, paths: Sequence[str], **settings: object
+) -> PeftConfig | None:
+    """PEFT's configuration of LoRA or IA3 on those of the blocks that have it; None where none has.
+
+    Args:
+        prefix: of the blocks' names, as `vit.layers`.
+        paths: the layers in a block that it is for, as `attention.q_proj`.
+    """
     ranks = {index: rank for index in blocks if (rank := spec.of_block(index).lora_rank)}
     scaled = [index for index in blocks if spec.of_block(index).ia3]
-    if ranks:
-        return _lora_config(spec, ranks, settings)
-    return _ia3_config(scaled, settings) if scaled else None
+    if ranks and paths:
+        return _lora_config(spec, ranks, prefix, paths, settings)
+    return _ia3_config(scaled, prefix, paths, settings) if scaled and paths else None
 
 
-def _lora_config(spec: TunablesSpec, ranks: Mapping[int, int], settings: Mapping[str, object]) -> LoraConfig:
+def paths_of(names: Iterable[str]) -> tuple[str, list[str]]:
+    """What `adapter_config` needs to know of the layers that have adapters of PEFT, from the tunables' names."""
+    found = [match for name in names if is_of_peft(name) and (match := _ADAPTED.match(name))]
+    return (found[0]["prefix"] if found else "", sorted({match["path"] for match in found}))
+
+
+def _lora_config(
+    spec: TunablesSpec, ranks: Mapping[int, int], prefix: str, paths: Sequence[str], settings: Mapping[str, object]
+) -> LoraConfig:
     """LoRA, each block of its own rank; the scale is alpha / rank, with rsLoRA alpha / sqrt(rank)."""
     most = max(ranks.values())
     return LoraConfig(
         r=most,
-        rank_pattern={_of_block(index, ".*"): rank for index, rank in ranks.items() if rank != most},
+        rank_pattern={_of_blocks([index], prefix, ".*"): rank for index, rank in ranks.items() if rank != most},
         lora_alpha=spec.lora_alpha,
         lora_dropout=0.0,
         bias="none",
         use_rslora=spec.lora_kind == "rslora",
         use_dora=spec.lora_kind == "dora",
-        target_modules=_of_blocks(ranks, rf"attention\.({'|'.join(map(re.escape, spec.lora_targets))})"),
+        target_modules=_of_blocks(ranks, prefix, _any_of(paths)),
         **settings,
     )
 
 
-def _ia3_config(blocks: Sequence[int], settings: Mapping[str, object]) -> IA3Config:
+def _ia3_config(blocks: Sequence[int], prefix: str, paths: Sequence[str], settings: Mapping[str, object]) -> IA3Config:
     """IA3 as Liu et al. 2022, section 3.3, have it: factors on keys, on values and on what enters the MLP's second
     product, https://arxiv.org/abs/2205.05638
     """
+    second = [path for path in paths if path.endswith(_IA3_SECOND)]
     return IA3Config(
-        target_modules=_of_blocks(blocks, r"(attention\.k_proj|attention\.v_proj|mlp\.fc2)"),
-        feedforward_modules=_of_blocks(blocks, r"mlp\.fc2"),
+        target_modules=_of_blocks(blocks, prefix, _any_of(paths)),
+        feedforward_modules=_of_blocks(blocks, prefix, _any_of(second)),
         **settings,
     )
 
 
-def _of_block(index: int, modules: str) -> str:
-    return rf"vit\.layers\.{index}\.{modules}"
+def _any_of(paths: Iterable[str]) -> str:
+    return f"({'|'.join(map(re.escape, paths))})"
 
 
-def _of_blocks(blocks: Iterable[int], modules: str) -> str:
-    return rf"vit\.layers\.({'|'.join(map(str, blocks))})\.{modules}"
+def _of_blocks(blocks: Iterable[int], prefix: str, modules: str) -> str:
+    return rf"{re.escape(prefix)}\.({'|'.join(map(str, blocks))})\.{modules}"
 
 
 def get_tunables(model: nn.Module) -> Tunables:
@@ -128,26 +178,26 @@ def overwrite(named: Mapping[str, nn.Parameter], tunables: Mapping[str, Tensor])
 
 def named_tunables(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What trains, under its travelling name, in a fixed order."""
-    whole = model.whole if isinstance(model, SegmentedViT) else model
+    whole = model.whole if isinstance(model, Segmented) else model
     for name, parameter in sorted(whole.named_parameters()):
         if parameter.requires_grad:  # the name that travels has nothing of PEFT's
             yield name.replace(".default", "").replace(".base_layer", ""), parameter
 
 
-def normalised_matrices(model: SegmentedViT) -> Iterator[nn.Parameter]:
+def normalised_matrices(model: Segmented) -> Iterator[nn.Parameter]:
     """The frozen matrices that DoRA divides by the norms of their rows."""
     for name, _ in named_tunables(model):
         if name.endswith(_MAGNITUDES):
             yield _frozen_of(model, name)
 
 
-def _frozen_of(model: SegmentedViT, magnitudes: str) -> nn.Parameter:
+def _frozen_of(model: Segmented, magnitudes: str) -> nn.Parameter:
     weight: nn.Parameter = model.whole.get_submodule(magnitudes.removesuffix(_MAGNITUDES)).get_base_layer().weight
     return weight
 
 
 @torch.no_grad()
-def initialise_tunables(model: SegmentedViT, seed: int) -> None:
+def initialise_tunables(model: Segmented, seed: int) -> None:
     """Set the starting values, with which the model computes what it did, but for small random prompts.
 
     LoRA's A and a bottleneck's first product are random, LoRA's B (Hu et al. 2021), a bottleneck's second product and
@@ -160,7 +210,7 @@ def initialise_tunables(model: SegmentedViT, seed: int) -> None:
             parameter.copy_(_starting_value(model, name, parameter, generator))
 
 
-def _starting_value(model: SegmentedViT, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+def _starting_value(model: Segmented, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
     if name.endswith(_MAGNITUDES):
         return torch.linalg.vector_norm(_frozen_of(model, name), dim=1)
     value = torch.full(parameter.shape, 1.0 if name.endswith(".ia3_l") else 0.0)
@@ -212,5 +262,7 @@ def _belongs(name: str, blocks: set[int], segments: Sequence[Segment]) -> bool:
 
 def _block_of(name: str) -> float:
     """The index of the block that a parameter is in; the embedding is below all, the last norm and head above."""
-    block = _BLOCK.match(name)
-    return int(block[1]) if block else _BELOW if name.startswith("vit.embeddings.") else _ABOVE
+    block = block_index(name)
+    if block is not None:
+        return block
+    return _BELOW if name.startswith("vit.embeddings.") else _ABOVE

@@ -97,7 +97,7 @@ class Ready(msgspec.Struct, frozen=True):
     usage: Usage
 
 
-class Welcome(msgspec.Struct, frozen=True):
+class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """Parent to child: what this federation is about. Tensors: the tunables to begin with, for an edge.
 
     Attributes:
@@ -106,6 +106,7 @@ class Welcome(msgspec.Struct, frozen=True):
         digest: of the backbone, so that a child that has it already need not fetch it again.
         placement: for a device: of its cluster.
         next_round: for an edge: the round that the federation is at.
+        offered: of a decoder, the names of the backbone's tensors and files, which the configuration does not tell.
     """
 
     recipe: dict[str, Any]
@@ -113,6 +114,7 @@ class Welcome(msgspec.Struct, frozen=True):
     digest: str
     placement: list[dict[str, Any]] = msgspec.field(default_factory=list)
     next_round: int = 0
+    offered: list[str] = msgspec.field(default_factory=list)
 
 
 class ProgressReport(msgspec.Struct, frozen=True):
