@@ -24,6 +24,7 @@ from ecogen.models.checkpoint import Foundation, load_metadata, load_tensors, op
 from ecogen.models.family import family_of, whole_segment
 from ecogen.models.segmented import Segmented
 from ecogen.models.tunables import (
+    adapted_layers,
     adapter_config,
     attach_to,
     attach_tunables,
@@ -31,7 +32,6 @@ from ecogen.models.tunables import (
     initialise_tunables,
     is_head,
     is_of_peft,
-    paths_of,
     set_tunables,
 )
 from ecogen.storage import copy_folder, write_atomically
@@ -106,9 +106,8 @@ def save_text(folder: Path, foundation: Foundation, tunables: Mapping[str, Tenso
     """Write `backbone/` with its tokenizer, `tunables.safetensors` and the PEFT directory `adapter/` of a decoder."""
     _save_backbone(folder, foundation)
     save_tensors(folder / TUNABLES, tunables, _metadata(spec, ()))
-    blocks = range(foundation.config.num_hidden_layers)
     settings: Any = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": f"../{BACKBONE}"}
-    if peft_config := adapter_config(spec, blocks, *paths_of(tunables), **settings):
+    if peft_config := adapter_config(spec, adapted_layers(tunables), **settings):
         _write_config(folder / ADAPTER, peft_config)
         _write_adapter(folder / ADAPTER, tunables)
         write_atomically(folder / ADAPTER / "README.md", _readme("AutoModelForCausalLM", f'"../{BACKBONE}"', []))
@@ -195,14 +194,13 @@ def _save_model(
     labels: Sequence[int],
 ) -> None:
     save_tensors(folder / TUNABLES, tunables, _metadata(spec, labels))
-    if peft_config := _peft_config(foundation, spec, tunables):
+    if peft_config := _peft_config(spec, tunables):
         peft_config.base_model_name_or_path = backbone
         _save_adapter(folder / ADAPTER, foundation, peft_config, tunables, spec, len(labels))
 
 
-def _peft_config(foundation: Foundation, spec: recipes.Tunables, tunables: Mapping[str, Tensor]) -> PeftConfig | None:
-    blocks = range(foundation.config.num_hidden_layers)
-    return adapter_config(spec, blocks, *paths_of(tunables), modules_to_save=["classifier"], inference_mode=True)
+def _peft_config(spec: recipes.Tunables, tunables: Mapping[str, Tensor]) -> PeftConfig | None:
+    return adapter_config(spec, adapted_layers(tunables), modules_to_save=["classifier"], inference_mode=True)
 
 
 def _metadata(spec: recipes.Tunables, labels: Sequence[int]) -> dict[str, str]:

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, S those of the cache and T, D hidden, V vocabulary.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ from ecogen.models.families import refusal
 from ecogen.placement import Segment
 
 _BLOCK = re.compile(r"(?:\w+\.)*?layers\.(\d+)\.")
+
+_LOADING = threading.Lock()
+"""transformers replaces functions of its own while it makes a model, and so must not make two at once."""
 
 State = Tensor | tuple[Tensor, ...]
 """What passes between two blocks: hidden states [B, T, D], in some families with more beside them."""
@@ -148,7 +152,7 @@ def decoder_of(
 def names_of_segments(config: PreTrainedConfig, segments: Sequence[Segment], names: Iterable[str]) -> list[str]:
     """Those of a folder's tensors that some segments need, by the names that they have in its files."""
     held = {index for segment in segments for index in segment.blocks}
-    with torch.device("meta"):
+    with _LOADING, torch.device("meta"):
         part = _part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)(config)
     own = set(part.state_dict())
     indices = {name: block_index(name) for name in names}
@@ -164,7 +168,7 @@ def block_index(name: str) -> int | None:
 def _load(source: str, config: PreTrainedConfig, segments: Sequence[Segment], **arguments: Any) -> SegmentedDecoder:
     part = _part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)
     folder = None if "state_dict" in arguments else source
-    with _without_progress_bars():
+    with _LOADING, _without_progress_bars():
         whole, found = part.from_pretrained(folder, config=config, output_loading_info=True, **arguments)
     wrong = {str(key) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in found[kind]}
     wrong |= {name for name, tensor in whole.state_dict().items() if tensor.is_meta}

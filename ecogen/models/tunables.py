@@ -16,6 +16,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from ecogen.config import Tunables as TunablesSpec
+from ecogen.config import TunedBlock
 from ecogen.errors import CheckpointError
 from ecogen.models.bottleneck import attach_bottleneck
 from ecogen.models.decoder import block_index
@@ -33,7 +34,7 @@ _MAGNITUDES = ".lora_magnitude_vector.weight"
 
 _BELOW, _ABOVE = -1, float("inf")
 
-_ADAPTED = re.compile(r"(?P<prefix>(?:\w+\.)*?layers)\.\d+\.(?P<path>.+?)\.(?:lora|ia3)_")
+_ADAPTED = re.compile(r"(?P<layer>.+?)\.(?:lora|ia3)_")
 
 _IA3_SCALED, _IA3_SECOND = ("k_proj", "v_proj"), ("fc2", "down_proj")
 """Keys and values, and the second product of an MLP, in the families of which IA3 is known."""
@@ -45,16 +46,40 @@ def attach_tunables(model: Segmented, spec: TunablesSpec) -> None:
 
 
 def attach_to(whole: Any, held: Sequence[int], spec: TunablesSpec) -> None:
-    """The same to some blocks of a model of transformers."""
-    blocks = {index: whole.base_model.layers[index] for index in held}
-    paths = sorted({path for block in blocks.values() for path in target_paths(block, _targets(spec))})
-    for index, block in blocks.items():
-        _attach_own(block, spec, index, whole.config.hidden_size)
-    peft_config = adapter_config(spec, held, f"{whole.base_model_prefix}.layers", paths)
+    """The same to some blocks of a model of transformers.
+
+    Raises:
+        CheckpointError: if PEFT cannot adapt a layer.
+    """
+    layers = _layers_to_adapt(whole, held, spec)
+    for index in held:
+        _attach_own(whole.base_model.layers[index], spec, index, whole.config.hidden_size)
+    peft_config = adapter_config(spec, layers)
     if peft_config is not None:
-        inject_adapter_in_model(peft_config, whole)
+        _inject(peft_config, whole, layers)
     for name, parameter in whole.named_parameters():
         parameter.requires_grad_(is_tunable(name, spec))
+
+
+def _inject(peft_config: PeftConfig, whole: Any, layers: Sequence[str]) -> None:
+    """Add PEFT's adapters to these layers; in some mixtures of experts it takes them for others."""
+    kind = whole.config.model_type
+    try:
+        inject_adapter_in_model(peft_config, whole)
+    except ValueError as problem:
+        raise CheckpointError(f"PEFT cannot adapt a {kind!r} model so ({problem:.80}); tune 'attention'") from problem
+    if adapted_layers(name for name, _ in whole.named_parameters()) != sorted(layers):
+        raise CheckpointError(f"PEFT adapts other layers of a {kind!r} model than those asked for; tune 'attention'")
+
+
+def _layers_to_adapt(whole: Any, held: Iterable[int], spec: TunablesSpec) -> list[str]:
+    """The names of the layers that get an adapter of PEFT."""
+    blocks, prefix = whole.base_model.layers, f"{whole.base_model_prefix}.layers"
+    return [
+        f"{prefix}.{index}.{path}"
+        for index in held
+        for path in target_paths(blocks[index], _targets(spec.of_block(index)))
+    ]
 
 
 def check_targets(whole: Any, spec: TunablesSpec) -> None:
@@ -64,7 +89,8 @@ def check_targets(whole: Any, spec: TunablesSpec) -> None:
         CheckpointError: if one is nowhere; says which there are.
     """
     blocks = list(whole.base_model.layers)
-    for target in spec.lora_targets if _targets(spec) == spec.lora_targets else ():
+    tuned = [spec.of_block(index) for index in range(len(blocks))]
+    for target in sorted({target for block in tuned for target in block.lora_targets}):
         if not any(target_paths(block, [target]) for block in blocks):
             names = sorted({path.rpartition(".")[2] for block in blocks for path in linear_paths(block)})
             raise CheckpointError(
@@ -73,9 +99,9 @@ def check_targets(whole: Any, spec: TunablesSpec) -> None:
             )
 
 
-def _targets(spec: TunablesSpec) -> Sequence[str]:
-    """The linear layers that PEFT's adapters are for."""
-    return (*_IA3_SCALED, *_IA3_SECOND) if spec.ia3 else spec.lora_targets
+def _targets(tuned: TunedBlock) -> Sequence[str]:
+    """The linear layers of a block that PEFT's adapters are for."""
+    return (*_IA3_SCALED, *_IA3_SECOND) if tuned.ia3 else tuned.lora_targets
 
 
 def _attach_own(block: nn.Module, spec: TunablesSpec, index: int, hidden_size: int) -> None:
@@ -87,64 +113,44 @@ def _attach_own(block: nn.Module, spec: TunablesSpec, index: int, hidden_size: i
         attach_bottleneck(block.get_submodule("mlp"), tuned.bottleneck, hidden_size)
 
 
-def adapter_config(
-    spec: TunablesSpec, blocks: Sequence[int], prefix: str, paths: Sequence[str], **settings: object
-) -> PeftConfig | None:
-    """PEFT's configuration of LoRA or IA3 on those of the blocks that have it; None where none has.
-
-    Args:
-        prefix: of the blocks' names, as `vit.layers`.
-        paths: the layers in a block that it is for, as `attention.q_proj`.
-    """
-    ranks = {index: rank for index in blocks if (rank := spec.of_block(index).lora_rank)}
-    scaled = [index for index in blocks if spec.of_block(index).ia3]
-    if ranks and paths:
-        return _lora_config(spec, ranks, prefix, paths, settings)
-    return _ia3_config(scaled, prefix, paths, settings) if scaled and paths else None
+def adapter_config(spec: TunablesSpec, layers: Sequence[str], **settings: object) -> PeftConfig | None:
+    """PEFT's configuration of LoRA or IA3 on these layers of the whole model; None where there are none."""
+    if not layers:
+        return None
+    tuned = {name: spec.of_block(block_index(name) or 0) for name in layers}
+    if any(block.ia3 for block in tuned.values()):
+        return _ia3_config(layers, settings)
+    return _lora_config(spec, {name: block.lora_rank for name, block in tuned.items()}, settings)
 
 
-def paths_of(names: Iterable[str]) -> tuple[str, list[str]]:
-    """What `adapter_config` needs to know of the layers that have adapters of PEFT, from the tunables' names."""
-    found = [match for name in names if is_of_peft(name) and (match := _ADAPTED.match(name))]
-    return (found[0]["prefix"] if found else "", sorted({match["path"] for match in found}))
+def adapted_layers(names: Iterable[str]) -> list[str]:
+    """The layers that have an adapter of PEFT, by the names of its parameters."""
+    found = (_ADAPTED.match(name) for name in names)
+    return sorted({match["layer"] for match in found if match})
 
 
-def _lora_config(
-    spec: TunablesSpec, ranks: Mapping[int, int], prefix: str, paths: Sequence[str], settings: Mapping[str, object]
-) -> LoraConfig:
-    """LoRA, each block of its own rank; the scale is alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+def _lora_config(spec: TunablesSpec, ranks: Mapping[str, int], settings: Mapping[str, object]) -> LoraConfig:
+    """LoRA, each layer of its block's rank; the scale is alpha / rank, with rsLoRA alpha / sqrt(rank)."""
     most = max(ranks.values())
     return LoraConfig(
         r=most,
-        rank_pattern={_of_blocks([index], prefix, ".*"): rank for index, rank in ranks.items() if rank != most},
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != most},
         lora_alpha=spec.lora_alpha,
         lora_dropout=0.0,
         bias="none",
         use_rslora=spec.lora_kind == "rslora",
         use_dora=spec.lora_kind == "dora",
-        target_modules=_of_blocks(ranks, prefix, _any_of(paths)),
+        target_modules=list(ranks),
         **settings,
     )
 
 
-def _ia3_config(blocks: Sequence[int], prefix: str, paths: Sequence[str], settings: Mapping[str, object]) -> IA3Config:
+def _ia3_config(layers: Sequence[str], settings: Mapping[str, object]) -> IA3Config:
     """IA3 as Liu et al. 2022, section 3.3, have it: factors on keys, on values and on what enters the MLP's second
     product, https://arxiv.org/abs/2205.05638
     """
-    second = [path for path in paths if path.endswith(_IA3_SECOND)]
-    return IA3Config(
-        target_modules=_of_blocks(blocks, prefix, _any_of(paths)),
-        feedforward_modules=_of_blocks(blocks, prefix, _any_of(second)),
-        **settings,
-    )
-
-
-def _any_of(paths: Iterable[str]) -> str:
-    return f"({'|'.join(map(re.escape, paths))})"
-
-
-def _of_blocks(blocks: Iterable[int], prefix: str, modules: str) -> str:
-    return rf"{re.escape(prefix)}\.({'|'.join(map(str, blocks))})\.{modules}"
+    second = [name for name in layers if name.endswith(_IA3_SECOND)]
+    return IA3Config(target_modules=list(layers), feedforward_modules=second, **settings)
 
 
 def get_tunables(model: nn.Module) -> Tunables:

@@ -160,7 +160,8 @@ class Stage:
     def backward(self, key: MicrobatchKey, grads: Tensor | None) -> Tensor | None:
         """Back-propagate through a kept graph; returns the gradient of its inputs where that was asked for."""
         inputs, outputs = self._graphs.pop(key)
-        torch.autograd.backward(outputs, None if grads is None else grads.to(outputs.device, outputs.dtype))
+        if outputs.requires_grad:  # a decoder's lowest block may have none of the layers that adapters are for
+            torch.autograd.backward(outputs, None if grads is None else grads.to(outputs.device, outputs.dtype))
         return inputs.grad
 
     @torch.no_grad()
