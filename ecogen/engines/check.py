@@ -13,11 +13,13 @@ from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import shape_of
 from ecogen.planning.clusters import place_clusters
+from ecogen.topology import Topology
 from ecogen.tuning.foundation import known_folder, of_kind, vit_config
 from ecogen.tuning.pretrain_text import llama_config
 from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of
 from ecogen.tuning.task import task_of
+from ecogen.tuning.text import check_documents
 
 
 def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
@@ -39,14 +41,20 @@ def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
     strategy_of(recipe.aggregation)
     if recipe.privacy.noise_multiplier:
         check_accountant()
-    folder = known_folder(recipe)  # of the tokenizer, without which the cloud is the first to count passages
-    if folder is not None or not recipe.data.is_text:
-        task_of(recipe, topology, folder).check()
+    _check_examples(recipe, topology)
     if config is not None:
         if not recipe.data.is_text:
             config.num_labels = recipes.NUM_LABELS
         place_clusters(recipe, shape_of(config, recipe))
     return recipe
+
+
+def _check_examples(recipe: recipes.Recipe, topology: Topology) -> None:
+    folder = known_folder(recipe)
+    if recipe.data.is_text and folder is None:  # without a tokenizer the cloud is the first to count passages
+        check_documents(recipe.data, topology.edge_ids)
+    else:
+        task_of(recipe, topology, folder).check()
 
 
 def _announced_config(recipe: recipes.Recipe) -> PreTrainedConfig | None:

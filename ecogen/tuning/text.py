@@ -57,6 +57,19 @@ def is_here(data: Data, edge_id: str) -> bool:
     return not is_apart or _folder(data, edge_id).is_dir()
 
 
+def check_documents(data: Data, edge_ids: Sequence[str]) -> None:
+    """Check that every edge's documents can be read.
+
+    Raises:
+        DataError: if not.
+    """
+    if data.partition.across_edges != "domain":
+        _all_documents(data, edge_ids)
+        return
+    for edge_id in edge_ids:
+        _domain(data, edge_ids, edge_id)
+
+
 def check_text(splits: TextSplits, num_clusters: int, edge_id: str) -> None:
     """Check that each cluster has something to tune on.
 

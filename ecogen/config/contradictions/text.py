@@ -50,6 +50,8 @@ def _wrong_for_text(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     is_backbone = tunables.backbone != "frozen" or any(own.backbone not in (None, "frozen") for own in blocks)
     yield "tunables.prompts", has_prompts, "prompts are visual ones, which a decoder of text has not; set 0"
     yield "tunables.head", tunables.head, "a decoder of text has no head of its own for the task; set false"
+    has_bottleneck = bool(tunables.bottleneck) or any(own.bottleneck for own in blocks)
+    yield "tunables.bottleneck", has_bottleneck, "plain PEFT has none, so nothing else could load the model; set 0"
     yield "tunables.backbone", is_backbone, "of a decoder of text only adapters train; set 'frozen'"
     yield "tuning.augmentation", bool(tuning.augmentation), "moves images; set 0 for text"
     yield "tuning.augmentation_views", bool(tuning.augmentation_views), "are of images; set 0 for text"
