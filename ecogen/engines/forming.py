@@ -52,7 +52,7 @@ def announced_shape(recipe: recipes.Recipe) -> ModelShape:
         num_channels=model.num_channels,
         num_attention_heads=model.num_heads,
         vocab_size=model.vocabulary_size,
-        tie_word_embeddings=True,
+        tie_word_embeddings=model.source in recipes.MADE_HERE,
     )
     if model.source not in recipes.MADE_HERE:
         vars(config).update(_read_config(Path(model.source)))
