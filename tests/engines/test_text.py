@@ -176,3 +176,32 @@ def test_a_folder_without_a_tokenizer_is_an_error_before_anything_starts(foundat
     finally:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (foundation / f"{name}.away").rename(foundation / name)
+
+
+# What works as it does for images.
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"aggregation": {"strategy": "scaffold"}, "tuning": {"optimizer": "sgd", "learning_rate": 0.3}},
+        {"aggregation": {"strategy": "fedadam", "server_rate": 0.02}},
+        {"aggregation": {"buffer": 1}},
+        {"tunables": {"cluster_ranks": {"edge-0.cluster-1": 1}}},
+        {"wire": {"activations": "int8", "gradients": "bfloat16", "orders": "bfloat16", "updates": "int8"}},
+        {"privacy": {"noise_multiplier": 0.01, "clip_norm": 5.0, "delta": 0.1}},
+        {"compute": {"dtype": "bfloat16"}},
+        {"placement": {"labels": "end"}, "data": {"owners": 2}},
+        {"tunables": {"lora_rank": 0, "ia3": True}, "tuning": {"learning_rate": 0.05}},
+        {"tunables": {"lora_kind": "dora", "first_block": 1}, "tuning": {"proximal": 0.1}},
+    ],
+    ids=str,
+)
+async def test_strategies_wire_types_and_kinds_of_adapters(
+    foundation: Path, text: Path, tmp_path: Path, sections: dict[str, dict[str, object]]
+) -> None:
+    finished = await run(text_recipe(foundation, text, **sections), tmp_path)
+    delivered = next(r.perplexity for r in finished.records if isinstance(r, PhaseRecord) and r.perplexity)
+    tuned = finished.rounds("edge-0")[-1].perplexity
+    assert tuned is not None
+    assert tuned < delivered
