@@ -14,7 +14,6 @@ nodes/ certificates/      the nodes' disks and identities, for --resume
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from ecogen.storage import write_atomically
 from ecogen.tuning.data import load_splits
 from ecogen.tuning.inversion import attack_first_cut
 from ecogen.tuning.labels import LabelSet, without_heads
-from ecogen.tuning.passages import IGNORED, Passages
+from ecogen.tuning.passages import Passages, perplexity
 from ecogen.tuning.probe import probe_foundation
 from ecogen.tuning.task import task_of
 from ecogen.tuning.text import is_here
@@ -134,7 +133,7 @@ def _perplexity(model: PreTrainedModel, passages: Passages) -> float:
         float(cross_entropy(model(row.tokens).logits[0], row.labels[0], reduction="sum"))
         for row in passages.split(len(passages))
     )
-    return math.exp(total / int((passages.labels != IGNORED).sum()))
+    return perplexity(total, passages)
 
 
 def rebuild_report(folder: Path) -> Summary:

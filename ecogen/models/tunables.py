@@ -89,14 +89,17 @@ def check_targets(whole: Any, spec: TunablesSpec) -> None:
         CheckpointError: if one is nowhere; says which there are.
     """
     blocks = list(whole.base_model.layers)
+    kind = whole.config.model_type
     tuned = [spec.of_block(index) for index in range(len(blocks))]
     for target in sorted({target for block in tuned for target in block.lora_targets}):
         if not any(target_paths(block, [target]) for block in blocks):
             names = sorted({path.rpartition(".")[2] for block in blocks for path in linear_paths(block)})
             raise CheckpointError(
-                f"tunables.lora_targets: no block of this {whole.config.model_type!r} model has a linear layer "
-                f"{target!r}; name some of {', '.join(names)}, 'attention' or 'mlp'"
+                f"tunables.lora_targets: no block of this {kind!r} model has a linear layer {target!r}; name some of "
+                f"{', '.join(names)}, 'attention' or 'mlp'"
             )
+    if any(block.ia3 for block in tuned) and not _layers_to_adapt(whole, range(len(blocks)), spec):
+        raise CheckpointError(f"tunables.ia3: it is not known which layers of a {kind!r} model to scale; use LoRA")
 
 
 def _targets(tuned: TunedBlock) -> Sequence[str]:

@@ -17,7 +17,7 @@ from ecogen.planning.cost import ModelShape, activation_bytes, forward_flops
 from ecogen.records import Score
 from ecogen.runtime.stage import Stage
 from ecogen.runtime.worker import Worker
-from ecogen.tuning.passages import IGNORED, Batch, Passages
+from ecogen.tuning.passages import IGNORED, Batch, Passages, perplexity
 from ecogen.units import MIB
 
 logger = logging.getLogger(__name__)
@@ -62,13 +62,13 @@ class Evaluator:
             return Score()
         self._stage.begin(tunables)
         if isinstance(self._examples, Passages):
-            return Score(perplexity=self._perplexity(self._examples))
+            return Score(perplexity=perplexity(self._loss(self._examples), self._examples))
         return Score(accuracy=self._sum(self._examples, _BATCH, _num_right) / len(self._examples))
 
-    def _perplexity(self, passages: Passages) -> float:
-        """e to the mean cross-entropy of all tokens that count."""
+    def _loss(self, passages: Passages) -> float:
+        """Summed over all tokens that count."""
         rows = max(1, min(_BATCH, _LOGITS // (passages.tokens.shape[1] * self._shape.num_labels)))
-        return math.exp(self._sum(passages, rows, _cross_entropy) / int((passages.labels != IGNORED).sum()))
+        return self._sum(passages, rows, _summed_loss)
 
     def _sum(self, examples: Batch, rows: int, measure: Callable[[Tensor, Tensor], float]) -> float:
         """A measure of outputs and labels, summed over all examples, so many rows at once."""
@@ -97,6 +97,6 @@ def _num_right(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(-1) == labels).sum())
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> float:
-    """Summed over the tokens that count."""
+def _summed_loss(logits: Tensor, labels: Tensor) -> float:
+    """Of a batch, summed."""
     return float(cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORED))

@@ -72,6 +72,12 @@ Batch = Examples | Passages
 """What a model learns from at once."""
 
 
+def perplexity(cross_entropy: float, passages: Passages) -> float:
+    """e to the mean of a cross-entropy that was summed over all tokens of some passages that count."""
+    mean = cross_entropy / int((passages.labels != IGNORED).sum())
+    return float(torch.tensor(mean, dtype=torch.float64).exp())
+
+
 def joined(parts: Sequence[Passages]) -> Passages:
     """All passages of some parts, which are of one length."""
     return Passages(torch.cat([part.tokens for part in parts]), torch.cat([part.labels for part in parts]))

@@ -103,3 +103,5 @@ def test_a_target_that_no_block_has_is_an_error_that_says_which_there_are(folder
     model = case.model_of([Segment(0, 3, has_embedding=True, has_head=True)])
     with pytest.raises(CheckpointError, match=r"'gpt_neox' model has a linear layer 'q_proj'; name some of .*dense"):
         check_targets(model.whole, Spec(lora_targets=("q_proj",)))
+    with pytest.raises(CheckpointError, match=r"tunables\.ia3: it is not known which layers of a 'gpt_neox' model"):
+        check_targets(model.whole, Spec(lora_rank=0, ia3=True))
