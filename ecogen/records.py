@@ -64,6 +64,18 @@ class Usage(msgspec.Struct, frozen=True):
     method: Literal["measured", "modelled", "reported"] = "measured"
 
 
+class Score(msgspec.Struct, frozen=True):
+    """How well a model does on held-out examples; None for what was not measured.
+
+    Attributes:
+        accuracy: the share of images with the right class, in [0, 1].
+        perplexity: of text, e to the mean cross-entropy of a token, 1 or more.
+    """
+
+    accuracy: float | None = None
+    perplexity: float | None = None
+
+
 class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
     """One round of one aggregating node: an edge over its clusters, or the cloud over its edges.
 
@@ -77,6 +89,7 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
         epsilon: of an edge with differential privacy of its clusters: spent so far. Loss, members and missing are then
             private too, and not told; usages are spread evenly over the clusters.
         confident: share of unlabelled examples with a pseudo-label, over local steps and clusters; None without any.
+        perplexity: as `accuracy`, of a language model; such has no accuracy.
     """
 
     node_id: str
@@ -92,10 +105,15 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
     lora_error: float | None = None
     epsilon: float | None = None
     confident: float | None = None
+    perplexity: float | None = None
 
 
 class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):
-    """Work that is not a round: pre-training, delivery, the closing evaluation."""
+    """Work that is not a round: pre-training, delivery, an edge's evaluation of the language model it was delivered.
+
+    Attributes:
+        perplexity: what such an evaluation gave.
+    """
 
     node_id: str
     phase: Phase
@@ -103,6 +121,7 @@ class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):
     usages: tuple[Usage, ...]
     detail: str = ""
     time_s: float = 0.0
+    perplexity: float | None = None
 
 
 class Hop(msgspec.Struct, frozen=True):

@@ -70,7 +70,10 @@ def test_what_a_wrong_value_contradicts_is_not_told_twice() -> None:
         ),
         ("[compute.nodes.edge-9]\ndevice = 'cpu'", "compute.nodes.edge-9: no such name in this topology; did you mean"),
         ("[compute]\ndevice = 'gpu'", "compute.device: string should match pattern"),
-        ("[tunables]\nlora_targets = ['query']", "tunables.lora_targets.0: input should be 'q_proj', 'k_proj'"),
+        (
+            "[tunables]\nlora_targets = ['query']",
+            "tunables.lora_targets: 'query' is no projection of a vision transformer; name",
+        ),
         ("[tunables]\nlora_targets = []", "tunables.lora_targets: name one projection or more"),
         ("[tunables]\nia3 = true", "tunables.ia3: a PEFT directory holds LoRA or IA3, not both; set lora_rank = 0 or"),
         (

@@ -34,7 +34,7 @@ MADE_HERE = ("pretrain", "untrained")
 """The sources of `model.source` that need nothing but this program."""
 
 NUM_LABELS = 10
-"""Of each data set."""
+"""Of each data set of images."""
 
 BESIDE_FAULTY = {"trimmed_mean": 1, "multi_krum": 3}
 """How many updates a strategy needs beside two for each that may be faulty; for sources see `tuning.strategies`."""
@@ -42,7 +42,10 @@ BESIDE_FAULTY = {"trimmed_mean": 1, "multi_krum": 3}
 
 @dataclass(frozen=True, config=STRICT)
 class Model:
-    """The foundation model: a vision transformer, made and pre-trained in the cloud, or loaded from a folder or hub."""
+    """The foundation model, made and pre-trained in the cloud, or loaded from a folder or hub.
+
+    For images a vision transformer, for text a decoder; one that is made here is a Llama.
+    """
 
     source: str = "pretrain"  # "pretrain", "untrained", a folder written by save_pretrained, or "hf:<repository>"
     hidden_size: Annotated[int, Field(ge=4, multiple_of=4)] = 128  # sines and cosines of rows and columns
@@ -52,37 +55,46 @@ class Model:
     image_size: Count = 28
     patch_size: Count = 7
     num_channels: Count = 1
+    vocabulary_size: Annotated[int, Field(ge=300)] = 2048  # of the tokenizer of a text model that is made here
+    context_length: Annotated[int, Field(ge=8)] = 128  # text: tokens of a passage, the most that the model is shown
 
 
 @dataclass(frozen=True, config=STRICT)
 class Pretraining:
-    """How the cloud pre-trains the foundation model on unlabelled images: arguments of `tuning.pretrain.pretrain`."""
+    """How the cloud pre-trains the foundation model: arguments of `tuning.pretrain.pretrain`, or `pretrain_text`."""
 
     seed: Seed = 0
     steps: Count = 700
     batch_size: Annotated[int, Field(ge=2, le=1302)] = 64  # no more than there are glyphs
-    temperature: Positive = 0.1
+    temperature: Positive = 0.1  # images
     matrix_rate: Positive = 0.02
     learning_rate: Positive = 2e-3
     weight_decay: NonNegative = 0.05
-    corpus: Literal["glyphs", "data"] = "glyphs"  # rendered from fonts, or those of the data set that no device owns
+    # Rendered from fonts; the images of the data set that no device owns; for text, topics of Python's documentation.
+    corpus: Literal["glyphs", "data", "documentation"] = "glyphs"
 
 
 @dataclass(frozen=True, config=STRICT)
 class Partition:
     """How training examples are divided: first over edges, then over the clusters of an edge."""
 
-    across_edges: Literal["iid", "dirichlet"] = "dirichlet"
+    # "domain", of text: each edge has documents of its own, which its validation and test passages are of too
+    across_edges: Literal["iid", "dirichlet", "domain"] = "dirichlet"
     within_edge: Literal["iid", "dirichlet"] = "iid"
     alpha: Positive = 0.5  # concentration of the Dirichlet draw; small is uneven (Hsu et al. 2019)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Data:
-    """Which labelled examples the devices own."""
+    """Which examples the devices own: labelled images, or text.
 
-    name: Literal["digits", "mnist"] = "digits"
-    path: str = ""  # mnist: an npz file on every node's machine; empty: mnist/mnist.npz or mnist.npz below $ECOGEN_DATA
+    Of text, an example is a passage, and `train` (at most), `validation` and `test` are passages of each edge.
+    """
+
+    name: Literal["digits", "mnist", "documentation", "text"] = "digits"
+    # On every node's machine. mnist: an npz file; empty: mnist/mnist.npz or mnist.npz below $ECOGEN_DATA. text: a text,
+    # JSONL or Parquet file, a folder of these, or "hf:<repository>"; `tuning.documents` says what they hold.
+    path: str = ""
     labelled: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of each device's training examples that have a label
     train: Count = 1200
     validation: Natural = 147
@@ -91,6 +103,11 @@ class Data:
     partition: Partition = field(default_factory=Partition)
     # By edge, the labels that it knows; others know all. Where edges differ, heads stay at the edges.
     labels_of_edges: Mapping[str, Annotated[tuple[Natural, ...], Field(min_length=2)]] = field(default_factory=dict)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether examples are passages for a language model, not images for a vision transformer."""
+        return self.name in ("documentation", "text")
 
 
 @dataclass(frozen=True, config=STRICT)

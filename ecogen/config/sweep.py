@@ -120,6 +120,11 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study | Non
     if unmeasured := [row.case.name for row in rows if row.recipe.evaluation.split == "none"]:
         text = f"evaluation.split: a study is a table of accuracies; choose 'test' or 'validation' for {unmeasured}"
         raise ConfigError([text], name)
+    if texts := [row.case.name for row in rows if row.recipe.data.is_text]:
+        text = (
+            f"data.name: a study is a table of accuracies, which language models have none of; run {texts} one by one"
+        )
+        raise ConfigError([text], name)
     return Study(rows[0].recipe.name, sweep, rows)
 
 

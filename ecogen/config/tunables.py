@@ -41,7 +41,7 @@ class TunedBlock:
 
     Attributes:
         prompts: that enter before this block.
-        lora_targets: attention projections with LoRA, where there is a rank.
+        lora_targets: what LoRA is added to, where there is a rank.
         has_magnitudes: DoRA's, one an output of each LoRA target.
     """
 
@@ -63,15 +63,16 @@ class TunedBlock:
 class Tunables:
     """What trains and travels; `docs/tunables.md` says which when."""
 
-    prompts: Natural = 4  # visual prompts: of each block, or all of them (VPT, Jia et al. 2022)
+    prompts: Natural = 4  # images: visual prompts: of each block, or all of them (VPT, Jia et al. 2022)
     prompt_depth: PromptDepth = "deep"  # shallow: they enter once, stay and cross the cuts above
     lora_rank: Natural = 4
     lora_alpha: Positive = 8.0
     lora_kind: LoraKind = "lora"  # rslora: scaled by alpha / sqrt(rank); dora: a magnitude of its own a row
-    lora_targets: tuple[LoraTarget, ...] = ("q_proj", "v_proj")  # attention projections of each block
+    # Of each block, of images attention projections, of text any linear layer by its name, "attention" or "mlp".
+    lora_targets: tuple[LoraTarget, ...] = ("q_proj", "v_proj")
     ia3: bool = False  # factors on keys, values and the MLP's inner activations (Liu et al. 2022); instead of LoRA
     bottleneck: Natural = 0  # inner size of an adapter after each MLP (Houlsby et al. 2019)
-    head: bool = True
+    head: bool = True  # images: of the classes
     backbone: Backbone = "frozen"  # what of the foundation model trains too
     first_block: Natural = 0  # all of it from this block upwards; no gradient flows below the lowest tunable
     blocks: Mapping[BlockRange, BlockTunables] = field(default_factory=dict)  # "0..2": what is different in 0 and 1

@@ -9,14 +9,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from torch import Tensor
-from transformers import ViTConfig
 
 from ecogen import config as recipes
 from ecogen.engines.federation import Federation
 from ecogen.errors import NodeLostError
 from ecogen.models.checkpoint import Foundation
+from ecogen.models.family import family_of, whole_segment
 from ecogen.models.tunables import is_head
-from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.node.cloud import Status
 from ecogen.node.context import DESCRIBE, OPERATOR, STATUS, Welcome
 from ecogen.transport.base import Message, Peer, Transport
@@ -68,8 +67,10 @@ class AttachedFederation(Federation):
 
     async def foundation(self) -> Foundation:
         reply = await self._call(self.topology.cloud_id, Message.of(DESCRIBE, counted=False))
-        config = ViTConfig.from_dict(reply.read(Welcome).model)
-        names = parameter_names(config, [whole_segment(config)])
+        welcome = reply.read(Welcome)
+        family = family_of(welcome.model["model_type"])
+        config = family.config(welcome.model)
+        names = welcome.offered or family.names(config, [whole_segment(config)], ())
         names = [name for name in names if not (self.recipe.tunables.head and is_head(name))]  # it is the task's
         transport, cloud_id = self._engine.transport, self.topology.cloud_id
         return await fetch_foundation(transport, cloud_id, config, names, self.folder, asyncio.to_thread, counted=False)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import ViTConfig
+from transformers import PreTrainedConfig
 
 from ecogen import config as recipes
 from ecogen.accounting.intensity import check_zones
 from ecogen.engines.forming import formed
 from ecogen.errors import CheckpointError, ConfigError
 from ecogen.models.checkpoint import open_foundation
-from ecogen.models.profile import model_shape
+from ecogen.models.profile import shape_of
 from ecogen.planning.clusters import place_clusters
-from ecogen.tuning.data import load_splits, partition_examples
-from ecogen.tuning.foundation import vit_config
-from ecogen.tuning.labels import label_sets
+from ecogen.topology import Topology
+from ecogen.tuning.foundation import known_folder, of_kind, vit_config
+from ecogen.tuning.pretrain_text import llama_config
 from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of
+from ecogen.tuning.task import task_of
+from ecogen.tuning.text import check_documents
 
 
 def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
@@ -29,36 +31,44 @@ def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
         ConfigError: if zones (lists them all), the strategy or an edge's labels are unknown; or the accountant is
             missing.
         DataError: if the data set is missing or damaged, or has too few examples.
-        CheckpointError: if the model's folder is missing, corrupt or for other images.
+        CheckpointError: if the model's folder is missing, corrupt or for other images, or has no tokenizer for text.
         PlacementError: if a cluster cannot hold the model.
     """
     if recipe.task == "serve":
         raise ConfigError(["task: this recipe serves a model; use it as `ecogen serve MODEL --recipe RECIPE`"])
-    config = _announced_config(recipe.model)
+    config = _announced_config(recipe)
     recipe = formed(recipe)
     topology = recipes.build_topology(recipe.topology)
     check_zones(site.zone for site in topology.sites.values())
     strategy_of(recipe.aggregation)
     if recipe.privacy.noise_multiplier:
         check_accountant()
-    splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
-    clusters_of_edges = [len(topology.clusters_of(edge_id)) for edge_id in topology.edge_ids]
-    sets = label_sets(recipe.data, topology.edge_ids, splits.num_labels)
-    known = [labels.labels for labels in sets.values()]
-    partition_examples(splits.train.labels, recipe.data.partition, clusters_of_edges, recipe.seed, known)
+    _check_examples(recipe, topology)
     if config is not None:
-        config.num_labels = recipes.NUM_LABELS
-        place_clusters(recipe, model_shape(config, recipe.tunables, recipe.wire.tokens))
+        if not recipe.data.is_text:
+            config.num_labels = recipes.NUM_LABELS
+        place_clusters(recipe, shape_of(config, recipe))
     return recipe
 
 
-def _announced_config(model: recipes.Model) -> ViTConfig | None:
+def _check_examples(recipe: recipes.Recipe, topology: Topology) -> None:
+    folder = known_folder(recipe)
+    if recipe.data.is_text and folder is None:  # without a tokenizer the cloud is the first to count passages
+        check_documents(recipe.data, topology.edge_ids)
+    else:
+        task_of(recipe, topology, folder).check()
+
+
+def _announced_config(recipe: recipes.Recipe) -> PreTrainedConfig | None:
     """The model's sizes as far as they are known without a network; the cloud checks those of the hub."""
+    model = recipe.model
     if model.source in recipes.MADE_HERE:
-        return vit_config(model)
+        return llama_config(model) if recipe.data.is_text else vit_config(model)
     if model.source.startswith("hf:"):
         return None
-    config = open_foundation(Path(model.source)).config
+    config = of_kind(open_foundation(Path(model.source)), recipe).config
+    if recipe.data.is_text:
+        return config
     for name in ("image_size", "num_channels"):
         if getattr(config, name) != getattr(model, name):
             raise CheckpointError(

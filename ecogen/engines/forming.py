@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from ecogen import config as recipes
 from ecogen.errors import CheckpointError, PlacementError
-from ecogen.models.profile import model_shape
+from ecogen.models.profile import VISION, shape_of
 from ecogen.planning.clusters import form_clusters
 from ecogen.planning.cost import ModelShape
 
@@ -43,17 +43,21 @@ def announced_shape(recipe: recipes.Recipe) -> ModelShape:
             "model.source"
         )
     config = SimpleNamespace(
+        model_type="llama" if recipe.data.is_text else VISION,
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_blocks,
         intermediate_size=model.intermediate_size,
         image_size=model.image_size,
         patch_size=model.patch_size,
         num_channels=model.num_channels,
+        num_attention_heads=model.num_heads,
+        vocab_size=model.vocabulary_size,
+        tie_word_embeddings=model.source in recipes.MADE_HERE,
     )
     if model.source not in recipes.MADE_HERE:
         vars(config).update(_read_config(Path(model.source)))
     config.num_labels = recipes.NUM_LABELS  # a head's size decides no placement
-    return model_shape(config, recipe.tunables, recipe.wire.tokens)
+    return shape_of(config, recipe)
 
 
 def _read_config(folder: Path) -> dict[str, object]:

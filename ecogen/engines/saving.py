@@ -6,7 +6,7 @@ facts.json summary.json   what the report needs besides the records, and the fig
 backbone/                 the foundation model, as save_pretrained writes it
 tunables.safetensors      everything that was tuned; what edges share, where they know different labels
 edges/                    then each edge's whole model, by its id
-adapter/                  the same as a PEFT directory, where there is LoRA or IA3
+adapter/                  the same as a PEFT directory, where there is LoRA or IA3; of a text model, all of it
 report.html               made from the files above, again at any time
 nodes/ certificates/      the nodes' disks and identities, for --resume
 """
@@ -22,15 +22,17 @@ from types import MappingProxyType
 import msgspec
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from ecogen import config as recipes
 from ecogen.accounting.ledger import settle
 from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
 from ecogen.errors import RunError
 from ecogen.metering.hardware import describe_host
-from ecogen.models.adapters import classification_config, load_tuned, save_by_edge, save_tuned
+from ecogen.models.adapters import BACKBONE, classification_config, load_tuned, save_by_edge, save_text, save_tuned
 from ecogen.models.checkpoint import Foundation
-from ecogen.models.profile import model_shape
+from ecogen.models.profile import shape_of
 from ecogen.placement import Segment
 from ecogen.planning.clusters import place_clusters
 from ecogen.planning.cost import num_adapter_parameters, num_parameters, num_tunables
@@ -41,7 +43,10 @@ from ecogen.storage import write_atomically
 from ecogen.tuning.data import load_splits
 from ecogen.tuning.inversion import attack_first_cut
 from ecogen.tuning.labels import LabelSet, without_heads
+from ecogen.tuning.passages import Passages, perplexity
 from ecogen.tuning.probe import probe_foundation
+from ecogen.tuning.task import task_of
+from ecogen.tuning.text import is_here
 
 RECORDS, FACTS, REPORT = "records.jsonl", "facts.json", "report.html"
 
@@ -68,7 +73,9 @@ def save_run(
     write_recipe(folder, recipe)
     wall_s += earlier_s(folder, [record.time_s for record in records])
     labels = {edge_id: _labels(recipe, edge_id, own) for edge_id, own in edges.items()}
-    if len(set(labels.values())) > 1:
+    if foundation.is_text:
+        save_text(folder, foundation, tunables, recipe.tunables)
+    elif len(set(labels.values())) > 1:
         by_edge = {edge_id: (own, labels[edge_id]) for edge_id, own in edges.items()}
         shared = without_heads(tunables) if recipe.tuning.cloud_every else {}
         save_by_edge(folder, foundation, shared, by_edge, recipe.tunables)
@@ -83,6 +90,8 @@ def save_run(
         counts = {edge_id: count for edge_id, (_, count) in scores.items()}
         accuracies = {edge_id: correct / count for edge_id, (correct, count) in scores.items() if count}
         facts = replace(facts, num_evaluated=counts, saved_accuracy=accuracies)
+    if foundation.is_text:
+        facts = replace(facts, saved_perplexity=_perplexities(folder, recipe))
     write_atomically(folder / FACTS, msgspec.json.encode(facts))
     return rebuild_report(folder)
 
@@ -107,6 +116,24 @@ def _score(folder: Path, recipe: recipes.Recipe, edge_id: str, labels: LabelSet)
         logits = model(pixel_values=examples.images[start : start + _BATCH]).logits
         right += int((logits.argmax(-1) == examples.labels[start : start + _BATCH]).sum())
     return right, len(examples)
+
+
+@torch.no_grad()
+def _perplexities(folder: Path, recipe: recipes.Recipe) -> dict[str, float]:
+    """What the saved model reaches on each edge's held-out passages, as far as they are on this machine."""
+    topology = recipes.build_topology(recipe.topology)
+    task = task_of(recipe, topology, folder / BACKBONE)
+    held_out = {edge_id: task.evaluated(edge_id) for edge_id in topology.edge_ids if is_here(recipe.data, edge_id)}
+    model = load_tuned(folder)
+    return {edge: _perplexity(model, passages) for edge, passages in held_out.items() if isinstance(passages, Passages)}
+
+
+def _perplexity(model: PreTrainedModel, passages: Passages) -> float:
+    total = sum(
+        float(cross_entropy(model(row.tokens).logits[0], row.labels[0], reduction="sum"))
+        for row in passages.split(len(passages))
+    )
+    return perplexity(total, passages)
 
 
 def rebuild_report(folder: Path) -> Summary:
@@ -152,10 +179,11 @@ def gather_facts(
     engine: str,
 ) -> RunFacts:
     """Sizes, host, placement, and the closing measurements that the recipe asks for."""
-    config = classification_config(foundation, num_labels)
-    shape = model_shape(config, recipe.tunables, recipe.wire.tokens)
+    config = foundation.config if foundation.is_text else classification_config(foundation, num_labels)
+    shape = shape_of(config, recipe)
     whole = Segment(0, shape.num_blocks, has_embedding=True, has_head=True)
     attacks = attack_first_cut(foundation, recipe, tunables) if recipe.evaluation.inversion else ()
+    probes = recipe.model.source == "pretrain" and not foundation.is_text
     return RunFacts(
         tunable_parameters=num_tunables(shape, whole),
         total_parameters=num_parameters(shape, whole) + num_adapter_parameters(shape, whole),
@@ -163,7 +191,7 @@ def gather_facts(
         engine=engine,
         host=describe_host_line(),
         versions=describe_host().versions,
-        probe=probe_foundation(foundation, recipe) if recipe.model.source == "pretrain" else None,
+        probe=probe_foundation(foundation, recipe) if probes else None,
         inversion=attacks,
         placements=place_clusters(recipe, shape),
     )

@@ -39,8 +39,8 @@ from ecogen.node.cloud import Status
 from ecogen.node.context import ProgressReport
 from ecogen.node.device import Asked
 from ecogen.node.presence import Presence
-from ecogen.records import EventRecord, Record, RoundRecord
-from ecogen.reports.console import NodeStatus, round_line, show_status
+from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord
+from ecogen.reports.console import NodeStatus, delivered_line, round_line, show_status
 from ecogen.reports.summary import Summary
 from ecogen.storage import write_atomically
 from ecogen.topology import Topology
@@ -175,6 +175,8 @@ class RunProgress:
             if record.loss is not None or record.epsilon is not None:  # an edge's
                 self._bars.update(self._task, advance=1, detail=f"round {record.round_index + 1} of {self._rounds}")
             self._bars.console.print(round_line(record, self._rounds))
+        elif isinstance(record, PhaseRecord) and record.perplexity is not None:
+            self._bars.console.print(delivered_line(record))
         elif isinstance(record, EventRecord) and record.event not in ("joined", "finished"):
             self._bars.console.print(f"{record.event}: {record.node_id}: {record.detail}", style="yellow", markup=False)
 

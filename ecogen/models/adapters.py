@@ -3,6 +3,7 @@
 A saved folder holds `backbone/` (the foundation model), `tunables.safetensors` with everything that was tuned, and
 `adapter/`, which `peft.PeftModel.from_pretrained` loads onto the whole model. Where edges know different labels,
 `tunables.safetensors` holds what they share, and `edges/<edge>/` each edge's whole model: tunables and adapter.
+Of a text model, all that is tuned is in `adapter/`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, ViTConfig
 
 from ecogen import config as recipes
 from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import Foundation, load_metadata, load_tensors, open_foundation, save_tensors
+from ecogen.models.family import family_of, whole_segment
+from ecogen.models.segmented import Segmented
 from ecogen.models.tunables import (
+    adapted_layers,
     adapter_config,
+    attach_to,
     attach_tunables,
+    check_targets,
     initialise_tunables,
     is_head,
     is_of_peft,
     set_tunables,
 )
-from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
 from ecogen.storage import copy_folder, write_atomically
 
 BACKBONE, TUNABLES, ADAPTER, EDGES = "backbone", "tunables.safetensors", "adapter", "edges"
@@ -47,27 +53,33 @@ def classification_config(foundation: Foundation, labels: int | Sequence[int]) -
     return ViTConfig.from_dict(values | {"id2label": {place: str(label) for place, label in enumerate(known)}})
 
 
-def read_backbone(foundation: Foundation, config: ViTConfig, names: Iterable[str]) -> dict[str, Tensor]:
-    """Named tensors of the classification model: the foundation's, and a head of zeros where it has none that fits.
+def read_backbone(foundation: Foundation, config: PreTrainedConfig, names: Iterable[str]) -> dict[str, Tensor]:
+    """Named tensors of the model: the foundation's, of a classifier with a head of zeros where it has none that fits.
 
     Raises:
         CheckpointError: if the folder lacks a tensor other than the head's.
     """
     wanted = list(names)
     tensors = foundation.read(wanted)
-    for name, shape in _head_shapes(config).items():
+    for name, shape in {} if foundation.is_text else _head_shapes(config).items():
         if name in wanted and (name not in tensors or tensors[name].shape != shape):
             tensors[name] = torch.zeros(shape)
     missing = set(wanted) - tensors.keys()
     if missing:
         raise CheckpointError(f"{foundation.folder} lacks {len(missing)} tensors, {min(missing)!r} among them")
-    return {name: tensors[name].float() for name in wanted}
+    return {name: tensors[name] if foundation.is_text else tensors[name].float() for name in wanted}
 
 
-def load_whole(foundation: Foundation, config: ViTConfig, spec: recipes.Tunables, seed: int) -> SegmentedViT:
-    """The whole model in one piece, with fresh tunables."""
-    segments = [whole_segment(config)]
-    model = load_vit(config, segments, read_backbone(foundation, config, parameter_names(config, segments)))
+def load_whole(foundation: Foundation, config: PreTrainedConfig, spec: recipes.Tunables, seed: int) -> Segmented:
+    """The whole model in one piece, with fresh tunables.
+
+    Raises:
+        CheckpointError: if a tensor is missing, or a layer that adapters are for is in no block.
+    """
+    segments, family = [whole_segment(config)], family_of(config.model_type)
+    names = family.names(config, segments, foundation.offered)
+    model = family.load(config, segments, read_backbone(foundation, config, names))
+    check_targets(model.whole, spec)
     attach_tunables(model, spec)
     initialise_tunables(model, seed)
     return model
@@ -88,6 +100,17 @@ def save_tuned(
     _save_backbone(folder, foundation)
     known = range(labels) if isinstance(labels, int) else labels
     _save_model(folder, f"../{BACKBONE}", foundation, tunables, spec, known)
+
+
+def save_text(folder: Path, foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables) -> None:
+    """Write `backbone/` with its tokenizer, `tunables.safetensors` and the PEFT directory `adapter/` of a decoder."""
+    _save_backbone(folder, foundation)
+    save_tensors(folder / TUNABLES, tunables, _metadata(spec, ()))
+    settings: Any = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": f"../{BACKBONE}"}
+    if peft_config := adapter_config(spec, adapted_layers(tunables), **settings):
+        _write_config(folder / ADAPTER, peft_config)
+        _write_adapter(folder / ADAPTER, tunables)
+        write_atomically(folder / ADAPTER / "README.md", _readme("AutoModelForCausalLM", f'"../{BACKBONE}"', []))
 
 
 def save_by_edge(
@@ -126,8 +149,8 @@ def tunables_file(folder: Path, edge: str | None = None) -> Path:
     return by_edge[edge]
 
 
-def load_tuned(folder: str | Path, *, edge: str | None = None) -> ViTForImageClassification:
-    """The whole tuned model of a run folder, with prompts, LoRA and head on.
+def load_tuned(folder: str | Path, *, edge: str | None = None) -> PreTrainedModel:
+    """The whole tuned model of a run folder, with all that was tuned on: a `ViTForImageClassification`, or a decoder.
 
     Args:
         edge: whose head, where the edges know different labels; `config.id2label` tells them.
@@ -141,11 +164,20 @@ def load_tuned(folder: str | Path, *, edge: str | None = None) -> ViTForImageCla
         spec = recipes.section_from_table(recipes.Tunables, json.loads(metadata["spec"]))
         labels = json.loads(metadata["labels"])
         foundation = open_foundation(Path(folder) / BACKBONE)
+        if foundation.is_text:
+            return _load_text(foundation, load_tensors(path), spec)
         model = load_whole(foundation, classification_config(foundation, labels), spec, seed=0)
     except (KeyError, ValueError) as problem:
         raise CheckpointError(f"{path} does not say what it holds ({problem}); save the run again") from problem
     set_tunables(model, load_tensors(path))
     return model.whole.eval()
+
+
+def _load_text(foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables) -> PreTrainedModel:
+    whole = AutoModelForCausalLM.from_pretrained(foundation.folder, dtype=torch.float32)
+    attach_to(whole, range(foundation.config.num_hidden_layers), spec)
+    set_tunables(whole, tunables)
+    return whole.eval()
 
 
 def _save_backbone(folder: Path, foundation: Foundation) -> None:
@@ -162,14 +194,13 @@ def _save_model(
     labels: Sequence[int],
 ) -> None:
     save_tensors(folder / TUNABLES, tunables, _metadata(spec, labels))
-    if peft_config := _peft_config(foundation, spec):
+    if peft_config := _peft_config(spec, tunables):
         peft_config.base_model_name_or_path = backbone
         _save_adapter(folder / ADAPTER, foundation, peft_config, tunables, spec, len(labels))
 
 
-def _peft_config(foundation: Foundation, spec: recipes.Tunables) -> PeftConfig | None:
-    blocks = range(foundation.config.num_hidden_layers)
-    return adapter_config(spec, blocks, modules_to_save=["classifier"], inference_mode=True)
+def _peft_config(spec: recipes.Tunables, tunables: Mapping[str, Tensor]) -> PeftConfig | None:
+    return adapter_config(spec, adapted_layers(tunables), modules_to_save=["classifier"], inference_mode=True)
 
 
 def _metadata(spec: recipes.Tunables, labels: Sequence[int]) -> dict[str, str]:
@@ -186,22 +217,24 @@ def _save_adapter(
     spec: recipes.Tunables,
     num_labels: int,
 ) -> None:
-    write_atomically(
-        folder / "adapter_config.json", json.dumps(_plain(peft_config.to_dict()), indent=2, sort_keys=True)
-    )
-    known = {_peft_name(name): tensor for name, tensor in tunables.items() if is_of_peft(name) or is_head(name)}
+    _write_config(folder, peft_config)
+    known = {name: tensor for name, tensor in tunables.items() if is_of_peft(name) or is_head(name)}
     config = classification_config(foundation, num_labels)
     head = read_backbone(foundation, config, _head_shapes(config))
-    save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in (head | known).items()})
-    write_atomically(
-        folder / "README.md",
-        _adapter_readme(_lacks(foundation, spec), str(peft_config.base_model_name_or_path), num_labels),
-    )
+    _write_adapter(folder, head | known)
+    whole = f'"{peft_config.base_model_name_or_path}", num_labels={num_labels}'
+    write_atomically(folder / "README.md", _readme("ViTForImageClassification", whole, _lacks(foundation, spec)))
 
 
-def _peft_name(name: str) -> str:
-    """PEFT's files name a magnitude vector without the parameter that holds it."""
-    return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+def _write_config(folder: Path, peft_config: PeftConfig) -> None:
+    table = json.dumps(_plain(peft_config.to_dict()), indent=2, sort_keys=True)
+    write_atomically(folder / "adapter_config.json", table)
+
+
+def _write_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """As PEFT names them, which names a magnitude vector without the parameter that holds it."""
+    named = {n.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): t for n, t in tensors.items()}
+    save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in named.items()})
 
 
 def _lacks(foundation: Foundation, spec: recipes.Tunables) -> list[str]:
@@ -227,7 +260,14 @@ def _plain(values: dict[str, object]) -> dict[str, object]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
-def _adapter_readme(lacks: list[str], backbone: str, num_labels: int) -> str:
+def _readme(kind: str, whole: str, lacks: list[str]) -> str:
+    """How to load an adapter.
+
+    Args:
+        kind: the class of the whole model.
+        whole: what it is loaded from, as arguments.
+        lacks: what was tuned that is not in it.
+    """
     missing = (
         f"\nPlain PEFT misses {' and '.join(lacks)}, which it has no format for: its "
         "outputs differ from the tuned model's. Load the run folder with `ecogen.load_tuned(DIR)` for all of it.\n"
@@ -237,8 +277,8 @@ def _adapter_readme(lacks: list[str], backbone: str, num_labels: int) -> str:
     return (
         "# A PEFT adapter written by EcoGen\n\n"
         "```python\n"
-        "from peft import PeftModel\nfrom transformers import ViTForImageClassification\n\n"
-        f'model = ViTForImageClassification.from_pretrained("{backbone}", num_labels={num_labels})\n'
+        f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
+        f"model = {kind}.from_pretrained({whole})\n"
         'model = PeftModel.from_pretrained(model, ".")\n'
         "```\n" + missing
     )

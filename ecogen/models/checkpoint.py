@@ -9,15 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
+import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
-from transformers import ViTConfig
+from transformers import PreTrainedConfig, ViTConfig
 
 from ecogen.errors import CheckpointError
+from ecogen.models.decoder import open_config
+from ecogen.models.profile import VISION
 from ecogen.storage import write_atomically
 
 _PREFIX = "vit."
+
+FILE = "file:"
+"""Before the names of small files that travel with a model's tensors, each as a tensor of its bytes."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
+"""What a text model's folder has besides its weights and configuration, as far as it has them."""
 
 _FILE_NAMES = (
     # transformers 5 writes vision transformers under the names of version 4, and renames them as it loads.
@@ -33,23 +52,36 @@ _FILE_NAMES = (
 
 @dataclass(frozen=True)
 class Foundation:
-    """A vision transformer's folder as `save_pretrained` writes it, sharded or not, with or without a head.
+    """A model's folder as `save_pretrained` writes it, sharded or not; a vision transformer's with or without a head.
 
     Attributes:
-        files: tensor name, under the classification model's names, -> file and name in it.
+        files: tensor name -> file and name in it. A vision transformer's have the classification model's names, a
+            decoder's those of the files; a decoder's tokenizer is there too, file by file, as `FILE` and its name.
     """
 
     folder: Path
-    config: ViTConfig
+    config: PreTrainedConfig
     files: Mapping[str, tuple[Path, str]]
 
     @property
     def digest(self) -> str:
         """A fingerprint of the weights: the same for the same content."""
         digest = hashlib.sha256()
+        if self.is_text:  # whose configuration says more than sizes
+            digest.update((self.folder / "config.json").read_bytes())
         for path in sorted({path for path, _ in self.files.values()}):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a decoder of text."""
+        return self.config.model_type != VISION
+
+    @property
+    def offered(self) -> list[str]:
+        """The names of all that a decoder's folder has; of a vision transformer its configuration tells them."""
+        return list(self.files) if self.is_text else []
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Those of the named tensors that the folder has; no other tensor is read.
@@ -64,6 +96,8 @@ class Foundation:
         return {name: tensor for path, own in wanted.items() for name, tensor in self._read_file(path, own).items()}
 
     def _read_file(self, path: Path, names: list[str]) -> dict[str, Tensor]:
+        if names[0].startswith(FILE):
+            return {names[0]: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)}
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(self.files[name][1]) for name in names}
@@ -75,18 +109,32 @@ def open_foundation(folder: Path) -> Foundation:
     """The foundation model in a folder.
 
     Raises:
-        CheckpointError: if the folder is not a vision transformer's, or a file is missing or corrupt.
+        CheckpointError: if the folder is no vision transformer's nor a known decoder's, or a file is missing or
+            corrupt.
     """
     try:
-        config = ViTConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        table = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as problem:
         raise CheckpointError(
             f"{folder} is no model folder: config.json cannot be read ({problem}); give one that save_pretrained wrote"
         ) from problem
-    if config.model_type != "vit":
-        raise CheckpointError(f"{folder} holds a {config.model_type!r} model; only 'vit' is supported for images")
-    files = {_whole_name(name): (path, name) for path in weight_files(folder) for name in _names_in(path)}
-    return Foundation(folder, config, files)
+    is_vision = isinstance(table, dict) and table.get("model_type") == VISION
+    config = ViTConfig.from_dict(table) if is_vision else open_config(folder)
+    files = {name: (path, name) for path in weight_files(folder) for name in _names_in(path)}
+    if is_vision:
+        return Foundation(folder, config, {_whole_name(name): place for name, place in files.items()})
+    others = {FILE + name: (folder / name, name) for name in TOKENIZER_FILES if (folder / name).exists()}
+    return Foundation(folder, config, files | others)
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write those tensors that are files into a folder; returns the others."""
+    files = {name: tensor for name, tensor in tensors.items() if name.startswith(FILE)}
+    for name, tensor in files.items():
+        if name.removeprefix(FILE) not in TOKENIZER_FILES:  # it came from another node
+            raise CheckpointError(f"{name!r} is no file that a model's folder may have")
+        write_atomically(folder / name.removeprefix(FILE), tensor.numpy().tobytes())
+    return {name: tensor for name, tensor in tensors.items() if name not in files}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from ecogen.placement import Segment
 
 _CACHE_LINE = 64
 """Bytes, as torch allocates; see `c10/core/alignment.h`."""
+
+_BLOCK = re.compile(r"(?:\w+\.)*?layers\.(\d+)\.")
 
 _LOADING = threading.Lock()
 """While transformers makes or loads a model it changes defaults of the whole process; nodes may share one."""
@@ -100,7 +102,7 @@ class SegmentedDecoder(nn.Module):
         cache: Cache | None = None,
         num_logits: int = 0,
     ) -> State:
-        """Run one held segment.
+        """Run one held segment, or a part of one.
 
         Args:
             inputs: token ids [B, T] where the segment has the embedding, else what the segment before gave.
@@ -112,7 +114,14 @@ class SegmentedDecoder(nn.Module):
         Returns:
             Logits [B, T, V] where the segment has the head, else what its last block gave.
         """
-        return self._views[segment].run(inputs, attention_mask, position_ids, cache, num_logits)
+        if not (len(segment) or segment.has_head):
+            return inputs
+        return self._view(segment).run(inputs, attention_mask, position_ids, cache, num_logits)
+
+    def _view(self, segment: Segment) -> _View:
+        if segment not in self._views and any(_is_part(segment, held) for held in self.segments):
+            self._views[segment] = _View(self.whole, segment)
+        return self._views[segment]
 
 
 def new_cache(model: SegmentedDecoder) -> DynamicCache:
@@ -126,17 +135,46 @@ def load_decoder(folder: Path, segments: Sequence[Segment], *, dtype: torch.dtyp
     Raises:
         CheckpointError: if it is no causal language model that can be cut, or a tensor is missing or of another shape.
     """
-    config = open_config(folder)
-    part = _part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)
     try:
-        with _LOADING, _without_progress_bars():
-            whole, found = part.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        return _load(str(folder), open_config(folder), segments, dtype=dtype)
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"{folder} is corrupt or not complete ({problem}); restore it") from problem
+
+
+def decoder_of(
+    config: PreTrainedConfig, segments: Sequence[Segment], tensors: Mapping[str, Tensor]
+) -> SegmentedDecoder:
+    """The segments of a model from the tensors of such a folder, under the names that they have in its files.
+
+    Raises:
+        CheckpointError: if a tensor is missing or of another shape.
+    """
+    return _load("what was delivered", config, segments, dtype=torch.float32, state_dict=dict(tensors))
+
+
+def names_of_segments(config: PreTrainedConfig, segments: Sequence[Segment], names: Iterable[str]) -> list[str]:
+    """Those of a folder's tensors that some segments need, by the names that they have in its files."""
+    with _LOADING, torch.device("meta"):
+        foreign = _foreign(_part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)(config))
+    others = re.compile("|".join(foreign) or r"(?!)")
+    return [name for name in names if not others.search(name)]
+
+
+def block_index(name: str) -> int | None:
+    """The block that a parameter is in, by its name; None for what is above or below all of them."""
+    block = _BLOCK.match(name)
+    return int(block[1]) if block else None
+
+
+def _load(source: str, config: PreTrainedConfig, segments: Sequence[Segment], **arguments: Any) -> SegmentedDecoder:
+    part = _part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)
+    folder = None if "state_dict" in arguments else source
+    with _LOADING, _without_progress_bars():
+        whole, found = part.from_pretrained(folder, config=config, output_loading_info=True, **arguments)
     wrong = {str(key) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in found[kind]}
     wrong |= {name for name, tensor in whole.state_dict().items() if tensor.is_meta}
     if wrong:
-        raise CheckpointError(f"{folder} does not fit its config.json: {len(wrong)} tensors, {min(wrong)!r} among them")
+        raise CheckpointError(f"{source} does not fit its config.json: {len(wrong)} tensors, {min(wrong)!r} among them")
     align(whole)
     return SegmentedDecoder(whole.eval().requires_grad_(False), segments)
 
@@ -149,20 +187,6 @@ def align(model: nn.Module) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.data_ptr() % _CACHE_LINE and not tensor.is_meta:
             tensor.data = tensor.data.clone()
-
-
-def names_of(config: PreTrainedConfig, names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
-    """Those of a checkpoint's tensors that a node needs for its segments: all but what only others hold."""
-    with _LOADING, torch.device("meta"):
-        foreign = _foreign(_part_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], segments)(config))
-    others = re.compile("|".join(foreign) or r"(?!)")
-    return [name for name in names if not others.search(name)]
-
-
-def block_of(name: str) -> int | None:
-    """The block that a checkpoint's tensor is in; None for what is outside of them."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else None
 
 
 def open_config(folder: Path) -> PreTrainedConfig:
@@ -240,7 +264,7 @@ class _View:
         self._holes = {i: Hole(block) for i, block in enumerate(blocks) if i not in segment.blocks}
         base.layers = nn.ModuleList([self._holes.get(index, block) for index, block in enumerate(blocks)])
         if len(segment):
-            blocks[segment.stop - 1].register_forward_hook(lambda _module, _args, state: self._pass(state))
+            blocks[segment.stop - 1].register_forward_hook(self._take)
         if not segment.has_head:
             _replace(base, _above_blocks(whole), lambda _: _Through())
         self._model = self._whole if segment.has_head else base
@@ -279,11 +303,25 @@ class _View:
         assert given is not None
         return given
 
+    def _take(self, _module: nn.Module, _args: object, state: State) -> None:
+        """The last block gave this; unless it runs for another segment that has it too."""
+        if self._given is not None:
+            self._pass(state)
+
     def _pass(self, state: State | None) -> None:
         """What the holes that follow hand on."""
         self._given = state
         for hole in self._holes.values():
             hole.passing = state
+
+
+def _is_part(part: Segment, whole: Segment) -> bool:
+    """Whether who holds a segment holds another."""
+    return (
+        whole.start <= part.start <= part.stop <= whole.stop
+        and part.has_embedding <= whole.has_embedding
+        and part.has_head <= whole.has_head
+    )
 
 
 def _shallow(module: nn.Module) -> Any:

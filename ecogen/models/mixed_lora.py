@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import load_tensors
-from ecogen.models.decoder import SegmentedDecoder, block_of
+from ecogen.models.decoder import SegmentedDecoder, block_index
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Adapter:
 
     def of_blocks(self, blocks: Sequence[int]) -> Adapter:
         """The part of some blocks."""
-        return Adapter(self.config, {n: t for n, t in self.tensors.items() if block_of(n) in blocks})
+        return Adapter(self.config, {n: t for n, t in self.tensors.items() if block_index(n) in blocks})
 
 
 def open_adapter(folder: Path) -> Adapter:
@@ -72,7 +72,7 @@ def _refusal(adapter: Adapter) -> str | None:
         return f"it is {kind}, and only LoRA can share a batch with others"
     if adapter.config.get("use_dora"):
         return "DoRA cannot share a batch with others"
-    strange = sorted(name for name in adapter.tensors if not _ROW.search(name) or block_of(name) is None)
+    strange = sorted(name for name in adapter.tensors if not _ROW.search(name) or block_index(name) is None)
     return f"{strange[0]!r} is no LoRA of a block" if strange else None
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ecogen import config as recipes
 from ecogen.errors import ProtocolError, TransportError
-from ecogen.models.adapters import classification_config, load_whole, read_backbone
+from ecogen.models.adapters import load_whole, read_backbone
 from ecogen.models.checkpoint import Foundation, load_tensors
-from ecogen.models.profile import model_shape
+from ecogen.models.profile import shape_of
 from ecogen.models.tunables import get_tunables
 from ecogen.node.context import (
     DESCRIBE,
@@ -44,12 +44,11 @@ from ecogen.runtime.stage import Stage
 from ecogen.storage import append_line, read_lines
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
-from ecogen.tuning.data import load_splits
 from ecogen.tuning.evaluate import Evaluator
-from ecogen.tuning.labels import common_labels, label_sets, without_heads
 from ecogen.tuning.messages import SYNC
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.sync import CloudState, CloudSync
+from ecogen.tuning.task import task_of
 from ecogen.units import MIB
 
 logger = logging.getLogger(__name__)
@@ -177,11 +176,9 @@ class CloudRole:
             self._close_books()
 
     def _load(self) -> None:
-        num_labels = load_splits(self._recipe.data, self._recipe.model.image_size, self._recipe.seed).num_labels
-        self._labels = label_sets(self._recipe.data, self._topology.edge_ids, num_labels)
-        common = common_labels(self._labels)
-        self._config = classification_config(self._foundation, common.labels if common else range(num_labels))
-        self._shape = model_shape(self._config, self._recipe.tunables, self._recipe.wire.tokens)
+        self._task = task_of(self._recipe, self._topology, self._foundation.folder)
+        self._config = self._task.config(self._foundation)
+        self._shape = shape_of(self._config, self._recipe)
         place_clusters(self._recipe, self._shape)
         model = load_whole(self._foundation, self._config, self._recipe.tunables, self._recipe.seed)
         self._stage = Stage(model, device=self._context.device, dtype=self._context.dtype)
@@ -191,29 +188,23 @@ class CloudRole:
 
     def _first_state(self) -> CloudState:
         if self._tuned is None:
-            tunables = get_tunables(self._stage.model)
-            return CloudState(tunables if common_labels(self._labels) else without_heads(tunables))
+            return CloudState(self._task.shared(get_tunables(self._stage.model)))
         return CloudState(load_tensors(self._tuned), self._recipe.tuning.rounds - 1)
 
     def _evaluator(self) -> Evaluator:
-        recipe = self._recipe
-        splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
-        common = common_labels(self._labels)
-        if recipe.evaluation.split == "none" or common is None:  # without common labels there is no head here
-            return Evaluator(self._stage, self._shape, self._context.worker, None)
-        examples = common.keep(getattr(splits, recipe.evaluation.split))
-        kept_bytes = int(recipe.tuning.prefix_memory_mib * MIB)
-        return Evaluator(self._stage, self._shape, self._context.worker, examples, kept_bytes)
+        kept_bytes = int(self._recipe.tuning.prefix_memory_mib * MIB)
+        return Evaluator(self._stage, self._shape, self._context.worker, self._task.evaluated(), kept_bytes)
 
     # Edges.
 
     async def _welcome(self, node_id: str) -> Message:
         await self._prepared.wait()
         state = self._sync.state
-        labels = self._labels.get(node_id)  # None for an operator
-        config = classification_config(self._foundation, labels.labels) if labels else self._config
+        is_edge = node_id in self._topology.edge_ids  # or else an operator
+        config = self._task.config(self._foundation, node_id) if is_edge else self._config
         table, model = recipes.to_table(self._recipe), config.to_dict()
-        welcome = Welcome(table, model, self._digest, next_round=state.round_index + 1)
+        next_round, offered = state.round_index + 1, self._foundation.offered
+        welcome = Welcome(table, model, self._digest, next_round=next_round, offered=offered)
         return Message.of("join", welcome, kind="tunables", tensors=state.tunables)
 
     async def _on_sync(self, peer: Peer, message: Message) -> Message:

@@ -97,7 +97,7 @@ class Ready(msgspec.Struct, frozen=True):
     usage: Usage
 
 
-class Welcome(msgspec.Struct, frozen=True):
+class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """Parent to child: what this federation is about. Tensors: the tunables to begin with, for an edge.
 
     Attributes:
@@ -108,6 +108,7 @@ class Welcome(msgspec.Struct, frozen=True):
         next_round: for an edge: the round that the federation is at.
         names: for an edge that serves: of the tensors in the model's folder.
         files: for an edge that serves: the tokenizer's.
+        offered: of a decoder, the names of the backbone's tensors and files, which the configuration does not tell.
     """
 
     recipe: dict[str, Any]
@@ -117,6 +118,7 @@ class Welcome(msgspec.Struct, frozen=True):
     next_round: int = 0
     names: list[str] = msgspec.field(default_factory=list)
     files: dict[str, bytes] = msgspec.field(default_factory=dict)
+    offered: list[str] = msgspec.field(default_factory=list)
 
 
 class ProgressReport(msgspec.Struct, frozen=True):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
 from torch import Tensor
-from transformers import ViTConfig
+from transformers import PreTrainedConfig
 
 from ecogen import config as recipes
 from ecogen.errors import AuthenticationError, CheckpointError, DataError, NodeLostError, ProtocolError
-from ecogen.models.checkpoint import load_tensors, save_tensors
-from ecogen.models.profile import model_shape
+from ecogen.models.checkpoint import FILE, load_tensors, save_tensors, write_files
+from ecogen.models.family import family_of
+from ecogen.models.profile import shape_of
 from ecogen.models.tunables import attach_tunables
-from ecogen.models.vit import load_vit, parameter_names
+from ecogen.models.vit import SegmentedViT
 from ecogen.node.context import BOOKS, INSTALL, OPERATOR, Caller, NodeContext, Ready, Welcome, methods
-from ecogen.placement import Placement, Segment, neighbours_of, rotations, segments_held
+from ecogen.placement import Segment, neighbours_of, rotations, segments_held
 from ecogen.planning.cost import ModelShape, activation_bytes
 from ecogen.records import RequestRecord
 from ecogen.runtime.delivery import fetch_tensors
@@ -31,18 +33,22 @@ from ecogen.serving.request import REQUEST_METHODS, DeviceServing
 from ecogen.topology import Tier, Topology
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.tuning.controls import Controls
-from ecogen.tuning.data import hide_labels, load_pictures, load_splits, partition_examples
+from ecogen.tuning.data import load_pictures
 from ecogen.tuning.device import DeviceTuning, LocalData
 from ecogen.tuning.feedback import Feedback
-from ecogen.tuning.labels import LabelSet, label_sets
+from ecogen.tuning.labels import LabelSet
 from ecogen.tuning.messages import FLOW_METHODS, TUNE, placement_from_table
+from ecogen.tuning.passages import Passages
 from ecogen.tuning.prefix import why_not_kept
 from ecogen.tuning.route import Route
+from ecogen.tuning.task import Task, task_of
 from ecogen.units import MIB
 
 logger = logging.getLogger(__name__)
 
 ASK = "ask"
+
+_TOKENIZER = "tokenizer"  # the folder of a text model's, on the disks of those who own text
 
 
 class Install(msgspec.Struct, frozen=True):
@@ -52,7 +58,7 @@ class Install(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """Have the start device send pictures through the chain: files that it can read, or examples of the test split."""
+    """Have the start device send inputs through the chain: pictures that it can read, or examples of the test split."""
 
     request_id: str
     paths: list[str] = msgspec.field(default_factory=list)
@@ -60,7 +66,10 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """The most likely class of each picture and its probability, the true one where it is known, and the record."""
+    """The most likely class of each picture and its probability, the true one where it is known, and the record.
+
+    Of a passage of text, instead of a class the token that would follow it.
+    """
 
     labels: list[int]
     probabilities: list[float]
@@ -75,6 +84,7 @@ class _Resident:
     stage: Stage
     tuning: DeviceTuning
     serving: DeviceServing
+    task: Task | None
     neighbour_ids: frozenset[str]
 
 
@@ -123,17 +133,21 @@ class DeviceRole:
 
     async def _settle(self, welcome: Welcome) -> _Resident:
         context, recipe = self._context, self._recipe
-        config = ViTConfig.from_dict(welcome.model)
+        config = family_of(welcome.model["model_type"]).config(welcome.model)
         placement = placement_from_table(welcome.placement)
         topology = recipes.build_topology(recipe.topology)
         cluster_id = topology.cluster_of(context.node_id).cluster_id
         spec = recipe.tunables.of_cluster(cluster_id)
         segments = segments_held(placement, recipe.data.owners, context.node_id)
-        tensors = await self._backbone(config, segments, welcome.digest)
+        owners = placement.node_ids[: recipe.data.owners]
+        tensors = await self._backbone(config, segments, welcome, is_owner=context.node_id in owners)
         context.worker.slowness = recipe.faults.slow.get(context.node_id, 1.0)
         stage = await context.worker.compute(self._load, config, segments, tensors, spec)
-        shape = model_shape(config, spec, self._recipe.wire.tokens)
-        data = await context.worker.compute(self._own_data, topology, placement, welcome.digest, shape)
+        shape = shape_of(config, recipe, spec)
+        task, data = None, None
+        if context.node_id in owners:
+            task = await context.worker.compute(task_of, recipe, topology, context.folder / _TOKENIZER)
+            data = await context.worker.compute(self._own_data, task, topology, owners, welcome.digest, shape)
         goes_down = recipe.wire.gradients_to == "start"
         routes = [Route(route, shape, goes_down) for route in rotations(placement, recipe.data.owners)]
         factor = recipe.faults.update_factor.get(cluster_id, 1.0)
@@ -154,28 +168,37 @@ class DeviceRole:
         )
         serving = DeviceServing(cluster_id, placement, shape, topology.link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
-        return _Resident(stage, tuning, serving, neighbour_ids)
+        return _Resident(stage, tuning, serving, task, neighbour_ids)
 
-    async def _backbone(self, config: ViTConfig, segments: list[Segment], digest: str) -> dict[str, Tensor]:
-        """The own segments' frozen tensors, from this device's disk or else from the edge; never any other."""
-        name = hashlib.sha256(f"{digest} {segments}".encode()).hexdigest()[:16]
+    async def _backbone(
+        self, config: PreTrainedConfig, segments: list[Segment], welcome: Welcome, *, is_owner: bool
+    ) -> dict[str, Tensor]:
+        """The own segments' frozen tensors, from this device's disk or else from the edge; never any other.
+
+        Who owns text has the tokenizer's files among them.
+        """
+        name = hashlib.sha256(f"{welcome.digest} {segments}".encode()).hexdigest()[:16]
         path = self._context.folder / f"backbone-{name}.safetensors"
         if path.exists():
             try:
                 return await self._context.worker.compute(load_tensors, path)
             except CheckpointError:
                 path.unlink()
-        names = await self._context.worker.compute(parameter_names, config, segments)
+        family = family_of(config.model_type)
+        names = await self._context.worker.compute(family.names, config, segments, welcome.offered)
+        names += [name for name in welcome.offered if is_owner and name.startswith(FILE)]
         tensors = await fetch_tensors(self._context.transport, self._edge_id, names)
         await self._context.worker.compute(save_tensors, path, tensors)
         return tensors
 
     def _load(
-        self, config: ViTConfig, segments: list[Segment], tensors: dict[str, Tensor], spec: recipes.Tunables
+        self, config: PreTrainedConfig, segments: list[Segment], tensors: dict[str, Tensor], spec: recipes.Tunables
     ) -> Stage:
-        model = load_vit(config, segments, tensors)
+        weights = write_files(self._context.folder / _TOKENIZER, tensors)
+        model = family_of(config.model_type).load(config, segments, weights)
         attach_tunables(model, spec)
-        model.gives_all_tokens = self._recipe.wire.tokens == "all"
+        if isinstance(model, SegmentedViT):
+            model.gives_all_tokens = self._recipe.wire.tokens == "all"
         return Stage(model, device=self._context.device, dtype=self._context.dtype)
 
     def _cache(self, routes: list[Route], shape: ModelShape) -> PrefixCache | None:
@@ -189,25 +212,13 @@ class DeviceRole:
         memory_bytes, disk_bytes = (int(mib * MIB) for mib in (tuning.prefix_memory_mib, tuning.prefix_disk_mib))
         return PrefixCache(self._context.folder / "prefix.f32", row_bytes, memory_bytes, disk_bytes)
 
-    def _own_data(self, topology: Topology, placement: Placement, digest: str, shape: ModelShape) -> LocalData | None:
-        """This device's partition, where it owns data: an equal part of its cluster's."""
-        recipe = self._recipe
-        owners = placement.node_ids[: recipe.data.owners]
-        if self._context.node_id not in owners:
-            return None
-        owner_index = owners.index(self._context.node_id)
-        splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
-        counts = [len(topology.clusters_of(edge_id)) for edge_id in topology.edge_ids]
-        sets = label_sets(recipe.data, topology.edge_ids, splits.num_labels)
-        known = [labels.labels for labels in sets.values()]
-        parts = partition_examples(splits.train.labels, recipe.data.partition, counts, recipe.seed, known)
-        cluster = topology.cluster_of(self._context.node_id)
-        place = topology.clusters_of(cluster.edge_id).index(cluster)
-        own = parts[topology.edge_ids.index(cluster.edge_id)][place][owner_index :: len(owners)]
-        cluster_index = list(topology.clusters).index(cluster.cluster_id)
-        labelled = sets[self._edge_id].keep(splits.train[own])
-        examples = hide_labels(labelled, recipe.data.labelled, [recipe.seed, cluster_index, owner_index])
-        data = LocalData(examples, recipe.seed, cluster_index, owner_index)
+    def _own_data(
+        self, task: Task, topology: Topology, owners: Sequence[str], digest: str, shape: ModelShape
+    ) -> LocalData:
+        """This device's partition: an equal part of its cluster's."""
+        recipe, node_id = self._recipe, self._context.node_id
+        cluster_index = list(topology.clusters).index(topology.cluster_of(node_id).cluster_id)
+        data = LocalData(task.owned(node_id, owners), recipe.seed, cluster_index, owners.index(node_id))
         if reason := why_not_kept(recipe.tuning, recipe.wire, shape):
             logger.info("activations from below the tunables are sent in every epoch: %s", reason)
             return data.with_views(recipe.tuning, None)
@@ -232,23 +243,25 @@ class DeviceRole:
 
     async def _ask(self, _: Peer, message: Message) -> Message:
         ask = message.read(Ask)
-        images, truth = await self._context.worker.compute(self._inputs, ask)
-        answer = await self._held.serving.ask(ask.request_id, images)
-        probabilities, places = torch.softmax(answer.logits.float(), -1).max(-1)
+        inputs, truth = await self._context.worker.compute(self._inputs, ask)
+        answer = await self._held.serving.ask(ask.request_id, inputs)
+        logits = answer.logits if answer.logits.ndim == 2 else answer.logits[:, -1]  # of text, after the last token
+        probabilities, places = torch.softmax(logits.float(), -1).max(-1)
         labels = self._known.at(places.tolist()) if self._known else places.tolist()
         asked = Asked(labels, probabilities.tolist(), answer.record, truth)
         return Message.of(ASK, asked, counted=message.counted)
 
     def _inputs(self, ask: Ask) -> tuple[Tensor, list[int]]:
-        size = self._recipe.model.image_size
         if ask.paths:
-            return load_pictures([Path(path) for path in ask.paths], size), []
-        test = load_splits(self._recipe.data, size, self._recipe.seed).test
-        test = self._known.keep(test) if self._known else test
-        if not ask.test_indices or max(ask.test_indices) >= len(test):
-            raise DataError(f"ask for test examples 0..{len(test) - 1} or for files, not {ask.test_indices}")
-        chosen = test[ask.test_indices]
-        return chosen.images, self._known.at(chosen.labels.tolist()) if self._known else chosen.labels.tolist()
+            if self._recipe.data.is_text:
+                raise DataError("this model's inputs are text, not pictures; ask it with `ecogen serve`")
+            return load_pictures([Path(path) for path in ask.paths], self._recipe.model.image_size), []
+        if self._held.task is None:
+            raise DataError(f"{self._context.node_id} owns no examples; ask the first device of its cluster")
+        chosen = self._held.task.asked(self._edge_id, ask.test_indices)
+        if isinstance(chosen, Passages):
+            return chosen.inputs, []
+        return chosen.inputs, self._known.at(chosen.labels.tolist()) if self._known else chosen.labels.tolist()
 
     @property
     def _known(self) -> LabelSet | None:

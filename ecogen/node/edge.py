@@ -7,16 +7,16 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import msgspec
 from torch import Tensor
-from transformers import ViTConfig
 
 from ecogen import config as recipes
 from ecogen.errors import NodeLostError, ProtocolError, TransportError
 from ecogen.models.adapters import load_whole, read_backbone
 from ecogen.models.checkpoint import Foundation, open_foundation
-from ecogen.models.profile import model_shape
+from ecogen.models.family import family_of, whole_segment
+from ecogen.models.profile import shape_of
 from ecogen.models.tunables import get_tunables, tunables_of
-from ecogen.models.vit import parameter_names, whole_segment
 from ecogen.node.context import (
     BOOKS,
     INSTALL,
@@ -40,16 +40,15 @@ from ecogen.runtime.stage import Stage
 from ecogen.storage import write_atomically
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
-from ecogen.tuning.data import load_splits
 from ecogen.tuning.discretion import spread
 from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.foundation import fetch_foundation
-from ecogen.tuning.labels import label_sets
 from ecogen.tuning.messages import placement_table
 from ecogen.tuning.privacy import ClusterPrivacy
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds
+from ecogen.tuning.task import task_of
 from ecogen.units import MIB
 
 
@@ -90,13 +89,14 @@ class EdgeRole:
     async def _settle(self, welcome: Welcome, tunables: dict[str, Tensor]) -> None:
         context = self._context
         self._recipe = recipe = recipes.from_table(welcome.recipe, f"the recipe of {self._cloud_id}")
-        self._digest, self._config = welcome.digest, ViTConfig.from_dict(welcome.model)
-        self._shape = model_shape(self._config, recipe.tunables, recipe.wire.tokens)
+        self._family = family_of(welcome.model["model_type"])
+        self._digest, self._config = welcome.digest, self._family.config(welcome.model)
+        self._shape = shape_of(self._config, recipe)
         placements = place_clusters(recipe, self._shape)
         topology = recipes.build_topology(recipe.topology)
         self._placements = {c.cluster_id: placements[c.cluster_id] for c in topology.clusters_of(context.node_id)}
         self._members.expected = [node_id for placement in self._placements.values() for node_id in placement.node_ids]
-        self._foundation = await self._fetch_foundation()
+        self._foundation = await self._fetch_foundation(welcome.offered)
         self._stage = await context.worker.compute(self._load)
         self._evaluate = await context.worker.compute(self._evaluator)
         path = context.folder / "state.safetensors"
@@ -129,13 +129,13 @@ class EdgeRole:
             return None
         return ClusterPrivacy(spec, self._recipe.tuning.participation, len(self._placements))
 
-    async def _fetch_foundation(self) -> Foundation:
+    async def _fetch_foundation(self, offered: list[str]) -> Foundation:
         """The whole backbone on this edge's disk, fetched from the cloud unless it is there."""
         folder = self._context.folder / f"backbone-{self._digest}"
         if (folder / "config.json").exists():
             return open_foundation(folder)
-        names = parameter_names(self._config, [whole_segment(self._config)])
         context = self._context
+        names = offered or self._family.names(self._config, [whole_segment(self._config)], ())
         return await fetch_foundation(
             context.transport, self._cloud_id, self._config, names, folder, context.worker.compute
         )
@@ -149,11 +149,9 @@ class EdgeRole:
 
     def _evaluator(self) -> Evaluator:
         recipe = self._recipe
-        splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
-        edge_ids = recipes.build_topology(recipe.topology).edge_ids
-        labels = label_sets(recipe.data, edge_ids, splits.num_labels)[self._context.node_id]
-        examples = None if recipe.evaluation.split == "none" else labels.keep(getattr(splits, recipe.evaluation.split))
+        task = task_of(recipe, recipes.build_topology(recipe.topology), self._foundation.folder)
         kept_bytes = int(recipe.tuning.prefix_memory_mib * MIB)
+        examples = task.evaluated(self._context.node_id)
         return Evaluator(self._stage, self._shape, self._context.worker, examples, kept_bytes)
 
     async def _welcome(self, device_id: str) -> Message:
@@ -161,19 +159,30 @@ class EdgeRole:
         cluster = next((p for p in self._placements.values() if device_id in p.node_ids), None)
         if cluster is None:
             raise ProtocolError(f"{device_id!r} is not a device of {self._context.node_id!r}; let it join its own edge")
-        table = recipes.to_table(self._recipe)
-        return Message.of("join", Welcome(table, self._config.to_dict(), self._digest, placement_table(cluster)))
+        table, offered = recipes.to_table(self._recipe), self._foundation.offered
+        welcome = Welcome(table, self._config.to_dict(), self._digest, placement_table(cluster), offered=offered)
+        return Message.of("join", welcome)
 
     # After the last round.
 
     async def _tune_then_serve(self) -> None:
         if self._incarnation > 1:
             self._announce("resumed", f"from round {self._rounds.state.next_round + 1}")
+        elif self._recipe.data.is_text:
+            await self._evaluate_delivered()
         await self._rounds.run()
         await self._install()
         await self._serve_requests()
         await self._close_books()
         self._announce("finished", f"{self._rounds.state.next_round} rounds")
+
+    async def _evaluate_delivered(self) -> None:
+        """Publish how well the model does that the cloud delivered, before anything is tuned here."""
+        context = self._context
+        score = await context.worker.compute(self._evaluate, self._rounds.state.tunables)
+        usage = context.worker.usage("evaluation", self._stage.memory_bytes)
+        record = PhaseRecord(context.node_id, "evaluation", usage.wall_s, (usage,), "the delivered model", time.time())
+        self._outbox.put(msgspec.structs.replace(record, perplexity=score.perplexity))
 
     async def _install(self) -> None:
         """Give every device that is here the tuned tunables of its segments, to serve with."""

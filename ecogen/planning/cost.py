@@ -1,5 +1,7 @@
 """What a segment of a vision transformer costs: parameters, bytes, memory and FLOPs, by formula.
 
+A decoder's shape has formulas of its own for the same functions (`planning.decoder_cost`).
+
 The blocks are those of transformers' `ViTLayer`: attention with four square projections, an MLP and two layer norms,
 all with biases. FLOPs are those of the matrix products, two a multiply-add; norms, softmax and GELU are left out, as
 torch's own counter does.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import singledispatch
 from typing import Literal
 
 from ecogen.config import TunedBlock
@@ -77,6 +80,10 @@ class ModelShape:
             return 1
         return self.num_tokens + self.prompts_stay * sum(block.prompts for block in self.tuned[:cut])
 
+    def seeing(self, num_tokens: int) -> ModelShape:
+        """The same for inputs of so many tokens; of images all have as many."""
+        return self
+
     def with_rank_at_most(self, rank: int | None) -> ModelShape:
         """The same with no LoRA rank above this one; None changes nothing."""
         if rank is None:
@@ -84,6 +91,7 @@ class ModelShape:
         return replace(self, tuned=tuple(replace(block, lora_rank=min(block.lora_rank, rank)) for block in self.tuned))
 
 
+@singledispatch
 def num_parameters(shape: ModelShape, segment: Segment) -> int:
     """Parameters of a segment as transformers counts them: the backbone and the head, without what was added to tune.
 
@@ -94,6 +102,7 @@ def num_parameters(shape: ModelShape, segment: Segment) -> int:
     return inner + segment.has_head * head
 
 
+@singledispatch
 def num_adapter_parameters(shape: ModelShape, segment: Segment) -> int:
     """Parameters that come on top of the model's own.
 
@@ -110,6 +119,7 @@ def _num_adapter_parameters(shape: ModelShape, block: TunedBlock) -> int:
     return block.prompts * d + lora + ia3 + (2 * d * m + m + d if m else 0)
 
 
+@singledispatch
 def num_tunables(shape: ModelShape, segment: Segment) -> int:
     """Parameters of a segment that train and travel: prompts, adapters, classifier and backbone, those that do."""
     head = segment.has_head and shape.head_trains
@@ -154,11 +164,12 @@ def memory_bytes(shape: ModelShape, segments: Sequence[Segment], examples_in_fli
     parameters = sum(num_parameters(shape, s) + num_adapter_parameters(shape, s) for s in segments)
     states = shape.tunable_states * sum(num_tunables(shape, s) for s in segments) if tunes else 0
     kept = sum(kept_activations(shape, s) for s in segments) if tunes else 0
-    largest = max((_activations_of_block(shape, index) for s in segments for index in s.blocks), default=0)
+    largest = max((largest_activations(shape, segment) for segment in segments), default=0)
     activations = examples_in_flight * (kept + largest)
     return shape.bytes_per_parameter * (parameters + states + activations)
 
 
+@singledispatch
 def kept_activations(shape: ModelShape, segment: Segment) -> int:
     """Numbers that one example leaves in a segment for its backward pass.
 
@@ -174,6 +185,13 @@ def kept_activations(shape: ModelShape, segment: Segment) -> int:
     return patches + blocks + segment.has_head * head
 
 
+@singledispatch
+def largest_activations(shape: ModelShape, segment: Segment) -> int:
+    """Numbers that one example needs in the largest block of a segment while that is computed."""
+    return max((_activations_of_block(shape, index) for index in segment.blocks), default=0)
+
+
+@singledispatch
 def forward_flops(shape: ModelShape, segment: Segment, num_examples: int = 1) -> int:
     """FLOPs of the forward pass of some examples at once through a segment.
 
@@ -190,6 +208,7 @@ def forward_flops(shape: ModelShape, segment: Segment, num_examples: int = 1) ->
     return num_examples * each + sum(_dora_flops(shape, shape.of_block(index)) for index in segment.blocks)
 
 
+@singledispatch
 def backward_flops(shape: ModelShape, segment: Segment, num_examples: int = 1) -> int:
     """FLOPs of the backward pass of some examples at once through a segment.
 

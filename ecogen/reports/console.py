@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ecogen.accounting.ledger import Bounds
-from ecogen.records import RequestRecord, RoundRecord
+from ecogen.records import PhaseRecord, RequestRecord, RoundRecord
 from ecogen.reports.study import Greenest, StudyRow, StudySummary
 from ecogen.reports.summary import Summary
 from ecogen.reports.tables import Column, Table, hops_tables, identifier, word
@@ -25,6 +25,7 @@ from ecogen.reports.wording import (
     format_epsilon,
     format_grams,
     format_loss,
+    format_perplexity,
     format_range,
     format_share,
     plural,
@@ -52,18 +53,34 @@ class NodeStatus:
 
 
 def round_line(record: RoundRecord, num_rounds: int) -> Text:
-    """One round in one line: `round 3/8  edge-0  accuracy 95.2 %  loss 0.3009  3 clusters  4.4 s`."""
+    """One round in one line: `round 3/8  edge-0  accuracy 95.2 %  loss 0.3009  3 clusters  4.4 s`.
+
+    Of a language model it says the perplexity in place of the accuracy.
+    """
     members = f"{len(record.members)} of {plural(len(record.members) + len(record.missing), 'member')}"
     if record.epsilon is not None:
         members = f"epsilon {format_epsilon(record.epsilon)}"
     is_bad = record.missing or warn_of_epsilon(record.epsilon or 0.0)
     line = Text(f"round {record.round_index + 1}/{num_rounds}  ")
     line.append(f"{record.node_id:<8}", style="bold")
-    line.append(f"  accuracy {format_share(record.accuracy):>7}  loss {format_loss(record.loss)}  ")
+    line.append(f"  {_score(record)}  loss {format_loss(record.loss)}  ")
     if record.confident is not None:
         line.append(f"pseudo-labels {format_share(record.confident)}  ")
     line.append(members, style="red" if is_bad else "")
     return line.append(f"  {format_seconds(record.wall_s)}")
+
+
+def delivered_line(record: PhaseRecord) -> Text:
+    """What an edge's evaluation of the language model gave that it was delivered."""
+    return Text.assemble(
+        (f"{record.node_id:<8}", "bold"), f"  perplexity {format_perplexity(record.perplexity)} delivered"
+    )
+
+
+def _score(record: RoundRecord) -> str:
+    if record.perplexity is not None:
+        return f"perplexity {format_perplexity(record.perplexity):>7}"
+    return f"accuracy {format_share(record.accuracy):>7}"
 
 
 def show_summary(summary: Summary) -> RenderableType:
@@ -138,7 +155,7 @@ def _summary_rows(summary: Summary) -> list[tuple[str, str, str]]:
     links = ", ".join(f"{name} {format_bytes(sent[link])}" for link, name in LINK_NAMES.items())
     energy_j, emissions_g = _bounds(summary["energy_j"]), _bounds(summary["emissions_g_bounds"])
     return [
-        ("accuracy", accuracy_line(summary), rounds),
+        *_quality_rows(summary, rounds),
         ("tunable", format_share(summary["tunable_fraction"]), "of the parameters"),
         *_lora_rows(summary),
         ("tunables sent", format_bytes(sent["tunables"]), ""),
@@ -149,6 +166,20 @@ def _summary_rows(summary: Summary) -> list[tuple[str, str, str]]:
         *_latency_rows(summary),
         ("wall time", format_seconds(summary["wall_s"]), f"engine {summary['engine']}"),
         *_event_rows(summary),
+    ]
+
+
+def _quality_rows(summary: Summary, rounds: str) -> list[tuple[str, str, str]]:
+    """Accuracy, or of a language model each edge's perplexity, before and after."""
+    if summary["perplexity"] is None:
+        return [("accuracy", accuracy_line(summary), rounds)]
+    return [
+        (
+            f"perplexity {edge}",
+            f"{format_perplexity(found['delivered'])} → {format_perplexity(found['tuned'])}",
+            f"delivered → tuned, {rounds}; the saved average {format_perplexity(found['saved'])}",
+        )
+        for edge, found in summary["perplexity"].items()
     ]
 
 

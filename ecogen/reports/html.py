@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from markupsafe import Markup
 
@@ -15,12 +16,13 @@ from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.reports import drawing, plots, tables
 from ecogen.reports.page import render_page
-from ecogen.reports.summary import RunFacts, Summary, round_indices, summarise
+from ecogen.reports.summary import Perplexity, RunFacts, Summary, round_indices, summarise
 from ecogen.reports.timeline import notable_events, start_s, timeline
 from ecogen.reports.toml import to_toml
 from ecogen.reports.wording import (
     format_count,
     format_grams,
+    format_perplexity,
     format_range,
     format_share,
     phase_name,
@@ -63,8 +65,11 @@ def render_report(
         ledger=ledger,
         total=ledger.total,
         headline=_headline(summary, ledger, recipe, facts),
-        figures={name: Markup(svg) for name, svg in _figures(records, ledger, topology, facts).items()},
-        tables=_tables(records, ledger, topology, facts) | {"privacy": tables.privacy_table(summary)},
+        figures={name: Markup(svg) for name, svg in _figures(records, ledger, topology, facts, summary).items()},
+        tables=_tables(records, ledger, topology, facts)
+        | {"privacy": tables.privacy_table(summary)}
+        | {"perplexity": tables.perplexity_table(summary)},
+        inputs="text" if recipe.data.is_text else "images",
         hidden_parts=drawing.hidden_parts(topology),
         num_joined=_num_joined(records),
         first_cuts=first_cuts(facts.placements),
@@ -80,7 +85,7 @@ def _headline(summary: Summary, ledger: Ledger, recipe: Recipe, facts: RunFacts)
     parameters = f"{format_count(facts.tunable_parameters)} of {format_count(facts.total_parameters)} parameters"
     sent = sum(line.sent_bytes for line in ledger.traffic())
     return [
-        ("Accuracy", *_accuracy_headline(summary, recipe)),
+        _quality_headline(summary, recipe),
         ("Tunable share", format_share(facts.tunable_fraction), parameters),
         ("Traffic", format_bytes(sent), f"{format_bytes(summary['traffic_bytes']['tunables'])} of it tunables"),
         ("Energy", format_joules(total.energy_j.mid), f"{format_range(total.energy_j)}, modelled"),
@@ -93,20 +98,38 @@ def _headline(summary: Summary, ledger: Ledger, recipe: Recipe, facts: RunFacts)
     ]
 
 
-def _accuracy_headline(summary: Summary, recipe: Recipe) -> tuple[str, str]:
+def _quality_headline(summary: Summary, recipe: Recipe) -> tuple[str, str, str]:
+    """Accuracy, or of a language model the mean perplexity of its edges."""
+    if summary["perplexity"] is not None:
+        return _perplexity_headline(summary["perplexity"], recipe)
     accuracy, rounds = summary["accuracy"], plural(summary["rounds"], "round")
     if accuracy["first"] is None:
-        return "not measured", f"{rounds} done"
+        return "Accuracy", "not measured", f"{rounds} done"
     figure = f"{format_share(accuracy['first'])} → {format_share(accuracy['last'])}"
-    return figure, f"first to last of {rounds}, {recipe.evaluation.split} split"
+    return "Accuracy", figure, f"first to last of {rounds}, {recipe.evaluation.split} split"
 
 
-def _figures(records: Sequence[Record], ledger: Ledger, topology: Topology, facts: RunFacts) -> dict[str, str]:
+def _perplexity_headline(edges: Mapping[str, Perplexity], recipe: Recipe) -> tuple[str, str, str]:
+    pairs = [(found["delivered"], found["tuned"]) for found in edges.values()]
+    measured = [(before, after) for before, after in pairs if before is not None and after is not None]
+    if not measured:
+        return "Perplexity", "not measured", f"{recipe.evaluation.split} split"
+    before, after = (fmean(values) for values in zip(*measured, strict=True))
+    remark = f"delivered to tuned, mean of {plural(len(measured), 'edge')}, {recipe.evaluation.split} split"
+    return "Perplexity", f"{format_perplexity(before)} → {format_perplexity(after)}", remark
+
+
+def _figures(
+    records: Sequence[Record], ledger: Ledger, topology: Topology, facts: RunFacts, summary: Summary
+) -> dict[str, str]:
     """Every figure that this run has data for."""
     figures = {"topology": drawing.draw_topology(topology, facts.placements)}
     rounds = [record for record in records if isinstance(record, RoundRecord)]
     if any(record.accuracy is not None for record in rounds):
         figures["accuracy"] = plots.accuracy(records, topology)
+    if summary["perplexity"] and any(record.perplexity is not None for record in rounds):
+        delivered = {edge: found["delivered"] for edge, found in summary["perplexity"].items()}
+        figures["perplexity"] = plots.perplexity(records, topology, delivered)
     if any(record.loss is not None for record in rounds):
         figures["loss"] = plots.loss(records, topology)
     if rounds:

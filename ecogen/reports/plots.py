@@ -54,6 +54,21 @@ def accuracy(records: Sequence[Record], topology: Topology) -> str:
     return render(paint, name="accuracy", label="Accuracy by round and edge", width=WIDTH, height=260)
 
 
+def perplexity(records: Sequence[Record], topology: Topology, delivered: Mapping[str, float | None]) -> str:
+    """Perplexity by round, one line an edge, and the cloud's averages; a dashed line at what an edge was delivered."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for index, value in enumerate(delivered.values()):
+            color = SERIES[index % len(SERIES)] if len(delivered) <= _MAX_LABELS else SERIES[0]
+            if value is not None:
+                axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (4, 2)))
+        _round_lines(axes, records, topology, "perplexity")
+
+    label = "Perplexity by round and edge; dashed: of the delivered model"
+    return render(paint, name="perplexity", label=label, width=WIDTH, height=260)
+
+
 def loss(records: Sequence[Record], topology: Topology) -> str:
     """Loss by round, one line an edge, and the cloud's averages."""
 

@@ -12,7 +12,7 @@ from ecogen.accounting.ledger import Bounds, Ledger
 from ecogen.config import Recipe
 from ecogen.measurements import InversionAttack, Probe
 from ecogen.placement import Placement
-from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
+from ecogen.records import EventRecord, PhaseRecord, Record, RequestRecord, RoundRecord
 from ecogen.topology import Topology
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
@@ -25,6 +25,7 @@ class RunFacts:
     Attributes:
         num_evaluated: on how many examples each edge was evaluated, where they know different labels.
         saved_accuracy: then, of each edge's saved model: the cloud's last average with the edge's own head.
+        saved_perplexity: of a language model: of the saved one, on each edge's held-out text.
     """
 
     tunable_parameters: int
@@ -38,6 +39,7 @@ class RunFacts:
     placements: Mapping[str, Placement] = field(default_factory=dict)
     num_evaluated: Mapping[str, int] = field(default_factory=dict)
     saved_accuracy: Mapping[str, float] = field(default_factory=dict)
+    saved_perplexity: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tunable_fraction(self) -> float:
@@ -55,6 +57,19 @@ class Accuracy(TypedDict):
     last: float | None
     per_round: list[float | None]
     per_edge: dict[str, list[float | None]]
+
+
+class Perplexity(TypedDict):
+    """Perplexity on an edge's held-out text; None where it was not measured.
+
+    `delivered` is of the model that the cloud delivered, `tuned` of the edge's own aggregate after the last round,
+    and `saved` of what is in the run folder: the cloud's last average.
+    """
+
+    delivered: float | None
+    tuned: float | None
+    saved: float | None
+    per_round: list[float | None]
 
 
 class Recovered(TypedDict):
@@ -95,6 +110,7 @@ class PrivacyLoss(TypedDict):
 class Summary(TypedDict):
     """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled.
 
+    `perplexity` is by edge, of a language model; None of images.
     `lora_error` is the mean over rounds; None where LoRA is averaged factor by factor between clusters of equal rank.
     `inversion` is by attacker and by blocks before the cut; None where nobody attacked. `privacy` is None where no
     noise was added.
@@ -106,6 +122,7 @@ class Summary(TypedDict):
     rounds: int
     rounds_planned: int
     accuracy: Accuracy
+    perplexity: dict[str, Perplexity] | None
     spent: list[Spent]
     tunable_fraction: float
     lora_error: float | None
@@ -133,6 +150,7 @@ def summarise(
         "rounds": len(round_indices(records)),
         "rounds_planned": recipe.tuning.rounds,
         "accuracy": accuracy(records, topology, facts.num_evaluated),
+        "perplexity": perplexity(records, topology, facts) if recipe.data.is_text else None,
         "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,
         "lora_error": _lora_error(records),
@@ -185,6 +203,19 @@ def accuracy(records: Sequence[Record], topology: Topology, num_evaluated: Mappi
         "per_round": per_round,
         "per_edge": per_edge,
     }
+
+
+def perplexity(records: Sequence[Record], topology: Topology, facts: RunFacts) -> dict[str, Perplexity]:
+    """Perplexity by edge: of what it was delivered, of its aggregate round by round, and of what is saved."""
+    return {edge: _perplexity(records, edge, facts.saved_perplexity.get(edge)) for edge in topology.edge_ids}
+
+
+def _perplexity(records: Sequence[Record], edge_id: str, saved: float | None) -> Perplexity:
+    per_round = history(records, edge_id, lambda r: r.perplexity)
+    of_delivered = (r.perplexity for r in records if isinstance(r, PhaseRecord) and r.node_id == edge_id)
+    delivered = next((value for value in of_delivered if value is not None), None)
+    tuned = next((value for value in reversed(per_round) if value is not None), None)
+    return {"delivered": delivered, "tuned": tuned, "saved": saved, "per_round": per_round}
 
 
 def spent(records: Sequence[Record], ledger: Ledger, topology: Topology) -> list[Spent]:

@@ -21,6 +21,7 @@ from ecogen.reports.wording import (
     format_epsilon,
     format_loss,
     format_number,
+    format_perplexity,
     format_share,
     short_id,
 )
@@ -63,20 +64,38 @@ def identifier(name: str) -> Column:
 def rounds_table(records: Sequence[Record], topology: Topology) -> Table:
     """Accuracy of the cloud and of each edge by round, the mean loss, examples, and what was missing.
 
-    Where LoRA's products were averaged, by how much the edges missed their mean, as a mean over edges.
+    Of a language model, perplexity in its place. Where LoRA's products were averaged, by how much the edges missed
+    their mean, as a mean over edges.
     """
     nodes = [topology.cloud_id, *(topology.edge_ids if len(topology.edge_ids) <= _MAX_EDGES else ())]
-    accuracies = [history(records, node, lambda record: record.accuracy) for node in nodes]
+    is_text = any(isinstance(record, RoundRecord) and record.perplexity is not None for record in records)
+    name, show = ("perplexity", format_perplexity) if is_text else ("accuracy", format_share)
+    scores = [history(records, node, lambda record: getattr(record, name)) for node in nodes]
     has_error = any(isinstance(record, RoundRecord) and record.lora_error is not None for record in records)
     rows = []
     for position, index in enumerate(round_indices(records)):
-        shares = [format_share(accuracy[position]) for accuracy in accuracies]
+        shares = [show(score[position]) for score in scores]
         edges = [r for r in _rounds(records, index) if r.node_id != topology.cloud_id]
         rows.append((str(position + 1), *shares, *_lora_error(edges, has_error), *_round_totals(edges)))
-    columns = [word("round"), *(Column(node, "accuracy") for node in nodes)]
+    columns = [word("round"), *(Column(node, name) for node in nodes)]
     columns += [Column("LoRA error", "of the mean")] if has_error else []
     columns += [Column("loss", "mean of edges"), Column("examples"), Column("longest edge", "s"), word("missing")]
     return Table("Rounds", tuple(columns), tuple(rows))
+
+
+def perplexity_table(summary: Summary) -> Table:
+    """Perplexity by edge: delivered, tuned and saved; no rows of images."""
+    rows = tuple(
+        (edge, *(format_perplexity(found[when]) for when in ("delivered", "tuned", "saved")))
+        for edge, found in (summary["perplexity"] or {}).items()
+    )
+    columns = (
+        identifier("edge"),
+        Column("delivered"),
+        Column("tuned", "its own average"),
+        Column("saved", "of the cloud"),
+    )
+    return Table("Perplexity on held-out text", columns, rows)
 
 
 def privacy_table(summary: Summary) -> Table:

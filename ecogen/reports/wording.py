@@ -38,6 +38,11 @@ def format_loss(loss: float | None) -> str:
     return DASH if loss is None else f"{loss:.4f}"
 
 
+def format_perplexity(perplexity: float | None) -> str:
+    """A perplexity for people; one that was not measured is a dash."""
+    return DASH if perplexity is None else f"{perplexity:.2f}"
+
+
 def format_epsilon(epsilon: float) -> str:
     """A privacy loss for people, rounded up: `format_epsilon(7.912)` is `'7.92'`."""
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"

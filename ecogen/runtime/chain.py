@@ -6,24 +6,25 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from ecogen.models.vit import SegmentedViT
+from ecogen.models.segmented import Segmented
 from ecogen.placement import Placement, Visit
 
 
 class Chain(nn.Module):
     """The visits of a placement, each on its node's model.
 
-    `chain(pixels)` gives logits, with gradients through every segment; `chain[i:j]` runs some of the visits only.
+    `chain(pixels)`, of text `chain(tokens)`, gives logits, with gradients through every segment; `chain[i:j]` runs some
+    of the visits only.
     """
 
-    def __init__(self, placement: Placement, models: Mapping[str, SegmentedViT]) -> None:
+    def __init__(self, placement: Placement, models: Mapping[str, Segmented]) -> None:
         super().__init__()
         self.visits = tuple(placement)
         self._models = dict(models)
         self.held = nn.ModuleList(self._models.values())
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits [B, L] from pixels [B, C, H, W]; a slice takes and gives what its first and last visit do."""
+        """Logits from pixels [B, C, H, W] or tokens [B, T]; a slice takes and gives what its visits do."""
         for visit in self.visits:
             inputs = self._models[visit.node_id](inputs, visit.segment)
         return inputs

@@ -23,17 +23,17 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def prefix_keys(images: Tensor, version: str) -> Tensor:
-    """A key [B] for each image [B, C, H, W] as it enters a prefix: of its pixels, which augmentation has been through.
+def prefix_keys(inputs: Tensor, version: str) -> Tensor:
+    """A key [B] for each input as it enters a prefix: of tokens, or of pixels, which augmentation has been through.
 
     Args:
         version: what the prefix is; another one makes other keys.
     """
     begun = hashlib.blake2b(version.encode(), digest_size=8)
     keys = []
-    for image in images.contiguous():
+    for one in inputs.contiguous():
         digest = begun.copy()
-        digest.update(image.numpy().tobytes())
+        digest.update(one.numpy().tobytes())
         keys.append(int.from_bytes(digest.digest(), "little", signed=True))
     return torch.tensor(keys, dtype=torch.int64)
 

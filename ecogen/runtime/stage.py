@@ -1,6 +1,7 @@
 """A stage: the segments that one node holds, loaded, with the graphs of the microbatches in flight.
 
-Not thread-safe: one compute thread calls it. Shapes: B microbatch, T tokens, D hidden, L labels.
+Not thread-safe: one compute thread calls it. Shapes: B microbatch, T tokens, D hidden, L labels or, of text, the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ecogen.errors import ConfigError
+from ecogen.errors import CheckpointError, ConfigError
+from ecogen.models.segmented import Segmented
 from ecogen.models.tunables import Tunables, copy_of, named_tunables, normalised_matrices, overwrite, tunables_of
-from ecogen.models.vit import SegmentedViT
 from ecogen.placement import Segment
 
 _SUM = "sum of gradients"  # beside an optimizer's own keys
@@ -49,7 +50,7 @@ class MicrobatchKey(NamedTuple):
 class Stage:
     """Forward and backward of one node's segments, and the local steps of their tunables."""
 
-    def __init__(self, model: SegmentedViT, *, device: str = "cpu", dtype: str = "float32") -> None:
+    def __init__(self, model: Segmented, *, device: str = "cpu", dtype: str = "float32") -> None:
         self.device = torch.device(resolve_device(device))
         self.dtype = getattr(torch, dtype)
         self.model = model.to(self.device)
@@ -142,14 +143,15 @@ class Stage:
         """The microbatch's share of the batch's mean cross-entropy; `backward` with None starts from it.
 
         Args:
-            labels: [B] class indices.
-            batch_size: examples of the whole batch, so that shares of its microbatches sum to its mean.
+            labels: [B] class indices; of text [B, T], the token that follows each, below zero where none counts.
+            batch_size: labels of the whole batch that count, so that shares of its microbatches sum to its mean.
             weights: [B] times which each row's cross-entropy counts; None for 1.
         """
         logits = self.forward(key, segment, inputs, input_grads=input_grads)
         inputs, logits = self._graphs.pop(key)
         reduction = "sum" if weights is None else "none"
-        total = torch.nn.functional.cross_entropy(logits.float(), labels.to(self.device), reduction=reduction)
+        rows, aims = logits.flatten(0, -2).float(), labels.to(self.device).flatten()
+        total = torch.nn.functional.cross_entropy(rows, aims, reduction=reduction)
         if weights is not None:
             total = total @ weights
         self._graphs[key] = (inputs, total / batch_size)
@@ -158,7 +160,8 @@ class Stage:
     def backward(self, key: MicrobatchKey, grads: Tensor | None) -> Tensor | None:
         """Back-propagate through a kept graph; returns the gradient of its inputs where that was asked for."""
         inputs, outputs = self._graphs.pop(key)
-        torch.autograd.backward(outputs, None if grads is None else grads.to(outputs.device, outputs.dtype))
+        if outputs.requires_grad:  # a decoder's lowest block may have none of the layers that adapters are for
+            torch.autograd.backward(outputs, None if grads is None else grads.to(outputs.device, outputs.dtype))
         return inputs.grad
 
     @torch.no_grad()
@@ -232,6 +235,9 @@ class Stage:
         mixed = self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
             outputs: Tensor = self.model(inputs.to(self.device), segment)
+        if not isinstance(outputs, Tensor):
+            kind = self.model.whole.config.model_type
+            raise CheckpointError(f"blocks of a {kind!r} model hand on more than hidden states; it cannot be tuned")
         return outputs
 
     def _lower_frozen(self) -> None:

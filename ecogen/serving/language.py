@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ecogen.models.decoder import block_of, names_of, open_config
+from ecogen.models.decoder import block_index, names_of_segments, open_config
 from ecogen.models.folder import ModelFolder, read_text_files
 from ecogen.models.slabs import has_states
 from ecogen.placement import Segment
@@ -59,8 +59,8 @@ class LanguageModel:
     def shards(self, segments: Sequence[Segment]) -> dict[str, list[str]]:
         """The tensors that some segments need, by shard: one for each block, and for each tensor outside of them."""
         shards: dict[str, list[str]] = {}
-        for name in names_of(self._config, self.folder.files, segments):
-            block = block_of(name)
+        for name in names_of_segments(self._config, segments, self.folder.files):
+            block = block_index(name)
             shards.setdefault(name if block is None else f"block-{block}", []).append(name)
         return shards
 
@@ -68,7 +68,7 @@ class LanguageModel:
         """How large it is with room for so many requests."""
         number, blocks = self._weight_bytes, [0] * self._text.num_hidden_layers
         for name, size in self.folder.sizes.items():
-            if (block := block_of(name)) is not None:
+            if (block := block_index(name)) is not None:
                 blocks[block] += size * number
         table = self._text.vocab_size * self._text.hidden_size
         kept = slots * max_tokens * self._numbers_kept * self._kept_bytes

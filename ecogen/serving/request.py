@@ -79,7 +79,7 @@ class DeviceServing:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(self, request_id: str, inputs: Tensor) -> Answer:
-        """Send inputs [B, C, H, W] through the chain; this is the start device.
+        """Send inputs, images [B, C, H, W] or tokens [B, T], through the chain; this is the start device.
 
         Raises:
             NodeLostError: if a device of the chain is lost meanwhile.
@@ -128,7 +128,7 @@ class DeviceServing:
         segment = self._placement.visits[visit].segment
         began_s = time.perf_counter()
         outputs = self._stage.infer(segment, inputs).cpu()
-        self._worker.meter.add_flops(forward_flops(self._shape, segment, len(inputs)))
+        self._worker.meter.add_flops(forward_flops(self._shape.seeing(inputs.shape[1]), segment, len(inputs)))
         return outputs, time.perf_counter() - began_s
 
     async def _pass_on(self, node_id: str, message: Message) -> None:

@@ -40,6 +40,20 @@ class Examples:
     labels: Tensor
     keys: Tensor | None = None
 
+    @property
+    def inputs(self) -> Tensor:
+        """What enters a model."""
+        return self.images
+
+    @property
+    def is_known(self) -> Tensor:
+        """Which have a label [N]."""
+        return self.labels >= 0
+
+    def trimmed(self) -> Examples:
+        """The same; of images nothing is padding."""
+        return self
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -37,6 +37,7 @@ from ecogen.tuning.messages import (
     split_controls,
     with_controls,
 )
+from ecogen.tuning.passages import Batch
 from ecogen.tuning.route import Route
 from ecogen.tuning.visits import LocalResult
 
@@ -52,14 +53,15 @@ class LocalData:
     """The training examples that a device owns, with labels or without, and how its local epochs go through them.
 
     Attributes:
+        examples: images, or passages of text.
         views: the images that each example has, epoch by epoch in turn; empty where every epoch draws new ones.
     """
 
-    examples: Examples
+    examples: Batch
     seed: int
     cluster_index: int
     owner_index: int = 0
-    views: Sequence[Examples] = ()
+    views: Sequence[Batch] = ()
 
     def with_views(self, tuning: Tuning, prefix: str | None) -> LocalData:
         """The same with images that come again, where the recipe has them; with keys for a prefix of that version."""
@@ -69,10 +71,10 @@ class LocalData:
     @property
     def keys(self) -> Tensor | None:
         """Of all images that come again, where their prefix activations are to be kept [N]; those with a label do."""
-        keys = [view.keys[view.labels >= 0] for view in self.views if view.keys is not None]
+        keys = [view.keys[view.is_known] for view in self.views if view.keys is not None]
         return torch.cat(keys) if keys else None
 
-    def batches(self, tuning: Tuning, draw: int, epoch: int) -> Iterator[Examples]:
+    def batches(self, tuning: Tuning, draw: int, epoch: int) -> Iterator[Batch]:
         """The batches of one local epoch: a pure function of the seed, the draw, the device and the epoch.
 
         Args:
@@ -85,6 +87,8 @@ class LocalData:
         for labelled, unlabelled in self._order(tuning, np.random.default_rng([*key, _ORDER_KEY])):
             batch = view[labelled] if view else _augmented(self.examples[labelled], tuning, generator)
             if len(unlabelled):
+                assert isinstance(self.examples, Examples)
+                assert isinstance(batch, Examples)
                 images = self.examples.images[unlabelled]
                 strong = strongly_augment(images, tuning.unlabelled.strength, generator)
                 batch = mixed_batch(batch, strong, augment(images, tuning.augmentation, generator))
@@ -92,11 +96,11 @@ class LocalData:
 
     def num_unlabelled(self, tuning: Tuning) -> int:
         """How many of its examples without a label it tunes on."""
-        return int((self.examples.labels < 0).sum()) if tuning.unlabelled.method == "fixmatch" else 0
+        return int((~self.examples.is_known).sum()) if tuning.unlabelled.method == "fixmatch" else 0
 
     def num_examples(self, tuning: Tuning) -> int:
         """How many of its examples it tunes on, with a label or without."""
-        return int((self.examples.labels >= 0).sum()) + self.num_unlabelled(tuning)
+        return int(self.examples.is_known.sum()) + self.num_unlabelled(tuning)
 
     def _order(self, tuning: Tuning, rng: np.random.Generator) -> Iterator[tuple[Indices, Indices]]:
         """The labelled and unlabelled examples of each batch of an epoch.
@@ -104,8 +108,9 @@ class LocalData:
         It goes once through the unlabelled ones, and through the labelled ones as often as that takes; where no
         unlabelled ones are tuned on, once through the labelled.
         """
-        known = np.flatnonzero(self.examples.labels.numpy() >= 0)
-        order, unlabelled = rng.permutation(known), np.flatnonzero(self.examples.labels.numpy() < 0)
+        is_known = self.examples.is_known.numpy()
+        known, unlabelled = np.flatnonzero(is_known), np.flatnonzero(~is_known)
+        order = rng.permutation(known)
         size = max(1, min(tuning.batch_size, len(known)))
         if not self.num_unlabelled(tuning):
             yield from ((order[begin : begin + size], unlabelled[:0]) for begin in range(0, len(order), size))
@@ -117,10 +122,10 @@ class LocalData:
             labelled, order = order[:size], order[size:]
             yield labelled, unlabelled[begin : begin + tuning.unlabelled.ratio * size]
 
-    def _view(self, tuning: Tuning, index: int, prefix: str | None) -> Examples:
+    def _view(self, tuning: Tuning, index: int, prefix: str | None) -> Batch:
         generator = _generator([self.seed, self.cluster_index, self.owner_index, index, _VIEW_KEY])
         view = _augmented(self.examples, tuning, generator)
-        return view if prefix is None else replace(view, keys=prefix_keys(view.images, prefix))
+        return view if prefix is None else replace(view, keys=prefix_keys(view.inputs, prefix))
 
 
 class DeviceTuning:
@@ -296,7 +301,9 @@ class DeviceTuning:
         )
 
 
-def _augmented(examples: Examples, tuning: Tuning, generator: torch.Generator) -> Examples:
+def _augmented(examples: Batch, tuning: Tuning, generator: torch.Generator) -> Batch:
+    if not isinstance(examples, Examples):
+        return examples
     return Examples(augment(examples.images, tuning.augmentation, generator), examples.labels)
 
 

@@ -12,6 +12,7 @@ Weak views only predict: they go through the chain without a graph, and nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ecogen.config import Unlabelled
 from ecogen.errors import ProtocolError
 from ecogen.tuning.data import Examples
+from ecogen.tuning.passages import Batch
 
 STRONG, WEAK = -1, -2
 """In place of the label of a view that has none."""
@@ -44,9 +46,9 @@ def mixed_batch(labelled: Examples, strong: Tensor, weak: Tensor) -> Examples:
     return Examples(torch.cat([labelled.images, strong, weak]), torch.cat([labelled.labels, marks]))
 
 
-def cut_batch(batch: Examples, count: int) -> list[Examples]:
+def cut_batch(batch: Batch, count: int) -> Sequence[Batch]:
     """A batch in at most `count` microbatches of nearly equal size, in order; both views of an image in one."""
-    if bool((batch.labels >= 0).all()):
+    if not isinstance(batch, Examples) or bool((batch.labels >= 0).all()):
         return batch.split(min(count, len(batch)))
     groups = [torch.where(rows)[0] for rows in (batch.labels >= 0, batch.labels == STRONG, batch.labels == WEAK)]
     count = min(count, max(len(group) for group in groups))
@@ -86,6 +88,8 @@ def targets(
     Raises:
         ProtocolError: if the labels do not fit these rows.
     """
+    if labels.ndim > 1:  # text's, of which each row has many
+        return _of_text(labels, num_rows)
     num_weak = 0 if weak_logits is None else len(weak_logits)
     _check(labels, num_rows, num_weak, num_unlabelled)
     if weak_logits is None:
@@ -97,6 +101,12 @@ def targets(
     labels[strong] = guesses
     weights[strong] = confident * (spec.weight * batch_size / num_unlabelled)
     return Targets(labels, weights, int(confident.sum()) / num_unlabelled)
+
+
+def _of_text(labels: Tensor, num_rows: int) -> Targets:
+    if len(labels) != num_rows:
+        raise ProtocolError(f"a microbatch of {num_rows} passages came with the labels of {len(labels)}")
+    return Targets(labels)
 
 
 def _check(labels: Tensor, num_rows: int, num_weak: int, num_unlabelled: int) -> None:

@@ -14,20 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViTConfig, ViTModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ViTConfig, ViTModel
 
 from ecogen import config as recipes
-from ecogen.errors import CheckpointError, StorageError
-from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors
+from ecogen.errors import CheckpointError, ConfigError, StorageError
+from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors, write_files
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.storage import cache_folder, make_folder, write_atomically
 from ecogen.transport.base import Transport
 from ecogen.tuning.corpus import digest_of, open_corpus
+from ecogen.tuning.documentation import cloud_topics
+from ecogen.tuning.documents import Document
+from ecogen.tuning.encoding import stream_of
 from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain, untrained
+from ecogen.tuning.pretrain_text import TEXT_VERSION, llama_config, new_llama, pretrain_text
+from ecogen.tuning.vocabulary import train_tokenizer
 
 Compute = Callable[..., Awaitable[Any]]
 OnStep = Callable[[str, int, int, float], None]
 """Called with the phase, the step, how many there are, and the loss."""
+
+_OF_TEXT = ("vocabulary_size", "context_length")
+_OF_IMAGES = ("image_size", "patch_size", "num_channels")
+"""Sizes of the model that the other kind has not, and which so are no part of what makes it what it is."""
 
 
 def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundation, str]:
@@ -35,14 +44,16 @@ def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundati
 
     Raises:
         CheckpointError: if a folder is no model's, or the hub cannot be reached.
+        ConfigError: if it is a model of text for images, or the other way round.
         DataError: if the data set that it learns from is missing or damaged.
         StorageError: if the cache cannot be written.
     """
     source = recipe.model.source
     if source.startswith("hf:"):
-        return open_foundation(_download(source.removeprefix("hf:"))), f"from the hub: {source}"
+        downloaded = open_foundation(_download(source.removeprefix("hf:")))
+        return of_kind(downloaded, recipe), f"from the hub: {source}"
     if source not in recipes.MADE_HERE:
-        return open_foundation(Path(source)), f"from the folder {source}"
+        return of_kind(open_foundation(Path(source)), recipe), f"from the folder {source}"
     folder = foundation_folder(recipe)
     if (folder / "made.json").exists():
         return open_foundation(folder), _how(folder, "from the cache; made in")
@@ -53,7 +64,7 @@ def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundati
 async def fetch_foundation(
     transport: Transport,
     node_id: str,
-    config: ViTConfig,
+    config: PreTrainedConfig,
     names: list[str],
     folder: Path,
     compute: Compute,
@@ -71,7 +82,8 @@ async def fetch_foundation(
         NodeLostError: if the node is lost.
     """
     tensors = await fetch_tensors(transport, node_id, names, counted=counted)
-    await compute(save_tensors, folder / "model.safetensors", tensors)
+    weights = await compute(write_files, folder, tensors)
+    await compute(save_tensors, folder / "model.safetensors", weights, {"format": "pt"})
     write_atomically(folder / "config.json", json.dumps(config.to_dict()))
     return open_foundation(folder)
 
@@ -82,13 +94,40 @@ def foundation_folder(recipe: recipes.Recipe) -> Path:
     Raises:
         DataError: if the data set that it learns from is missing or damaged.
     """
-    made_by: dict[str, Any] = recipes.section_table(recipe.model) | {
-        "pretraining": recipes.section_table(recipe.pretraining)
-    }
-    made_by |= {"version": RECIPE_VERSION, "torch": torch.__version__}
-    made_by |= {"corpus": digest_of(recipe.pretraining, recipe.data)}
+    is_text = recipe.data.is_text
+    sizes = recipes.section_table(recipe.model)
+    made_by: dict[str, Any] = {n: sizes[n] for n in sizes if n not in (_OF_IMAGES if is_text else _OF_TEXT)}
+    made_by |= {"pretraining": recipes.section_table(recipe.pretraining)}
+    made_by |= {"version": TEXT_VERSION if is_text else RECIPE_VERSION, "torch": torch.__version__}
+    made_by |= {"corpus": _text_digest() if is_text else digest_of(recipe.pretraining, recipe.data)}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "foundation" / key
+
+
+def of_kind(foundation: Foundation, recipe: recipes.Recipe) -> Foundation:
+    """The foundation model, if it is one for the recipe's examples.
+
+    Raises:
+        ConfigError: if it is a decoder of text for images, or the other way round.
+    """
+    if foundation.is_text == recipe.data.is_text:
+        return foundation
+    kind, examples = ("text", "images") if foundation.is_text else ("images", "text")
+    raise ConfigError(
+        [
+            f"model.source: {recipe.model.source} is a {foundation.config.model_type!r} model of {kind}, but data.name "
+            f"{recipe.data.name!r} is of {examples}; change one of them"
+        ]
+    )
+
+
+def known_folder(recipe: recipes.Recipe) -> Path | None:
+    """Where the foundation model is already; None where it has to be made or fetched first."""
+    source = recipe.model.source
+    if source in recipes.MADE_HERE:
+        folder = foundation_folder(recipe)
+        return folder if (folder / "made.json").exists() else None
+    return None if source.startswith("hf:") else Path(source)
 
 
 def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
@@ -96,7 +135,7 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)  # its small products gain nothing from more, and one gives the same model everywhere
     try:
-        model = _model(recipe, on_step)
+        model, tokenizer = _text_model(recipe, on_step) if recipe.data.is_text else (_model(recipe, on_step), None)
     finally:
         torch.set_num_threads(threads)
     made = {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s, "time_s": time.time()}
@@ -104,6 +143,8 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         try:
             model.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
         except OSError as problem:
             raise StorageError(f"cannot write to the cache {folder.parent}: {problem}; set XDG_CACHE_HOME") from problem
         write_atomically(Path(temporary) / "made.json", json.dumps(made))
@@ -117,6 +158,33 @@ def _model(recipe: recipes.Recipe, on_step: OnStep) -> ViTModel:
     arguments = asdict(recipe.pretraining)
     del arguments["corpus"]
     return pretrain(config, corpus, on_step=on_step, **arguments)
+
+
+def _text_model(recipe: recipes.Recipe, on_step: OnStep) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A tokenizer of the corpus, and a small Llama that was shown it."""
+    texts, spec = cloud_topics(), recipe.pretraining
+    tokenizer = train_tokenizer(texts, recipe.model.vocabulary_size)
+    config = llama_config(recipe.model, tokenizer)
+    if recipe.model.source == "untrained":
+        return new_llama(config, spec.seed), tokenizer
+    model = pretrain_text(
+        config,
+        torch.tensor(stream_of([Document(text) for text in texts], tokenizer)),
+        length=recipe.model.context_length,
+        seed=spec.seed,
+        on_step=on_step,
+        steps=spec.steps,
+        batch_size=spec.batch_size,
+        matrix_rate=spec.matrix_rate,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+    )
+    return model, tokenizer
+
+
+def _text_digest() -> str:
+    """What tells this Python's documentation from others'."""
+    return hashlib.sha256("\0".join(cloud_topics()).encode()).hexdigest()
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -149,7 +217,11 @@ def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+            )
+        )
     except Exception as problem:
         raise CheckpointError(
             f"cannot get {repository!r} from the hub ({type(problem).__name__}: {problem}); "

@@ -101,6 +101,7 @@ def attack_first_cut(
     """Attack test images through the tuned model, cut after 0, 1 and 2 blocks; the same seed gives the same figures."""
     splits = load_splits(recipe.data, recipe.model.image_size, recipe.seed)
     model = load_whole(foundation, classification_config(foundation, splits.num_labels), recipe.tunables, seed=0)
+    assert isinstance(model, SegmentedViT)
     set_tunables(model, {**get_tunables(model), **without_heads(tunables)})  # the cuts are below any head
     model.requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(int(np.random.default_rng([recipe.seed, _ATTACK_KEY]).integers(2**62)))

@@ -35,7 +35,6 @@ from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import Stage
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message
-from ecogen.tuning.data import Examples
 from ecogen.tuning.fixmatch import STRONG, WEAK, cut_batch
 from ecogen.tuning.messages import (
     BACKWARD,
@@ -51,6 +50,7 @@ from ecogen.tuning.messages import (
     AttemptKey,
     Flow,
 )
+from ecogen.tuning.passages import Batch
 from ecogen.tuning.prefix import KnownPrefixes
 from ecogen.tuning.route import Route, moved_segments
 from ecogen.tuning.visits import LocalResult, Visits, at
@@ -92,7 +92,7 @@ class LocalSteps:
         neighbours: Neighbours,
         *,
         num_epochs: int,
-        batches: Callable[[int], Iterator[Examples]] | None = None,
+        batches: Callable[[int], Iterator[Batch]] | None = None,
         num_microbatches: int = 1,
         wire_types: Mapping[str, WireType] | None = None,
         own_keys: Tensor | None = None,
@@ -181,7 +181,7 @@ class LocalSteps:
 
     # An owner: batches in, credits, the end of its turn.
 
-    async def _start_loop(self, batches: Callable[[int], Iterator[Examples]]) -> None:
+    async def _start_loop(self, batches: Callable[[int], Iterator[Batch]]) -> None:
         """Take this owner's turns; whoever has the last one ends the attempt."""
         if not self._num_turns and self._owner_id(0) == self._own_id:
             await self._finish(Flow(self.key, 0))
@@ -205,7 +205,7 @@ class LocalSteps:
         held = await self._hold.get()
         return KnownPrefixes(held[KEYS], int(held[ROOM]), keys)
 
-    async def _take_turn(self, turn: int, flow: Flow, batches: Iterator[Examples]) -> Flow:
+    async def _take_turn(self, turn: int, flow: Flow, batches: Iterator[Batch]) -> Flow:
         """Run the local steps of one turn; returns where the next one begins."""
         flow = msgspec.structs.replace(flow, turn=turn)
         while (batch := await self._worker.compute(next, batches, None)) is not None:
@@ -236,7 +236,7 @@ class LocalSteps:
         await self._outbox.join()
         self._push(FINISH, finish, {})
 
-    async def _local_step(self, begun: Flow, batch: Examples) -> Flow:
+    async def _local_step(self, begun: Flow, batch: Batch) -> Flow:
         """Send one batch through the chain; returns where the next one begins."""
         parts = cut_batch(batch, self._num_microbatches)
         sizes = int((batch.labels >= 0).sum()), len(parts)
@@ -256,18 +256,19 @@ class LocalSteps:
             confident=begun.confident + sum(flow.confident for flow in returned),
         )
 
-    def _launch(self, flow: Flow, part: Examples) -> None:
-        """Send a microbatch off: images into the first visit, or keys to where their activations are."""
+    def _launch(self, flow: Flow, part: Batch) -> None:
+        """Send a microbatch off: inputs into the first visit, or keys to where their activations are."""
         route = self._route(flow)
         if self._known is None or part.keys is None:
+            part = part.trimmed()
             self._send(LABELS, route.last, flow, {TENSOR: part.labels})
-            self._push(FORWARD, flow, {TENSOR: part.images})
+            self._push(FORWARD, flow, {TENSOR: part.inputs})
             return
         examples, fresh, kept, recalled = self._known.divide(part)
         self._send(LABELS, route.last, flow, {TENSOR: examples.labels})
         keys = {name: tensor for name, tensor in ((KEEP, kept), (RECALL, recalled)) if len(tensor)}
         if fresh:
-            self._push(FORWARD, flow, {TENSOR: examples.images[:fresh], **keys})
+            self._push(FORWARD, flow, {TENSOR: examples.inputs[:fresh], **keys})
         else:
             self._send(FORWARD, route.lowest, at(flow, route.lowest), keys)
 

@@ -92,7 +92,7 @@ class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         turn: of the owner whose microbatch it is; owners take turns.
         visit: the index of the visit that should run, on the route of that owner.
-        batch_size: labelled examples of the whole batch.
+        batch_size: labels of the whole batch: its labelled examples, or of text the tokens that count.
         num_microbatches: microbatches of the batch.
         squared_norm: forward: of the previous step's gradients over the whole chain; backward: of this step's so far,
             with the batch's last microbatch.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ecogen.config import Tuning, Wire
 from ecogen.planning.cost import ModelShape
-from ecogen.tuning.data import Examples
+from ecogen.tuning.passages import Batch
 
 
 def why_not_kept(tuning: Tuning, wire: Wire, shape: ModelShape) -> str | None:
@@ -40,7 +40,7 @@ class Divided(NamedTuple):
         recalled: keys of the others.
     """
 
-    examples: Examples
+    examples: Batch
     fresh: int
     kept: Tensor
     recalled: Tensor
@@ -59,7 +59,7 @@ class KnownPrefixes:
         self._held = set(held.tolist()) & set(own.tolist())
         self._room = room
 
-    def divide(self, part: Examples) -> Divided:
+    def divide(self, part: Batch) -> Divided:
         """A microbatch as it should be sent; what is to be kept counts as held from now on."""
         assert part.keys is not None
         keys = part.keys.tolist()

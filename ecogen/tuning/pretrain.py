@@ -62,7 +62,7 @@ def pretrain(
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     for step, chosen in zip(range(steps), _batches(len(corpus), batch_size, generator), strict=False):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * _schedule((step + 1) / steps)
+            optimizer.param_groups[0]["lr"] = peak * schedule((step + 1) / steps)
         loss = contrast(projector(features(model, _views(config, corpus, chosen.repeat(2), generator))), temperature)
         _descend(loss, optimizers)
         on_step("contrast", step + 1, steps, loss.item())
@@ -173,7 +173,7 @@ def _optimizers(
     ]
 
 
-def _schedule(progress: float) -> float:
+def schedule(progress: float) -> float:
     """Share of the peak rate: a linear rise, then half a cosine to nothing."""
     if progress < _WARM_UP:
         return progress / _WARM_UP

@@ -22,7 +22,7 @@ from torch import Tensor
 from ecogen.config import Aggregation, Tuning, Wire
 from ecogen.errors import NodeLostError
 from ecogen.placement import Placement
-from ecogen.records import EventRecord, Record, RoundRecord
+from ecogen.records import EventRecord, Record, RoundRecord, Score
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Transport
@@ -39,7 +39,7 @@ from ecogen.tuning.strategies import strategy_of
 
 logger = logging.getLogger(__name__)
 
-Evaluate = Callable[[Mapping[str, Tensor]], float | None]
+Evaluate = Callable[[Mapping[str, Tensor]], Score]
 
 
 class EdgeRounds:
@@ -49,7 +49,7 @@ class EdgeRounds:
         placements: of each cluster at this edge, by its id.
         members: the devices of all its clusters.
         attempt: a number larger than any that an earlier life of this edge used.
-        evaluate: accuracy of tunables, run on the compute thread.
+        evaluate: how well tunables do, run on the compute thread.
         aggregation: how the clusters' updates become one.
         ranks: how LoRA's do, where ranks differ or products are averaged.
         seed: draws who takes part in a round, where not all do.
@@ -121,10 +121,10 @@ class EdgeRounds:
         began_s = time.perf_counter()
         chosen, outcomes = await self._take_outcomes(round_index)
         updates = [outcome.update for outcome in outcomes]
-        (tunables, memory, error), accuracy = await self._worker.compute(self._average, updates)
+        (tunables, memory, error), score = await self._worker.compute(self._average, updates)
         if error is not None:
             logger.info("round %d: LoRA misses the mean of its products by %.2g of it", round_index + 1, error)
-        record = self._record(round_index, chosen, outcomes, accuracy, error, time.perf_counter() - began_s)
+        record = self._record(round_index, chosen, outcomes, score, error, time.perf_counter() - began_s)
         weight = record.num_examples
         if self._privacy is not None:  # how many examples the clusters have is theirs to know
             weight = self._privacy.num_clusters
@@ -135,8 +135,8 @@ class EdgeRounds:
         self._publish(record)
         await self._agree()
 
-    def _average(self, updates: Sequence[Update]) -> tuple[Together, float | None]:
-        """On the compute thread: what the strategy makes of the updates and keeps, and the accuracy."""
+    def _average(self, updates: Sequence[Update]) -> tuple[Together, Score]:
+        """On the compute thread: what the strategy makes of the updates and keeps, and how well it does."""
         ordered = sorted(updates, key=lambda update: update.sender_id)
         before, memory = self.state.tunables, self.state.memory
         if self._privacy is not None:
@@ -246,7 +246,7 @@ class EdgeRounds:
         round_index: int,
         chosen: Sequence[str],
         outcomes: Sequence[Outcome],
-        accuracy: float | None,
+        score: Score,
         lora_error: float | None,
         wall_s: float,
     ) -> RoundRecord:
@@ -258,7 +258,7 @@ class EdgeRounds:
         return RoundRecord(
             self._node_id,
             round_index,
-            accuracy,
+            score.accuracy,
             sum(losses) / len(losses) if losses else None,
             sum(examples.values()),
             tuple(examples),
@@ -268,6 +268,7 @@ class EdgeRounds:
             time.time(),
             lora_error,
             confident=sum(confident) / len(confident) if confident else None,
+            perplexity=score.perplexity,
         )
 
     @property

@@ -16,7 +16,7 @@ from pathlib import Path
 from ecogen.config import Aggregation
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables
-from ecogen.records import EventRecord, Record, RoundRecord
+from ecogen.records import EventRecord, Record, RoundRecord, Score
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer
@@ -25,7 +25,7 @@ from ecogen.tuning.messages import SYNC, SyncOrder, SyncResult
 from ecogen.tuning.ranks import LoraRanks, Together
 from ecogen.tuning.strategies import fedavg
 
-Evaluate = Callable[[Tunables], float | None]
+Evaluate = Callable[[Tunables], Score]
 
 
 @dataclass
@@ -56,7 +56,7 @@ class CloudSync:
     """Averages over edges, round by round.
 
     Args:
-        evaluate: accuracy of tunables, run on the compute thread.
+        evaluate: how well tunables do, run on the compute thread.
         publish: takes each record.
         patience_s: how long a lost edge is waited for.
         ranks: how LoRA is averaged where its products are: edges have turned their factors, each in its own way.
@@ -109,11 +109,11 @@ class CloudSync:
         await self._wait_for_all(round_index)
         updates = list(self._pending.pop(round_index).values())
         tunables, _, error = await self._worker.compute(self._average, updates)
-        accuracy = await self._worker.compute(self._evaluate, tunables)
+        score = await self._worker.compute(self._evaluate, tunables)
         members = sorted(update.sender_id for update in updates)
         self.state = CloudState(tunables, round_index, self.state.counted | dict.fromkeys(members, round_index))
         await self._worker.compute(self.state.save, self._path)
-        self._publish(self._record(updates, members, accuracy, error, time.perf_counter() - began_s))
+        self._publish(self._record(updates, members, score, error, time.perf_counter() - began_s))
 
     def _average(self, updates: Sequence[Update]) -> Together:
         """On the compute thread: the mean over edges, weighted by examples."""
@@ -152,7 +152,7 @@ class CloudSync:
         self,
         updates: list[Update],
         members: list[str],
-        accuracy: float | None,
+        score: Score,
         lora_error: float | None,
         wall_s: float,
     ) -> RoundRecord:
@@ -160,7 +160,7 @@ class CloudSync:
         return RoundRecord(
             self._node_id,
             self.state.round_index,
-            accuracy,
+            score.accuracy,
             None,
             sum(update.num_examples for update in updates),
             tuple(members),
@@ -169,6 +169,7 @@ class CloudSync:
             (self._worker.usage("tuning"),),
             time.time(),
             lora_error,
+            perplexity=score.perplexity,
         )
 
     def _fence(self, node_id: str, round_index: int) -> None:

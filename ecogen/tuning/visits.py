@@ -18,7 +18,7 @@ from ecogen.config import Unlabelled, WireType
 from ecogen.metering.meter import Meter
 from ecogen.models.tunables import Tunables
 from ecogen.placement import Segment
-from ecogen.planning.cost import backward_flops, forward_flops
+from ecogen.planning.cost import ModelShape, backward_flops, forward_flops
 from ecogen.runtime.compression import TENSOR, compress, restore
 from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import MicrobatchKey, Stage
@@ -130,7 +130,7 @@ class Visits:
             inputs, segment = self._above_prefix(route, tensors), route.lowest_in_two[1]
         else:
             inputs = restore(tensors)
-        self._meter.add_flops(forward_flops(route.shape, segment, len(inputs)))
+        self._meter.add_flops(forward_flops(_shape(route, inputs), segment, len(inputs)))
         key, input_grads = MicrobatchKey(flow.step, flow.microbatch, visit), visit > route.lowest or route.goes_down
         inputs, weak = without_weak(inputs, flow.num_weak)
         by_edge = self._unlabelled.teacher == "edge"
@@ -142,7 +142,7 @@ class Visits:
                 key, segment, inputs, aim.labels, size, weights=aim.weights, input_grads=input_grads
             )
             flow = at(flow, visit, loss=loss, squared_norm=0.0, confident=aim.confident)
-            return self._backward(flow, None, len(inputs))
+            return self._backward(flow, None, inputs)
         outputs = self._stage.forward(key, segment, inputs, input_grads=input_grads)
         if weak_outputs is not None:
             outputs = torch.cat([outputs, weak_outputs])
@@ -169,14 +169,16 @@ class Visits:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _infer(self, route: Route, segment: Segment, inputs: Tensor) -> Tensor:
-        self._meter.add_flops(forward_flops(route.shape, segment, len(inputs)))
+        self._meter.add_flops(forward_flops(_shape(route, inputs), segment, len(inputs)))
         return self._stage.infer(segment, inputs)
 
-    def _backward(self, flow: Flow, grads: Tensor | None, num_examples: int | None = None) -> Parcel:
+    def _backward(self, flow: Flow, grads: Tensor | None, inputs: Tensor | None = None) -> Parcel:
+        """Take gradients back through a visit, or begin with the loss of these inputs."""
         route = self._route(flow)
         visit, segment = flow.visit, route.segment(flow.visit)
-        examples = len(grads) if grads is not None else num_examples or 0
-        self._meter.add_flops(backward_flops(route.shape, segment, examples))
+        passed = inputs if grads is None else grads
+        assert passed is not None
+        self._meter.add_flops(backward_flops(_shape(route, passed), segment, len(passed)))
         input_grads = self._stage.backward(MicrobatchKey(flow.step, flow.microbatch, visit), grads)
         flow = at(flow, visit, squared_norm=flow.squared_norm + self._norm_when_complete(flow))
         if visit > route.lowest:
@@ -202,6 +204,11 @@ class Visits:
     def _route(self, flow: Flow, before: int = 0) -> Route:
         """The route of the owner whose turn it is, or was `before`."""
         return self._routes[(flow.turn - before) % len(self._routes)]
+
+
+def _shape(route: Route, tensor: Tensor) -> ModelShape:
+    """The model's shape for inputs or activations of this size, [B, T] or [B, T, D] where they are of text."""
+    return route.shape.seeing(tensor.shape[1])
 
 
 def at(flow: Flow, visit: int, **changes: float) -> Flow:

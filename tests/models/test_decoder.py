@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from ecogen.errors import CheckpointError
-from ecogen.models.decoder import SegmentedDecoder, load_decoder, new_cache
+from ecogen.models.checkpoint import FILE, open_foundation
+from ecogen.models.decoder import SegmentedDecoder, decoder_of, load_decoder, new_cache
+from ecogen.models.family import family_of
 from ecogen.placement import Segment
 from tests.models.decoders import NUM_BLOCKS, save_decoder
 
@@ -68,6 +70,23 @@ def test_a_node_holds_its_own_parameters_under_the_whole_models_names(folder: Pa
     named = dict(whole.named_parameters())
     assert sorted(name for names in held for name in names) == sorted(named)
     assert all(torch.equal(tensor, named[name]) for names in held for name, tensor in names.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_neox", "deepseek_v3", "phi", "qwen3_next"])
+def test_segments_may_be_made_of_what_was_delivered_by_the_names_in_the_files(
+    kind: str, tmp_path: Path, ids: Tensor
+) -> None:
+    """Whatever transformers fuses or renames as it loads them, and no tensor of another segment among them."""
+    whole, state, counts = save_decoder(kind, tmp_path), ids, []
+    foundation = open_foundation(tmp_path)
+    for segment in (LOWEST, MIDDLE, HIGHEST):
+        names = family_of(kind).names(foundation.config, [segment], foundation.offered)
+        state = decoder_of(foundation.config, [segment], foundation.read(names))(state, segment)
+        counts.append(len(names))
+    assert torch.equal(state, whole(ids).logits)
+    num_tensors = sum(not name.startswith(FILE) for name in foundation.files)
+    assert sum(counts) == num_tensors + 1  # a tied embedding goes to both ends
 
 
 def test_what_a_chain_tuned_is_an_adapter_of_plain_peft(folder: Path, tmp_path: Path, ids: Tensor) -> None:

@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ecogen.models.decoder import State, block_of, load_decoder, names_of, new_cache, open_config
+from ecogen.models.decoder import State, block_index, load_decoder, names_of_segments, new_cache, open_config
 from ecogen.models.families import ACCEPTED
 from ecogen.models.folder import open_folder, write_index, write_shard
 from ecogen.placement import Segment
@@ -51,11 +51,11 @@ class Chain:
 def own_folder(folder: Path, segment: Segment) -> Path:
     """What a device has on its disk."""
     whole, own = open_folder(folder), folder / str(segment)
-    names = names_of(open_config(folder), whole.files, [segment])
+    names = names_of_segments(open_config(folder), [segment], whole.files)
     shards: dict[str, list[str]] = {}
     for name in names:
-        shards.setdefault(f"block-{block_of(name)}", []).append(name)
-    assert {block_of(name) for name in names} - {None} <= set(segment.blocks)
+        shards.setdefault(f"block-{block_index(name)}", []).append(name)
+    assert {block_index(name) for name in names} - {None} <= set(segment.blocks)
     for shard, held in shards.items():
         write_shard(own, shard, whole.read(held))
     write_index(own, whole.config, shards)

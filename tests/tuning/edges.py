@@ -14,7 +14,7 @@ from ecogen.config import Aggregation, Tuning
 from ecogen.errors import AuthenticationError, EcoGenError
 from ecogen.metering.meter import null_meter
 from ecogen.placement import place
-from ecogen.records import EventRecord, Record, RoundRecord, Usage
+from ecogen.records import EventRecord, Record, RoundRecord, Score, Usage
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, Stream
@@ -134,7 +134,7 @@ class Edge:
             self.transport,
             self.worker,
             "cloud",
-            lambda tensors: float(tensors["classifier.bias"][0]) / 100,
+            lambda tensors: Score(accuracy=float(tensors["classifier.bias"][0]) / 100),
             self.publish,
             attempt=FIRST_ATTEMPT,
             aggregation=aggregation,

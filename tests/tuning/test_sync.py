@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ecogen.metering.meter import null_meter
-from ecogen.records import EventRecord, Record, RoundRecord
+from ecogen.records import EventRecord, Record, RoundRecord, Score
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, TrafficCounter
@@ -29,7 +29,7 @@ class Cloud:
         self.worker = Worker(null_meter("cloud"), TrafficCounter())
         start = state or CloudState({"w": torch.zeros(1)})
         self.sync = CloudSync(
-            "cloud", start, path, self.members, self.worker, lambda _: None, self.records.append, patience_s=0.05
+            "cloud", start, path, self.members, self.worker, lambda _: Score(), self.records.append, patience_s=0.05
         )
 
     async def send(self, edge_id: str, round_index: int, value: float, num_examples: int) -> tuple[float, SyncResult]:

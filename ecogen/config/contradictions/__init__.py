@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ecogen.config.contradictions.aggregation import of_aggregation, of_feedback, of_privacy
 from ecogen.config.contradictions.contradiction import Contradiction, unknown
+from ecogen.config.contradictions.text import of_kind
 from ecogen.config.contradictions.topology import of_cuts, of_nodes, of_pool, possible_clusters
 from ecogen.config.contradictions.tunables import of_tunables
 from ecogen.config.nodes import build_topology, is_unformed, pool_rows
@@ -20,7 +21,8 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from too_large
     if too_large:
         return
-    for of_part in (_of_sizes, _of_compute, _of_data, of_tunables, of_aggregation, of_feedback, of_privacy):
+    parts = (_of_sizes, _of_compute, _of_data, of_kind, of_tunables, of_aggregation, of_feedback, of_privacy)
+    for of_part in parts:
         yield from of_part(recipe)
     wrong = list(of_pool(recipe.topology))
     yield from wrong

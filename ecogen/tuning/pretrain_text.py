@@ -1,0 +1,118 @@
+"""Pre-training in the cloud: a small Llama learns to tell the next token of a corpus, in a minute or two of CPU time.
+
+Matrices of the blocks learn by Muon, all else by AdamW; batches are windows that begin anywhere in the corpus.
+
+Shapes: B windows a batch, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from ecogen.config import Model
+from ecogen.tuning.muon import Muon
+from ecogen.tuning.pretrain import schedule
+
+TEXT_VERSION = 1
+"""Raise it with any change that makes the same arguments give another model: caches are keyed by it."""
+
+OnStep = Callable[[str, int, int, float], None]
+
+_CLIP_NORM = 1.0
+_MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_POSITIONS_A_TOKEN = 8  # more than it is trained on, for those who want to try
+
+
+def llama_config(model: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> LlamaConfig:
+    """The configuration of the text model that a recipe has made."""
+    marks = {} if tokenizer is None else {name: getattr(tokenizer, name) for name in _MARKS}
+    return LlamaConfig(
+        vocab_size=model.vocabulary_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_blocks,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_heads,
+        intermediate_size=model.intermediate_size,
+        max_position_embeddings=_POSITIONS_A_TOKEN * model.context_length,
+        tie_word_embeddings=True,
+        **marks,
+    )
+
+
+def new_llama(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    """An untrained model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def pretrain_text(
+    config: LlamaConfig,
+    stream: Tensor,
+    *,
+    length: int,
+    seed: int,
+    on_step: OnStep,
+    steps: int,
+    batch_size: int,
+    matrix_rate: float,
+    learning_rate: float,
+    weight_decay: float,
+) -> LlamaForCausalLM:
+    """A small Llama that was shown a corpus; the same for the same arguments and number of threads.
+
+    Args:
+        stream: the corpus as one row of tokens.
+        length: T, of a window.
+        on_step: called after each step with phase, step, steps and loss.
+        matrix_rate, learning_rate: peaks of Muon and of AdamW.
+    """
+    generator, model = torch.Generator().manual_seed(seed), new_llama(config, seed)
+    optimizers = _optimizers(model, matrix_rate, learning_rate, weight_decay)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    for step in range(steps):
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * schedule((step + 1) / steps)
+        loss = next_token_loss(model, _windows(stream, batch_size, length, generator))
+        _descend(loss, model, optimizers)
+        on_step("next token", step + 1, steps, loss.item())
+    return model
+
+
+def next_token_loss(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of each token [B, T] after the first, given those before it."""
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _windows(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(max(1, len(stream) - length), (count, 1), generator=generator)
+    return stream[(starts + torch.arange(min(length + 1, len(stream)))).clamp(max=len(stream) - 1)]
+
+
+def _optimizers(
+    model: LlamaForCausalLM, matrix_rate: float, learning_rate: float, weight_decay: float
+) -> list[Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the embedding and norms."""
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return [
+        Muon(matrices, lr=matrix_rate, weight_decay=weight_decay),
+        AdamW(others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98)),
+    ]
+
+
+def _descend(loss: Tensor, model: LlamaForCausalLM, optimizers: list[Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP_NORM)
+    for optimizer in optimizers:
+        optimizer.step()
