@@ -25,8 +25,8 @@ async def test_a_device_gets_and_keeps_only_its_own_segments(
     roles: dict[str, DeviceRole] = {}
     build = inproc.build_role
 
-    def remember(context: object, *args: object) -> object:
-        roles[context.node_id] = build(context, *args)
+    def remember(context: object, *args: object, **more: object) -> object:
+        roles[context.node_id] = build(context, *args, **more)
         return roles[context.node_id]
 
     monkeypatch.setattr(inproc, "build_role", remember)

@@ -60,7 +60,7 @@ def test_another_sampler_goes_on_where_one_was() -> None:
     flat, settings = torch.zeros(50), Sampling(seed=3, frequency_penalty=0.4)
     whole = Sampler(settings)
     tokens = [whole(flat).token for _ in range(9)]
-    second = Sampler(settings, tokens[:4])
+    second = Sampler(settings, given=tokens[:4])
     assert [second(flat).token for _ in range(5)] == tokens[4:]
 
 
