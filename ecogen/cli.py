@@ -332,8 +332,8 @@ def main() -> None:
     """The entry point: errors that a user can act on end with exit code 2 and no traceback."""
     level = os.environ.get("ECOGEN_LOG", "WARNING").upper()
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=screen, show_path=False)])
-    for name in ("torchao", "torch.utils._pytree"):  # they tell of kernels of other platforms, which are none of ours
-        logging.getLogger(name).setLevel(logging.ERROR)
+    import ecogen.node.quiet  # noqa: F401 - before what talks
+
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     with _errors_as_exit_codes():

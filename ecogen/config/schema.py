@@ -294,6 +294,9 @@ class Serving:
     shelf: Natural = 4  # places of each group for what requests leave behind; the next that begin alike start there
     answers: Natural = 0  # whole answers that an edge keeps, for the same request again; 0: each is computed
     waiting: Count = 256  # requests that may wait for a slot at an edge
+    replicas: Natural = 0  # clusters of an edge that serve always, the others when these have no room; 0: all
+    busy_s: Positive = 2.0  # for so long requests wait before another cluster serves
+    idle_s: Positive = 60.0  # for so long the others have room before one ends
     patience_s: Positive = 30.0  # how long requests wait for devices that can hold the model
 
 

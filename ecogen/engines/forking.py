@@ -10,7 +10,7 @@ import os
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
-PRELOAD = ["__main__", "ecogen.node.process"]
+PRELOAD = ["ecogen.node.quiet", "__main__", "ecogen.node.process"]
 
 
 def fork_server() -> ForkServerContext:

@@ -141,7 +141,7 @@ def check_serving(recipe: recipes.Recipe, name: str | None = None) -> ServedMode
             nodes,
             recipe.placement.labels,
         )
-    return ServedModel(name or path.name, time.time(), max_tokens)
+    return ServedModel(name or path.name, time.time(), max_tokens, nbytes=folder.nbytes)
 
 
 async def serve(
@@ -171,7 +171,7 @@ async def serve(
             for name, adapter in adapters.items():
                 await gateway.put_adapter(name, adapter)
             await _first_answer(gateway)
-            app = build_app(gateway, text, keys=keys, limits=Limits())
+            app = build_app(gateway, text, keys=keys, limits=Limits(), shelves=gateway)
             ready = lambda address: on_ready(address, gateway)  # noqa: E731
             await serve_http(app, host, port, on_ready=ready, allow_open=allow_open)
 

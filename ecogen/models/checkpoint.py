@@ -150,11 +150,22 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: if it is missing or corrupt.
     """
     try:
-        return load_safetensors(path.read_bytes())
+        content = path.read_bytes()
     except OSError as problem:
         raise CheckpointError(f"cannot read {path}: {problem.strerror}") from problem
+    return tensors_of(content, str(path))
+
+
+def tensors_of(content: bytes, source: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that has been read.
+
+    Raises:
+        CheckpointError: if it is corrupt.
+    """
+    try:
+        return load_safetensors(content)
     except safetensors.SafetensorError as problem:
-        raise CheckpointError(f"{path} is corrupt ({problem}); delete it and run again, or restore it") from problem
+        raise CheckpointError(f"{source} is corrupt ({problem}); delete it and run again, or restore it") from problem
 
 
 def load_metadata(path: Path) -> dict[str, str]:

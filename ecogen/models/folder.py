@@ -55,6 +55,11 @@ class ModelFolder:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:16]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the files of its tensors."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Those of the named tensors that the folder has; no other tensor is read.
 

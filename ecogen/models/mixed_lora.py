@@ -59,10 +59,23 @@ def open_adapter(folder: Path) -> Adapter:
         config = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError) as problem:
         raise CheckpointError(f"{folder} is no adapter: adapter_config.json cannot be read ({problem})") from problem
-    tensors = load_tensors(folder / "adapter_model.safetensors")
+    return adapter_of(config, load_tensors(folder / "adapter_model.safetensors"), str(folder))
+
+
+def adapter_of(config: object, tensors: Mapping[str, Tensor], source: str) -> Adapter:
+    """The adapter of what PEFT's two files hold.
+
+    Args:
+        source: what errors call it.
+
+    Raises:
+        CheckpointError: if it is none, or of a kind that cannot share a batch with others.
+    """
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{source} is no adapter: its configuration is no object")
     adapter = Adapter(config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
     if reason := _refusal(adapter):
-        raise CheckpointError(f"{folder} cannot be served: {reason}; merge it into its model and serve that")
+        raise CheckpointError(f"{source} cannot be served: {reason}; merge it into its model and serve that")
     return adapter
 
 

@@ -11,7 +11,7 @@ from ecogen.models.decoder import load_decoder
 from ecogen.models.folder import write_text_files
 from ecogen.models.mixed_lora import MixedLora
 from ecogen.models.quantize import held_bytes, quantize_weights
-from ecogen.node.context import BOOKS, Caller, NodeContext, Ready, methods
+from ecogen.node.context import BOOKS, Caller, Handler, NodeContext, Ready, methods
 from ecogen.placement import Segment, neighbours_of
 from ecogen.runtime.membership import attend
 from ecogen.runtime.neighbours import Neighbours
@@ -24,6 +24,7 @@ from ecogen.serving.loading import (
     DROP,
     LOAD,
     PREPARE,
+    UNLOAD,
     Assembly,
     Connect,
     Drop,
@@ -55,7 +56,8 @@ class ServingDevice:
         self._assembly = Assembly()
         self._neighbours = Neighbours(context.transport, self._deliver, self._lose)
         edge = Caller(Tier.EDGE, edge_id)
-        handlers = {LOAD: self._load, CONNECT: self._connect, PREPARE: self._hold, DROP: self._forget}
+        handlers: dict[str, Handler] = {LOAD: self._load, CONNECT: self._connect, UNLOAD: self._unload}
+        handlers |= {PREPARE: self._hold, DROP: self._forget}
         self.methods = methods(edge, **handlers, **{BOOKS: self._books})
 
     async def run(self, address: str) -> None:
@@ -95,10 +97,16 @@ class ServingDevice:
         self._stages = StagesOfDevice(load.chain, placement, stages, self._edge_id, worker, neighbours, constrain)
         return Message.of(LOAD, Ready(self._context.worker.usage("delivery", self._held_bytes)))
 
+    async def _unload(self, _: Peer, __: Message) -> Message:
+        """Give the memory back."""
+        await self._drop()
+        return Message.of(UNLOAD)
+
     async def _drop(self) -> None:
         stages, self._stages = self._stages, None
         if stages is not None:
             await stages.close()
+        self._lora, self._held_bytes = None, 0
 
     def _open(self, folder: Path, visits: Mapping[int, Segment], load: Load) -> dict[int, DecoderStage]:
         segments = list(dict.fromkeys(visits.values()))

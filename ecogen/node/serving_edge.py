@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ecogen import config as recipes
 from ecogen.accounting.constants import Constants
-from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError
+from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError, ServingError
 from ecogen.models.folder import ModelFolder, open_folder, write_text_files
 from ecogen.node.context import OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
@@ -21,7 +21,8 @@ from ecogen.serving.cluster import ServedCluster
 from ecogen.serving.desk import Desk, Generate
 from ecogen.serving.generation import Finish
 from ecogen.serving.language import LanguageModel
-from ecogen.serving.loading import DROP, PREPARE, Assembly, Drop, fetch_folder
+from ecogen.serving.loading import DRAIN, DROP, PREPARE, Assembly, Drain, Drop, fetch_folder
+from ecogen.serving.replicas import Replicas
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.tally import Tally
 from ecogen.topology import Tier
@@ -41,7 +42,10 @@ class ServingEdge:
         read = lambda names: self._folder.read(names)  # noqa: E731 - the folder is there when a child asks
         parent = Parent(Tier.END, context, self._members, self._welcome, read, self._outbox.put)
         self._assembly = Assembly()
-        self.methods = {**parent.methods(), **methods(Caller(OPERATOR), **{PREPARE: self._hold, DROP: self._forget})}
+        self.methods = {
+            **parent.methods(),
+            **methods(Caller(OPERATOR), **{PREPARE: self._hold, DROP: self._forget, DRAIN: self._drain}),
+        }
 
     async def run(self, address: str) -> None:
         """Stay a member of the cloud and serve; that goes on while the cloud is away."""
@@ -51,8 +55,7 @@ class ServingEdge:
                 group.create_task(self._members.watch_for_silence())
                 group.create_task(self._outbox.run())
                 await self._prepared.wait()
-                for cluster in self._clusters:
-                    group.create_task(cluster.run())
+                group.create_task(self._replicas.run())
         finally:
             await self._neighbours.close()
 
@@ -99,6 +102,9 @@ class ServingEdge:
             )
             for cluster in clusters
         ]
+        spec = recipe.serving
+        least = spec.replicas or len(self._clusters)
+        self._replicas = Replicas(self._clusters, least, busy_s=spec.busy_s, idle_s=spec.idle_s)
         self._members.expected = [node_id for cluster in clusters for node_id in cluster.node_ids]
 
     async def _obtain(self, welcome: Welcome, source: Path) -> ModelFolder:
@@ -147,8 +153,7 @@ class ServingEdge:
             yield one
 
     def _computed(self, wanted: Generate) -> AsyncGenerator[Chosen | Finish, bool | None]:
-        """By the cluster that has the fewest requests, one that serves if there is any."""
-        cluster = min(self._clusters, key=lambda cluster: (cluster.chain is None, cluster.engine.num_requests))
+        cluster = self._replicas.choose(wanted.request, wanted.adapter_id)
         return cluster.generate(wanted.request_id, wanted.request, wanted.adapter_id, wanted.given)
 
     async def _hold(self, _: Peer, message: Message) -> Message:
@@ -163,6 +168,19 @@ class ServingEdge:
         adapter_id = message.read(Drop).adapter_id
         await asyncio.gather(*(cluster.drop(adapter_id) for cluster in self._clusters))
         return Message.of(DROP)
+
+    async def _drain(self, _: Peer, message: Message) -> Message:
+        """Hold nothing on a device any more, or do again.
+
+        Raises:
+            ServingError: if it is none of this edge's.
+        """
+        drain = message.read(Drain)
+        owners = [cluster for cluster in self._clusters if cluster.has(drain.node_id)]
+        if not owners:
+            raise ServingError(f"{drain.node_id!r} is no device of {self._context.node_id!r}")
+        await owners[0].drain(drain.node_id, is_out=drain.is_out)
+        return Message.of(DRAIN)
 
     def _finish(self, tally: Tally) -> Finish:
         return tally.finish(self._topology, Constants())

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ecogen.config import Serving
-from ecogen.errors import EcoGenError, NodeLostError, PlacementError, ServingError, TransportError
+from ecogen.errors import CheckpointError, EcoGenError, NodeLostError, PlacementError, ServingError, TransportError
 from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Labels, Placement, neighbours_of, segments_held
 from ecogen.planning.decoding import place_decoder
@@ -19,7 +19,7 @@ from ecogen.serving.chain import ServedChain
 from ecogen.serving.engine import Engine
 from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.language import LanguageModel
-from ecogen.serving.loading import CONNECT, DROP, LOAD, Connect, Drop, Load, parts_of
+from ecogen.serving.loading import CONNECT, DROP, LOAD, UNLOAD, Connect, Drop, Load, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.tally import Tally
 from ecogen.topology import Cluster, Node
@@ -64,32 +64,76 @@ class ServedCluster:
             keeps_parts=not model.has_states,
         )
         self.chain: ServedChain | None = None
+        self._has_chain = asyncio.Event()
+        self.rests = False  # nobody asks it, and its devices hold nothing
         self._number = 0
         self._here_then: list[str] = []  # when it was decided where to hold the model
         self._tallies: dict[str, Tally] = {}
         self._adapters: dict[str, Adapter] = {}
         self._turn = asyncio.Lock()  # of giving devices something to hold
+        self._out: set[str] = set()  # devices that are to hold nothing
 
     async def prepare(self, adapter_id: str, adapter: Adapter) -> None:
         """Have every stage hold an adapter; those of a later chain will too.
 
         Raises:
             CheckpointError: if it does not fit the model; then none holds it.
+            ServingError: if no devices hold the model, so that it cannot be seen whether it fits.
         """
+        await self._holding()
         async with self._turn:
             self._adapters[adapter_id] = adapter
             try:
-                await self._send_adapter(adapter_id)
+                if self.chain is not None:
+                    await self._give(self.chain.placement, adapter_id, adapter)
             except TransportError as problem:
                 logger.warning("%s: %s", self._cluster.cluster_id, problem)  # the next chain gets it
             except EcoGenError:
                 await self._drop(adapter_id)
                 raise
 
+    async def _holding(self) -> None:
+        """Wait until devices hold the model, as requests do; of a cluster that rests, the next chain will see to it."""
+        try:
+            async with asyncio.timeout(self._spec.patience_s):
+                while not self.rests and self.chain is None:
+                    await self._has_chain.wait()
+        except TimeoutError:
+            raise ServingError(f"{self.cluster_id} holds no model now; try again") from None
+
     async def drop(self, adapter_id: str) -> None:
         """Have no stage hold an adapter any longer; no request names it."""
         async with self._turn:
             await self._drop(adapter_id)
+
+    @property
+    def cluster_id(self) -> str:
+        return self._cluster.cluster_id
+
+    @property
+    def room(self) -> int:
+        """Requests that it answers at once."""
+        return self._spec.slots * len(self._cluster.node_ids)
+
+    async def drain(self, node_id: str, *, is_out: bool) -> None:
+        """Hold nothing on a device, or do again; answers go on on the others.
+
+        Raises:
+            PlacementError: if the others cannot hold the model; then all stays as it is.
+        """
+        out = self._out | {node_id} if is_out else self._out - {node_id}
+        others = [other for other in self._cluster.node_ids if other not in out and self._members.is_ready(other)]
+        self._place(others)
+        self._out = out
+        await self._members.wake()
+
+    async def unload(self) -> None:
+        """Have no device hold anything; nobody asks this cluster."""
+        async with self._turn:
+            unloads = [self._transport.call(node_id, Message.of(UNLOAD)) for node_id in self._here()]
+            for problem in await asyncio.gather(*unloads, return_exceptions=True):
+                if isinstance(problem, TransportError):
+                    logger.warning("%s: %s", self.cluster_id, problem)
 
     async def generate(
         self, request_id: str, request: GenerationRequest, adapter_id: str = "", given: Sequence[int] = ()
@@ -128,6 +172,7 @@ class ServedCluster:
                 async with self._turn:
                     await self._hold(placement)
                     self.chain = ServedChain(self._number, placement, self._neighbours, self._tallies)
+                    self._has_chain.set()
             except TransportError as problem:
                 await self._lose(problem)
                 continue
@@ -137,17 +182,21 @@ class ServedCluster:
         """Where the devices that are here can hold the model; requests wait, but not for ever."""
         while True:
             self._here_then = self._here()
-            slots = (self._spec.slots + self._spec.shelf) * max(1, len(self._here_then))
-            weights = self._model.weights(slots, self.engine.max_tokens)
             try:
-                return place_decoder(weights, [self._nodes[node_id] for node_id in self._here_then], self._labels)
+                return self._place(self._here_then)
             except PlacementError as problem:
                 if not await self._members.wait_for(self._has_changed, self._spec.patience_s):
                     logger.warning("%s: %s", self._cluster.cluster_id, problem)
                     self.engine.fail(ServingError(f"{self._cluster.cluster_id}: {problem}"))
 
+    def _place(self, node_ids: Sequence[str]) -> Placement:
+        slots = (self._spec.slots + self._spec.shelf) * max(1, len(node_ids))
+        weights = self._model.weights(slots, self.engine.max_tokens)
+        return place_decoder(weights, [self._nodes[node_id] for node_id in node_ids], self._labels)
+
     def _here(self) -> list[str]:
-        return [node_id for node_id in self._cluster.node_ids if self._members.is_ready(node_id)]
+        ids = (node_id for node_id in self._cluster.node_ids if node_id not in self._out)
+        return [node_id for node_id in ids if self._members.is_ready(node_id)]
 
     def _has_changed(self) -> bool:
         return self._here() != self._here_then
@@ -164,12 +213,12 @@ class ServedCluster:
         edge_ids = {placement.start_id, placement.visits[-1].node_id}
         await self._neighbours.connect(self._members.locate(edge_ids))
         await asyncio.gather(*(self._transport.call(node_id, self._connect(placement, node_id)) for node_id in ids))
-        for adapter_id, adapter in self._adapters.items():
-            await self._give(placement, adapter_id, adapter)
-
-    async def _send_adapter(self, adapter_id: str) -> None:
-        if self.chain is not None:
-            await self._give(self.chain.placement, adapter_id, self._adapters[adapter_id])
+        for adapter_id, adapter in list(self._adapters.items()):
+            try:
+                await self._give(placement, adapter_id, adapter)
+            except CheckpointError as problem:  # it came while nobody held the model
+                logger.warning("%s: %s", self.cluster_id, problem)
+                del self._adapters[adapter_id]
 
     async def _give(self, placement: Placement, adapter_id: str, adapter: Adapter) -> None:
         """Give each device the part of an adapter that is in its blocks."""
@@ -201,6 +250,7 @@ class ServedCluster:
         finally:
             others.cancel()
             self.chain = None
+            self._has_chain.clear()
             await self.engine.detach()
         if chain.lost.done():
             await self._lose(chain.lost.result())

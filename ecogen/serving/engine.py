@@ -110,6 +110,11 @@ class Engine:
         return answer.num_reused if answer else 0
 
     @property
+    def num_waiting(self) -> int:
+        """Those without a slot."""
+        return self._scheduler.num_waiting
+
+    @property
     def num_requests(self) -> int:
         """Those that run or wait."""
         return len(self._answers)

@@ -17,12 +17,16 @@ from itertools import count
 
 from ecogen.errors import NodeLostError, ServingError, TransportError, UnknownModelError
 from ecogen.models.mixed_lora import Adapter
+from ecogen.serving.balance import Balancer
 from ecogen.serving.desk import CANCEL, GENERATE, STOP, Cancel, Generate, News, Stop
 from ecogen.serving.generation import Finish, GenerationRequest, ServedModel
-from ecogen.serving.loading import DROP, Drop, parts_of
+from ecogen.serving.loading import DRAIN, DROP, Drain, Drop, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.transport.base import Message, Stream, Transport
 from ecogen.transport.failures import rebuild
+
+_AWAY_S = 2.0
+"""For so long an edge that was lost is asked only if there is no other."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ class _Edge:
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     pump: asyncio.Task[None] | None = None
     lost_s: float = -1e9
+    is_out: bool = False
+    has_none: asyncio.Event = field(default_factory=asyncio.Event)  # no answers; set for those who wait for it
 
 
 @dataclass(eq=False)
@@ -75,6 +81,7 @@ class Gateway:
         self._versions: dict[tuple[str | None, str], _Version] = {(None, model.name): self._backbone}
         self._retired: set[_Version] = set()
         self._publishing = asyncio.Lock()
+        self._balancer: Balancer[int] = Balancer()
         self._name, self._numbers = secrets.token_hex(4), count()
         self._drops: set[asyncio.Task[None]] = set()
 
@@ -100,7 +107,7 @@ class Gateway:
             if name == backbone.name:
                 raise ServingError(f"the name {name!r} is the backbone's; choose another")
             old = self._versions.get((tenant, name))
-            served = ServedModel(name, time.time(), backbone.max_tokens, backbone.name)
+            served = ServedModel(name, time.time(), backbone.max_tokens, backbone.name, tenant, adapter.nbytes)
             version = _Version(served, tenant, f"{self._name}-{next(self._numbers)}", adapter)
             try:
                 await asyncio.gather(*(self._give(edge, version) for edge in self._edges))
@@ -175,7 +182,7 @@ class Gateway:
         deadline_s, is_stopped = time.monotonic() + self._patience_s, None
         with self._using(version):
             while not is_stopped:  # an edge that is lost after that cannot say any more what it took
-                edge = min(self._edges, key=lambda edge: (time.monotonic() - edge.lost_s < 2, len(edge.answers)))
+                edge = self._choose(request, version.adapter_id)
                 try:
                     async with aclosing(self._ask(edge, request, version.adapter_id, tuple(given))) as answer:
                         one = await anext(answer)
@@ -192,6 +199,39 @@ class Gateway:
                     if time.monotonic() > deadline_s:
                         raise
                     await asyncio.sleep(0.2)
+
+    def _choose(self, request: GenerationRequest, adapter_id: str) -> _Edge:
+        """One that is not being drained, and was not lost a moment ago, where there is one."""
+        own = [index for index, edge in enumerate(self._edges) if not edge.is_out]
+        here = [index for index in own if time.monotonic() - self._edges[index].lost_s > _AWAY_S] or own
+        loads = {index: len(self._edges[index].answers) for index in here}
+        return self._edges[self._balancer.choose(loads, request.prompt, adapter_id)]
+
+    async def drain(self, node_id: str, *, is_out: bool = True) -> None:
+        """Give an edge no more requests, or have a device hold nothing, without an error to anybody; or undo that.
+
+        Of an edge, returns when it has answered what it had. A device's work goes on on the others of its cluster.
+
+        Raises:
+            PlacementError: if the other devices cannot hold the model.
+            ServingError: if there is no such node, or no other edge.
+        """
+        edge = next((edge for edge in self._edges if edge.node_id == node_id), None)
+        if edge is None:
+            await self._drain_device(node_id, is_out)
+            return
+        if is_out and all(other.is_out for other in self._edges if other is not edge):
+            raise ServingError(f"{node_id} is the only edge that serves; it cannot be drained")
+        edge.is_out = is_out
+        if is_out and edge.answers:
+            edge.has_none.clear()
+            await edge.has_none.wait()
+
+    async def _drain_device(self, node_id: str, is_out: bool) -> None:
+        edge = next((edge for edge in self._edges if node_id.startswith(f"{edge.node_id}.")), None)
+        if edge is None:
+            raise ServingError(f"there is no node {node_id!r} here")
+        await self._transport.call(edge.node_id, Message.of(DRAIN, Drain(node_id, is_out)))
 
     async def close(self) -> None:
         """Leave all edges."""
@@ -230,6 +270,8 @@ class Gateway:
             raise
         finally:
             edge.answers.pop(request_id, None)
+            if not edge.answers:
+                edge.has_none.set()
             if not ended and edge.stream is not None:
                 with suppress(TransportError):
                     await edge.stream.send(Message.of(CANCEL, Cancel(request_id)))

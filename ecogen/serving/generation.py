@@ -59,12 +59,16 @@ class ServedModel:
         created_s: when it came, in seconds since 1970.
         backbone: of an adapter, the name of what it is an adapter of.
         max_tokens: the longest request, prompt and answer.
+        tenant: whose alone it is; None for all.
+        nbytes: of its weights, as they cross a link once.
     """
 
     name: str
     created_s: float
     max_tokens: int
     backbone: str | None = None
+    tenant: str | None = None
+    nbytes: int = 0
 
 
 class Serving(Protocol):

@@ -22,7 +22,7 @@ _MAX_PARTS = 4096
 
 Compute = Callable[..., Awaitable[Any]]
 
-LOAD, CONNECT, PREPARE, DROP = "load", "connect", "prepare", "drop"
+LOAD, CONNECT, UNLOAD, PREPARE, DROP, DRAIN = "load", "connect", "unload", "prepare", "drop", "drain"
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -79,6 +79,13 @@ class Drop(msgspec.Struct, frozen=True):
     """No step names this adapter any more."""
 
     adapter_id: str
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """Operator to edge: hold nothing on this device any more, or do again."""
+
+    node_id: str
+    is_out: bool = True
 
 
 class Assembly:

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from ecogen.errors import ServingError, TransportError
 from ecogen.serving.generation import Finish, ServedModel, Serving
+from ecogen.serving.openai.adapters import Shelves, adapter_routes
 from ecogen.serving.openai.choices import Piece, Telling, choice, merged
 from ecogen.serving.openai.connection import Reply, SlowReader, read_body, while_connected
 from ecogen.serving.openai.keys import Keys
@@ -39,13 +40,19 @@ Ask = Callable[[bytes, str | None], Awaitable[tuple[Question, Shape]]]
 
 
 def build_app(
-    serving: Serving, text: TextModel, *, keys: Keys | None = None, limits: Limits | None = None
+    serving: Serving,
+    text: TextModel,
+    *,
+    keys: Keys | None = None,
+    limits: Limits | None = None,
+    shelves: Shelves | None = None,
 ) -> Starlette:
     """The API server of what serves.
 
     Args:
         text: of all models that are served; adapters share their backbone's.
         keys: none lets everybody in.
+        shelves: where tenants' adapters are put; None for nowhere.
     """
     keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics()
     asking, gate = Asking(serving, text, limits), Gate(limits)
@@ -65,6 +72,7 @@ def build_app(
             Route("/v1/completions", Endpoint(completion, answering, keys, gate, limits), methods=["POST"]),
             Route("/v1/chat/completions", Endpoint(chat, answering, keys, gate, limits), methods=["POST"]),
             *_about(serving, keys, metrics),
+            *([] if shelves is None else adapter_routes(shelves, keys, limits)),
         ],
         middleware=[Middleware(Counted, metrics=metrics)],
         exception_handlers=dict.fromkeys((Refusal, HTTPException, ServingError, TransportError, Exception), _refuse),
@@ -110,6 +118,7 @@ def _model(model: ServedModel) -> dict[str, Any]:
         "owned_by": "ecogen",
         "parent": model.backbone,
         "max_model_len": model.max_tokens,
+        "bytes": model.nbytes,
     }
 
 

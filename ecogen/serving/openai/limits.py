@@ -26,6 +26,8 @@ class Limits:
         stop_chars: of one of them.
         requests_at_once: of one key.
         requests_per_minute: of one key, on average; as many may come at once.
+        adapters: that one tenant may bring.
+        adapter_bytes: of each of them.
         write_s: how long a reader of a stream may take nothing.
     """
 
@@ -38,6 +40,8 @@ class Limits:
     stop_chars: int = 256
     requests_at_once: int | None = 64
     requests_per_minute: int | None = None
+    adapters: int = 16
+    adapter_bytes: int = 256 * 2**20
     write_s: float = 20.0
 
 

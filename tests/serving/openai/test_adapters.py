@@ -1,0 +1,128 @@
+"""A tenant brings an adapter over HTTP, asks it, replaces it and takes it away; nobody else sees it."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import zipfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from ecogen.models.folder import open_folder
+from ecogen.serving.openai.app import build_app
+from ecogen.serving.openai.keys import Keys
+from ecogen.serving.openai.limits import Limits
+from ecogen.serving.openai.listening import listening
+from ecogen.serving.openai.text import load_text
+from tests.models.decoders import save_decoder
+from tests.models.test_mixed_lora import save_adapter
+from tests.serving.federations import serving, tiny_recipe
+from tests.serving.openai.served import byte_level, wrapped
+from tests.serving.test_adapters import wanted
+
+KEYS = {"key-of-anna": "anna", "key-of-ben": "ben"}
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_decoder("llama", folder, vocab_size=byte_level().get_vocab_size())
+    wrapped(byte_level()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [save_adapter(model, folder / str(seed), seed) for seed in (1, 2)]
+
+
+def zipped(folder: Path, *, under: str = "") -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, f"{under}{path.name}")
+    return packed.getvalue()
+
+
+@asynccontextmanager
+async def api(model: Path, folder: Path, *, keys: bool = True, **limits: int) -> AsyncIterator[httpx.AsyncClient]:
+    async with serving(tiny_recipe(model, devices=2), folder) as (gateway, _):
+        known = Keys(KEYS if keys else {})
+        app = build_app(gateway, load_text(model), keys=known, limits=Limits(**limits), shelves=gateway)
+        async with listening(app) as (address, _), httpx.AsyncClient(base_url=f"{address}/v1", timeout=30) as client:
+            yield client
+
+
+def key_of(tenant: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer key-of-{tenant}"}
+
+
+async def said(client: httpx.AsyncClient, name: str, tenant: str) -> httpx.Response:
+    asked = {"model": name, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    return await client.post("/completions", json=asked, headers=key_of(tenant))
+
+
+async def test_an_adapter_comes_is_replaced_and_goes(model: Path, adapters: list[Path], tmp_path: Path) -> None:
+    async with api(model, tmp_path) as client:
+        answers = []
+        for adapter, under in zip(adapters, ("", "adapter/"), strict=True):
+            put = await client.put("/adapters/mine", content=zipped(adapter, under=under), headers=key_of("anna"))
+            assert put.status_code == 200, put.text
+            assert 0 < put.json()["bytes"] < put.json()["backbone_bytes"] / 5
+            assert put.json()["backbone_bytes"] == open_folder(model).nbytes
+            answers.append((await said(client, "mine", "anna")).json()["choices"][0]["text"])
+        decoded = [byte_level().decode(wanted(model, adapter, PROMPT, 8)) for adapter in adapters]
+        assert answers == decoded
+        names = [one["id"] for one in (await client.get("/models", headers=key_of("ben"))).json()["data"]]
+        assert names == ["tiny"]
+        assert (await said(client, "mine", "ben")).status_code == 404
+        assert (await client.delete("/adapters/mine", headers=key_of("ben"))).status_code == 404
+        gone = await client.delete("/adapters/mine", headers=key_of("anna"))
+        assert gone.json() == {"id": "mine", "object": "adapter", "deleted": True}
+        assert (await said(client, "mine", "anna")).status_code == 404
+
+
+async def test_who_may_not(model: Path, adapters: list[Path], tmp_path: Path) -> None:
+    content = zipped(adapters[0])
+    async with api(model, tmp_path / "a", adapters=1) as client:
+        assert (await client.put("/adapters/mine", content=content)).status_code == 401
+        assert (await client.put("/adapters/mine", content=content, headers=key_of("eve"))).status_code == 401
+        for name, status in (("one", 200), ("one", 200), ("two", 429)):
+            assert (
+                await client.put(f"/adapters/{name}", content=content, headers=key_of("anna"))
+            ).status_code == status
+        assert (await client.put("/adapters/two", content=content, headers=key_of("ben"))).status_code == 200
+    async with api(model, tmp_path / "b", keys=False) as client:
+        refused = await client.put("/adapters/mine", content=content)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_keys")
+
+
+async def test_what_is_no_adapter(model: Path, adapters: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(adapters[0], tmp_path / "half", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(adapters[0], tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"nothing")
+    save_decoder("llama", tmp_path / "wider", hidden_size=128)
+    other = save_adapter(tmp_path / "wider", tmp_path / "other", 1)
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("adapter_config.json", " " * 10**7)
+        archive.writestr("adapter_model.safetensors", b"")
+    async with api(model, tmp_path / "nodes", adapter_bytes=10**6) as client:
+        for content, told in {
+            b"no zip": "no zip file of an adapter",
+            zipped(tmp_path / "half"): "has no adapter_model.safetensors; zip the directory that PEFT saved",
+            zipped(tmp_path / "broken"): "the adapter is corrupt",
+            zipped(other): "does not fit the model",
+            bomb.getvalue(): "larger than 1000000 bytes unpacked",
+        }.items():
+            refused = await client.put("/adapters/mine", content=content, headers=key_of("anna"))
+            assert refused.status_code == 400, told
+            assert told in refused.json()["error"]["message"]
+        assert (await client.put("/adapters/x", content=b"." * (10**6 + 1), headers=key_of("anna"))).status_code == 413
+        assert (await said(client, "tiny", "anna")).status_code == 200
