@@ -57,7 +57,7 @@ def call(arguments: tuple[object, ...], capsys: pytest.CaptureFixture[str], monk
 @contextmanager
 def started(*arguments: object, **settings: Any) -> Iterator[subprocess.Popen[str]]:
     """`ecogen` in a process of its own, which does not outlive the test."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "500"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "500", "PYTHONFAULTHANDLER": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([ECOGEN, *map(str, arguments)], env=environment, **(pipes | settings))
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -165,7 +165,7 @@ class LocalEngine:
         level = logging.getLogger().getEffectiveLevel()
         process = self._context.Process(target=main_of_child, args=(settings, theirs, level), name=node_id, daemon=True)
         child = self._children[node_id] = _Child(process, ours, time.monotonic(), address)
-        await asyncio.to_thread(process.start)
+        await _to_its_end(asyncio.to_thread(process.start))
         theirs.close()
         return child
 
@@ -233,6 +233,16 @@ def prepare_certificates(folder: Path, recipe: recipes.Recipe) -> Path:
         if not (certificates / node_id / "authority.pem").exists():  # written last
             issue(authority, node_id, tier, certificates / node_id)
     return certificates
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for work in a thread, which cannot be broken off: a process that is half started could not be ended."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def _report(child: _Child, timeout_s: float | None) -> dict[str, Any] | None:

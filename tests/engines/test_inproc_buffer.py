@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ecogen.config import Recipe
-from ecogen.records import EventRecord
+from ecogen.records import EventRecord, RoundRecord
 from ecogen.runtime import membership
 from tests.runs import duplicates, finish, in_background, rounds_of, run, running, until
 from tests.tiny import RecordingNetwork
@@ -72,8 +72,9 @@ async def test_a_device_lost_while_others_tune_takes_part_again(recipe_of: Recip
         work = in_background(finish(federation))
         await until(lambda: [s for s in network.sent if (s.method, s.sender_id) == ("forward", SLOW)])
         await engine.kill(SLOW)
-        # The others leave it time to come back, on a busy machine too.
+        # The others leave it time to come back, on a busy machine too; but first there is a round without it.
         network.delay = lambda sender, *_: 0.04 if "cluster-1" in sender and not is_back() else 0.0
+        await until(lambda: any(isinstance(r, RoundRecord) and r.missing for r in federation.records))
         await engine.start_node(SLOW)
         finished = await asyncio.wait_for(work, 40)
     assert [event.node_id for event in finished.events("cluster_failed")] == ["edge-0.cluster-0"]

@@ -139,8 +139,8 @@ async def test_who_leaves_frees_its_slot(model: Path, tmp_path: Path) -> None:
 
 async def test_clusters_share_the_work(model: Path, tmp_path: Path) -> None:
     async with serving(tiny_recipe(model, devices=1, clusters=2, edges=2), tmp_path) as (gateway, _):
-        for _ in range(9):  # until the last one has loaded the model
-            answers = await asyncio.gather(*(whole_answer(gateway, prompt, 25) for prompt in prompts(8)))
+        for seed in range(20):  # until the last one has loaded the model
+            answers = await asyncio.gather(*(whole_answer(gateway, prompt, 25) for prompt in prompts(8, seed)))
             devices = [finish.node_ids for _, finish in answers]
             if len(set(devices)) == 4:
                 break
