@@ -25,6 +25,7 @@ from ecogen.serving.sampling import Chosen
 from ecogen.transport.base import Message, Stream, Transport
 from ecogen.transport.failures import rebuild
 
+_CLOSE_S = 2.0
 _AWAY_S = 2.0
 """For so long an edge that was lost is asked only if there is no other."""
 
@@ -239,8 +240,8 @@ class Gateway:
             task.cancel()
         for edge in self._edges:
             if edge.stream is not None:
-                with suppress(TransportError):
-                    await edge.stream.close()
+                with suppress(TransportError, TimeoutError):
+                    await asyncio.wait_for(edge.stream.close(), _CLOSE_S)
 
     async def _ask(
         self, edge: _Edge, request: GenerationRequest, adapter_id: str, given: tuple[int, ...]
