@@ -21,7 +21,7 @@ from ecogen.serving.steps import Order, Start
 logger = logging.getLogger(__name__)
 
 RunStep = Callable[[Order], Awaitable[Sequence[Chosen | str]]]
-"""Sends a step through all stages; gives each row's token, or why it has none; nothing where the step gives none."""
+"""Sends a step through all stages; gives the token of each row that has one, or why not; on failure of every row."""
 
 
 class _Answer:
@@ -190,10 +190,11 @@ class Engine:
             self._wake()
 
     def _end(self, step: Step, chosen: Sequence[Chosen | str]) -> None:
-        """Hand out what a step gave; of one that gives no tokens, nothing but failures."""
-        taken = [self._take(name, one) for name, one in zip(step.requests, chosen, strict=bool(chosen))]
-        finished = [name for name, (_, is_last) in zip(step.requests, taken, strict=bool(taken)) if is_last]
-        failed = [name for name, one in zip(step.requests, chosen, strict=bool(chosen)) if isinstance(one, str)]
+        """Hand out what a step gave."""
+        given = list(zip(step.requests, chosen, strict=False))  # the rows that have no token come last
+        taken = [self._take(name, one) for name, one in given]
+        finished = [name for (name, _), (_, is_last) in zip(given, taken, strict=True) if is_last]
+        failed = [name for name, one in given if isinstance(one, str)]
         self._scheduler.end(step.group, [token for token, _ in taken], finished, failed)
 
     def _take(self, request_id: str, chosen: Chosen | str) -> tuple[int, bool]:
@@ -205,10 +206,10 @@ class Engine:
         starts = {}
         for name, answer in answers.items():
             answer.num_reused = self._scheduler.num_reused(name)
-        if step.gives:
-            new = {name: answer for name, answer in answers.items() if name not in self._started}
-            starts = {name: Start(answer.sampling, tuple(answer.given)) for name, answer in new.items()}
-            self._started |= starts.keys()
+        for name in step.requests[: step.gives]:
+            if name in answers and name not in self._started:
+                starts[name] = Start(answers[name].sampling, tuple(answers[name].given))
+        self._started |= starts.keys()
         adapters = tuple(answers[name].adapter if name in answers else "" for name in step.requests)
         ended = tuple(name for name in self._ended if name in self._started)
         self._started.difference_update(ended)

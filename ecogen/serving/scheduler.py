@@ -1,9 +1,10 @@
 """Which requests run in the next step: continuous batching, without a tensor.
 
 Requests live in slots. A chain of S stages is kept busy by S groups of slots: while one group's step is at the second
-stage, the next group's is at the first. A group's step is either a chunk of one prompt (Agrawal et al. 2023, Sarathi,
+stage, the next group's is at the first. A group's step is either a chunk of prompts (Agrawal et al. 2023, Sarathi,
 https://arxiv.org/abs/2308.16369) or one token of every request that has its prompt behind it; the two alternate where
-there is both, so that a long prompt delays the others by a chunk at most.
+there is both, so that prompts delay the others by a chunk at most. A chunk is of one long prompt or of several short
+ones: as many tokens of each, since a step is a rectangle.
 
 A group's slots hold the requests that decode, then those whose prompts are not through, without a gap: so what decodes
 together lies together. Where one leaves, the highest of either kind moves down.
@@ -15,9 +16,9 @@ same tokens the work of computing them again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from operator import eq
 from typing import NamedTuple
 
@@ -40,10 +41,10 @@ class Step:
     Attributes:
         moves: before anything else.
         first: the first slot of the rows that run.
-        tokens: their tokens; several of one row, or one of each.
+        tokens: their tokens, as many of each.
         positions: where the first of these goes, row by row.
         requests: whose they are, row by row.
-        gives: whether each row's last token is followed by one of the answer.
+        gives: how many rows, from the first on, are followed by a token of the answer.
     """
 
     group: int
@@ -52,7 +53,7 @@ class Step:
     tokens: tuple[tuple[int, ...], ...]
     positions: tuple[int, ...]
     requests: tuple[str, ...]
-    gives: bool
+    gives: int
 
 
 @dataclass(slots=True)
@@ -62,6 +63,11 @@ class _Request:
     adapter: str = ""
     num_cached: int = 0
     num_reused: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are not computed yet."""
+        return len(self.tokens) - self.num_cached
 
 
 @dataclass(slots=True)
@@ -179,13 +185,23 @@ class _Group:
         return len(self.decoding) + len(self.prefilling)
 
 
+def _together(requests: Sequence[_Request]) -> Iterator[_Request]:
+    """The first ones that one rectangle as wide as the first one's rest can take; those that end with it stand first."""
+    first = least = requests[0]
+    for request in takewhile(lambda other: other.num_cached == first.num_cached, requests):
+        if request.num_left < least.num_left:
+            return
+        least = request
+        yield request
+
+
 class Scheduler:
     """Continuous batching over groups of slots.
 
     Args:
         num_groups: as many as the chain has stages.
         slots_per_group: how many requests each has room for.
-        chunk: how many tokens of a prompt go through at once.
+        chunk: how many tokens of prompts go through at once.
         shelf: places of each group for what requests leave behind; their slots come after the others.
         keeps_parts: whether the first of these tokens are of use without the rest: not where states are kept that
             have seen all of them.
@@ -228,20 +244,21 @@ class Scheduler:
         """A group's step has ended.
 
         Args:
-            tokens: the answer's next, row by row; not looked at where the step gives none.
+            tokens: the answers' next, of the rows that have one.
             finished: requests that need no more.
             failed: those of which nothing is to be kept.
         """
         own, tokens = self._groups[group], list(tokens)
         step, own.step = own.step, None
         assert step is not None
-        ran = own.prefilling[:1] if own.prefilled_last else own.decoding
+        ran = (own.prefilling if own.prefilled_last else own.decoding)[: len(step.tokens)]
         for row, request in enumerate(ran):
             request.num_cached += len(step.tokens[row])
-            if step.gives:
+            if row < step.gives:
                 request.tokens.append(tokens[row])
-        if own.prefilled_last and step.gives:
-            own.decoding.append(own.prefilling.pop(0))
+        if own.prefilled_last:
+            own.decoding += own.prefilling[: step.gives]
+            del own.prefilling[: step.gives]
         failed = set(failed)
         for request in [request for request in own.requests if request.request_id in failed]:
             own.leave(request)
@@ -287,12 +304,13 @@ class Scheduler:
 
     def _prefill(self, group: int) -> Step:
         own = self._groups[group]
-        own.prefilled_last, request = True, own.prefilling[0]
-        begin = request.num_cached
-        tokens = tuple(request.tokens[begin : begin + self._chunk])
-        gives = begin + len(tokens) == len(request.tokens)
-        slot = len(own.decoding)
-        return Step(group, self._moves(own), slot, (tokens,), (begin,), (request.request_id,), gives)
+        own.prefilled_last, begin = True, own.prefilling[0].num_cached
+        length = min(own.prefilling[0].num_left, self._chunk)
+        ran = list(islice(_together(own.prefilling), max(1, self._chunk // length)))
+        tokens = tuple(tuple(request.tokens[begin : begin + length]) for request in ran)
+        names = tuple(request.request_id for request in ran)
+        gives = sum(request.num_left == length for request in ran)
+        return Step(group, self._moves(own), len(own.decoding), tokens, (begin,) * len(ran), names, gives)
 
     def _decode(self, group: int) -> Step:
         own = self._groups[group]
@@ -300,7 +318,7 @@ class Scheduler:
         tokens = tuple((request.tokens[-1],) for request in own.decoding)
         positions = tuple(request.num_cached for request in own.decoding)
         names = tuple(request.request_id for request in own.decoding)
-        return Step(group, self._moves(own), 0, tokens, positions, names, gives=True)
+        return Step(group, self._moves(own), 0, tokens, positions, names, gives=len(names))
 
     def _moves(self, own: _Group) -> tuple[Move, ...]:
         moves, own.moves = tuple(own.moves), []

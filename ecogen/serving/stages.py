@@ -144,14 +144,13 @@ class Choosers:
         self._choosers: dict[str, Sampler | str] = {}  # or why there is none
 
     def choose(self, order: Order, logits: Tensor) -> list[Chosen | str]:
-        """Each row's token, or why it has none, of logits [B, V]; nothing where the step gives none."""
+        """The token of each row that has one, or why not, of logits [B, V]."""
         for request_id in order.ended:
             self._choosers.pop(request_id, None)
         for request_id, start in order.starts.items():
             self._choosers[request_id] = self._chooser(start)
-        if not order.step.gives:
-            return []
-        return [self._choose(name, row) for name, row in zip(order.step.requests, logits, strict=True)]
+        requests = order.step.requests[: order.step.gives]
+        return [self._choose(name, row) for name, row in zip(requests, logits, strict=False)]
 
     def _chooser(self, start: Start) -> Sampler | str:
         try:

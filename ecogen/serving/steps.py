@@ -64,7 +64,7 @@ class StepFlow(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """A step that is through: each row's token, or why it has none. Nothing where it gives none and none failed."""
+    """A step that is through: the token of each row that has one, or why not; where all failed, why, for every row."""
 
     chain: int
     group: int
