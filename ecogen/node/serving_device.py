@@ -10,6 +10,7 @@ from ecogen.errors import AuthenticationError, NodeLostError, ProtocolError
 from ecogen.models.decoder import load_decoder
 from ecogen.models.folder import write_text_files
 from ecogen.models.mixed_lora import MixedLora
+from ecogen.models.packed import pack_weights
 from ecogen.models.quantize import held_bytes, quantize_weights
 from ecogen.node.context import BOOKS, Caller, Handler, NodeContext, Ready, methods
 from ecogen.placement import Segment, neighbours_of
@@ -115,6 +116,7 @@ class ServingDevice:
         if context.dtype == "int8":
             quantize_weights(model)
         model.to(resolve_device(context.device))
+        pack_weights(model)
         self._held_bytes = held_bytes(model)
         lora = self._lora = MixedLora(model)
         room = (load.groups, load.slots, load.max_tokens)

@@ -186,7 +186,7 @@ class _Group:
 
 
 def _together(requests: Sequence[_Request]) -> Iterator[_Request]:
-    """The first ones that one rectangle as wide as the first one's rest can take; those that end with it stand first."""
+    """Those that can go through with the first one, as many tokens of each; who ends with it stands first."""
     first = least = requests[0]
     for request in takewhile(lambda other: other.num_cached == first.num_cached, requests):
         if request.num_left < least.num_left:
