@@ -39,14 +39,15 @@ class _Answer:
     def take(self, chosen: Chosen | str) -> tuple[int, bool]:
         """The next token, and whether it is the last; without one this answer ends, and no other."""
         if isinstance(chosen, str):
-            self.news.put_nowait(ServingError(chosen))
             return _NOBODY_WAITS
         self.given.append(chosen.token)
-        self.news.put_nowait(chosen)
-        is_last = len(self.given) >= self.max_new or chosen.token in self.ends
+        return chosen.token, len(self.given) >= self.max_new or chosen.token in self.ends
+
+    def tell(self, chosen: Chosen | str, is_last: bool) -> None:
+        """Let the reader know what was taken."""
+        self.news.put_nowait(ServingError(chosen) if isinstance(chosen, str) else chosen)
         if is_last:
             self.news.put_nowait(None)
-        return chosen.token, is_last
 
 
 _NOBODY_WAITS = (0, True)
@@ -187,7 +188,8 @@ class Engine:
                 logger.exception("a step failed")
                 chosen = [f"a step failed: {problem}"] * len(step.requests)
             self._end(step, chosen)
-            self._wake()
+            if self._scheduler.num_waiting:
+                self._wake()  # the emptiest group may be another one now
 
     def _end(self, step: Step, chosen: Sequence[Chosen | str]) -> None:
         """Hand out what a step gave."""
@@ -199,7 +201,12 @@ class Engine:
 
     def _take(self, request_id: str, chosen: Chosen | str) -> tuple[int, bool]:
         answer = self._answers.get(request_id)
-        return answer.take(chosen) if answer else _NOBODY_WAITS
+        if answer is None:
+            return _NOBODY_WAITS
+        token, is_last = answer.take(chosen)
+        # Later, so that the stages have their next step before readers have this token.
+        asyncio.get_running_loop().call_later(0, answer.tell, chosen, is_last)
+        return token, is_last
 
     def _order(self, step: Step) -> Order:
         answers = {name: self._answers[name] for name in step.requests if name in self._answers}
