@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from ecogen.errors import NodeLostError
+from ecogen.errors import NodeLostError, ServingError
 from ecogen.placement import Placement
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.serving.sampling import Chosen
-from ecogen.serving.steps import CHOSEN, LOST, STEP, Lost, Order, StepFlow, StepResult, size_of
+from ecogen.serving.steps import CHOSEN, LOST, STEP, Lost, Order, StepFlow, StepResult, Visited, size_of
 from ecogen.serving.tally import Tally
 from ecogen.transport.base import Message
 
@@ -34,19 +34,34 @@ class ServedChain:
         Raises:
             NodeLostError: if a device is lost meanwhile.
         """
+        result, received_bytes = await self._pass(order)
+        self._count(order, result, received_bytes)
+        return result.chosen
+
+    async def visits_of(self, order: Order) -> Sequence[Visited]:
+        """Send a step of no request through all stages; gives what each visit took.
+
+        Raises:
+            NodeLostError: if a device is lost meanwhile.
+            ServingError: if a stage fails.
+        """
+        result, _ = await self._pass(order)
+        if len(result.visits) < len(self.placement):
+            raise ServingError("; ".join(sorted({str(problem) for problem in result.chosen})))
+        return result.visits
+
+    async def _pass(self, order: Order) -> tuple[StepResult, int]:
         group = order.step.group
         future: asyncio.Future[tuple[StepResult, int]] = asyncio.get_running_loop().create_future()
         self._waiting[group] = future
         try:
             await self._neighbours.send(self.placement.start_id, Message.of(STEP, StepFlow(self.number, order)))
-            result, received_bytes = await future
+            return await future
         except NodeLostError as problem:
             self.lose(problem)
             raise
         finally:
             del self._waiting[group]
-        self._count(order, result, received_bytes)
-        return result.chosen
 
     def deliver(self, message: Message) -> None:
         """Take what a device says."""

@@ -12,7 +12,7 @@ from ecogen.config import Serving
 from ecogen.errors import CheckpointError, EcoGenError, NodeLostError, PlacementError, ServingError, TransportError
 from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Labels, Placement, neighbours_of, segments_held
-from ecogen.planning.decoding import place_decoder
+from ecogen.planning.decoding import Weights, place_decoder, predicted_s, rates_of
 from ecogen.runtime.membership import Members
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.serving.chain import ServedChain
@@ -21,11 +21,18 @@ from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.language import LanguageModel
 from ecogen.serving.loading import CONNECT, DROP, LOAD, UNLOAD, Connect, Drop, Load, parts_of
 from ecogen.serving.sampling import Chosen
+from ecogen.serving.stage_times import stage_times
 from ecogen.serving.tally import Tally
 from ecogen.topology import Cluster, Node
 from ecogen.transport.base import Message, Transport
 
 logger = logging.getLogger(__name__)
+
+_TRIALS = 2
+"""So often a chain is cut anew at most before it serves."""
+
+_LEAST_S, _LEAST_SHARE = 1e-3, 0.1
+"""Cutting anew is worth it where it takes so much of the slowest stage's time, in seconds and as a share."""
 
 
 class ServedCluster:
@@ -72,6 +79,7 @@ class ServedCluster:
         self._adapters: dict[str, Adapter] = {}
         self._turn = asyncio.Lock()  # of giving devices something to hold
         self._out: set[str] = set()  # devices that are to hold nothing
+        self._rates: dict[str, float] = {}  # bytes of weights a second, by device, as they were measured last
 
     async def prepare(self, adapter_id: str, adapter: Adapter) -> None:
         """Have every stage hold an adapter; those of a later chain will too.
@@ -170,13 +178,53 @@ class ServedCluster:
             placement = await self._placed()
             try:
                 async with self._turn:
-                    await self._hold(placement)
-                    self.chain = ServedChain(self._number, placement, self._neighbours, self._tallies)
+                    chain = await self._held(placement)
                     self._has_chain.set()
             except TransportError as problem:
+                self.chain = None
                 await self._lose(problem)
                 continue
-            await self._serve(self.chain)
+            await self._serve(chain)
+
+    async def _held(self, placement: Placement) -> ServedChain:
+        """A chain whose devices hold the model, cut so that the slowest is as fast as it can be by what they took.
+
+        Raises:
+            TransportError: if one is lost, or cannot.
+        """
+        chain, slowest_s = await self._measured(placement)
+        for _ in range(_TRIALS):
+            better = self._better(chain.placement, slowest_s)
+            if better is None:
+                break
+            logger.info("%s is cut anew: %s", self.cluster_id, "; ".join(map(str, better.visits)))
+            tried, tried_s = await self._measured(better)
+            if tried_s > slowest_s:
+                return (await self._measured(chain.placement))[0]
+            chain, slowest_s = tried, tried_s
+        return chain
+
+    async def _measured(self, placement: Placement) -> tuple[ServedChain, float]:
+        """A chain of a placement, and how long its slowest device takes in a step; 0 for one that cannot be cut."""
+        await self._hold(placement)
+        self.chain = chain = ServedChain(self._number, placement, self._neighbours, self._tallies)
+        if len(placement.node_ids) == 1:
+            return chain, 0.0
+        try:
+            times = await stage_times(chain, self._spec.slots)
+        except ServingError as problem:
+            logger.warning("%s cannot be measured: %s", self.cluster_id, problem)
+            return chain, 0.0
+        self._rates |= rates_of(self._weights(len(placement.node_ids)), placement, times)
+        return chain, max(times.values())
+
+    def _better(self, placement: Placement, slowest_s: float) -> Placement | None:
+        """Another placement on the same devices that is so much faster that it is worth to load it."""
+        if slowest_s < _LEAST_S:
+            return None
+        better = self._place(placement.node_ids)
+        gain_s = slowest_s - predicted_s(self._weights(len(placement.node_ids)), better, self._rates)
+        return better if gain_s > max(_LEAST_S, _LEAST_SHARE * slowest_s) else None
 
     async def _placed(self) -> Placement:
         """Where the devices that are here can hold the model; requests wait, but not for ever."""
@@ -190,9 +238,12 @@ class ServedCluster:
                     self.engine.fail(ServingError(f"{self._cluster.cluster_id}: {problem}"))
 
     def _place(self, node_ids: Sequence[str]) -> Placement:
-        slots = (self._spec.slots + self._spec.shelf) * max(1, len(node_ids))
-        weights = self._model.weights(slots, self.engine.max_tokens)
-        return place_decoder(weights, [self._nodes[node_id] for node_id in node_ids], self._labels)
+        nodes = [self._nodes[node_id] for node_id in node_ids]
+        return place_decoder(self._weights(len(nodes)), nodes, self._labels, self._rates)
+
+    def _weights(self, num_devices: int) -> Weights:
+        slots = (self._spec.slots + self._spec.shelf) * max(1, num_devices)
+        return self._model.weights(slots, self.engine.max_tokens)
 
     def _here(self) -> list[str]:
         ids = (node_id for node_id in self._cluster.node_ids if node_id not in self._out)

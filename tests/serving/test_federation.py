@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -14,6 +16,8 @@ from ecogen.errors import CheckpointError, ConfigError, PlacementError, ServingE
 from ecogen.models.folder import open_folder
 from ecogen.models.mixed_lora import open_adapter
 from ecogen.node.serving_device import ServingDevice
+from ecogen.node.serving_edge import ServingEdge
+from ecogen.serving.decoder_stage import DecoderStage
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling
 from tests.models.decoders import save_decoder
@@ -162,6 +166,26 @@ async def test_what_begins_alike_is_not_computed_again(kind: str, tmp_path: Path
     assert other[1].num_reused == (0 if kind == "qwen3_next" else len(system))
     assert going_on[0] == alone(whole, chat, 8)
     assert other[0] == alone(whole, [*system, *second], 8)
+
+
+async def test_a_device_that_is_seen_to_be_slow_holds_less(
+    model: Path, whole: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing tells so beforehand: it is as fast as the others by the recipe."""
+    given = DecoderStage.run
+
+    def run(stage: DecoderStage, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02 * len(stage._segment) * (4 if stage._segment.has_head else 1))
+        return given(stage, *args, **kwargs)
+
+    monkeypatch.setattr(DecoderStage, "run", run)
+    async with serving(tiny_recipe(model, devices=2), tmp_path) as (gateway, engine):
+        assert await answer(gateway, [5, 6, 7], 4) == alone(whole, [5, 6, 7], 4)
+        edge = engine.roles[EDGE]
+        assert isinstance(edge, ServingEdge)
+        [cluster] = edge._clusters
+        assert cluster.chain is not None
+        assert [len(visit.segment) for visit in cluster.chain.placement] == [5, 1]
 
 
 # What may be wrong.
