@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Generic, TypeVar
 
-from ecogen.serving.scheduler import WORTH
+from ecogen.serving.slots import WORTH
 
 Who = TypeVar("Who", bound=Hashable)
 

@@ -5,33 +5,16 @@ stage, the next group's is at the first. A group's step is either a chunk of pro
 https://arxiv.org/abs/2308.16369) or one token of every request that has its prompt behind it; the two alternate where
 there is both, so that prompts delay the others by a chunk at most. A chunk is of one long prompt or of several short
 ones: as many tokens of each, since a step is a rectangle.
-
-A group's slots hold the requests that decode, then those whose prompts are not through, without a gap: so what decodes
-together lies together. Where one leaves, the highest of either kind moves down.
-
-Above these slots each group has a shelf: what a request left there when it went saves the next one that begins with the
-same tokens the work of computing them again.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice, takewhile
-from operator import eq
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
 
-WORTH = 16
-"""So many tokens at the beginning of a prompt are worth a move."""
-
-
-class Move(NamedTuple):
-    """The request in one slot goes to another with its tokens."""
-
-    source: int
-    target: int
-    num_tokens: int
+from ecogen.serving.slots import Group, Move, SlotRequest, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,145 +39,6 @@ class Step:
     gives: int
 
 
-@dataclass(slots=True)
-class _Request:
-    request_id: str
-    tokens: list[int]  # prompt and answer
-    adapter: str = ""
-    num_cached: int = 0
-    num_reused: int = 0
-
-    @property
-    def num_left(self) -> int:
-        """Tokens that are not computed yet."""
-        return len(self.tokens) - self.num_cached
-
-
-@dataclass(slots=True)
-class _Kept:
-    """What a place on the shelf holds: tokens, and what an adapter made of them."""
-
-    tokens: list[int]
-    adapter: str
-    used: int  # when, in requests that the group has seen
-
-    def shared(self, request: _Request) -> int:
-        """How many first tokens it has in common with a request of the same adapter."""
-        if self.adapter != request.adapter:
-            return 0
-        return sum(1 for _ in takewhile(bool, map(eq, self.tokens, request.tokens)))
-
-
-@dataclass(slots=True)
-class _Group:
-    """Slots: those that decode, then those whose prompts are not through, then the shelf.
-
-    Attributes:
-        first_place: the slot at which the shelf begins.
-        keeps_parts: whether the first tokens of what is kept are of use without the others.
-    """
-
-    first_place: int
-    num_places: int
-    keeps_parts: bool
-
-    decoding: list[_Request] = field(default_factory=list)
-    prefilling: list[_Request] = field(default_factory=list)
-    moves: list[Move] = field(default_factory=list)
-    prefilled_last: bool = False
-    step: Step | None = None  # the one that runs
-    shelf: list[_Kept] = field(default_factory=list)
-    num_seen: int = 0
-
-    def enter(self, request: _Request) -> None:
-        """A request takes the next slot, with what the shelf has of it."""
-        self.num_seen += 1
-        place, num_tokens = self.found(request)
-        if num_tokens:
-            self.shelf[place].used = self.num_seen
-            self.moves.append(Move(self.first_place + place, len(self), num_tokens))
-            request.num_cached = request.num_reused = num_tokens
-        self.prefilling.append(request)
-
-    def found(self, request: _Request) -> tuple[int, int]:
-        """The place that saves a request the most, and how many tokens that is; its last one is computed anyway."""
-        useful = [(min(self._useful(kept, request), len(request.tokens) - 1), i) for i, kept in enumerate(self.shelf)]
-        num_tokens, place = max(useful, default=(0, 0))
-        return (place, num_tokens) if num_tokens >= WORTH else (0, 0)
-
-    def _useful(self, kept: _Kept, request: _Request) -> int:
-        shared = kept.shared(request)
-        is_whole = shared == len(kept.tokens) < len(request.tokens)
-        return shared if self.keeps_parts or is_whole else 0
-
-    def keep(self, request: _Request) -> None:
-        """Put what was computed of a request that goes on the shelf, in the place that is missed least."""
-        tokens = request.tokens[: request.num_cached]
-        if len(tokens) < WORTH or not self.num_places:
-            return
-        kept = _Kept(tokens, request.adapter, self.num_seen)
-        place = self._place_for(kept)
-        if self.shelf[place] is kept:
-            self.moves.append(Move(self.requests.index(request), self.first_place + place, len(tokens)))
-
-    def _place_for(self, kept: _Kept) -> int:
-        """Where it lies, or something that is all of it already."""
-        for place, other in enumerate(self.shelf):
-            shortest = min(len(other.tokens), len(kept.tokens))
-            if other.adapter == kept.adapter and other.tokens[:shortest] == kept.tokens[:shortest]:
-                if self.keeps_parts and len(other.tokens) > shortest:
-                    other.used = kept.used
-                else:
-                    self.shelf[place] = kept
-                return place
-        if len(self.shelf) < self.num_places:
-            self.shelf.append(kept)
-            return len(self.shelf) - 1
-        oldest = min(range(len(self.shelf)), key=lambda place: self.shelf[place].used)
-        self.shelf[oldest] = kept
-        return oldest
-
-    def leave(self, request: _Request) -> None:
-        """A request goes; its slot is taken by the highest that decodes, and that one's by the highest of all."""
-        num_decoding = len(self.decoding)
-        if request in self.prefilling:
-            self._replace(self.prefilling, request, num_decoding)
-            return
-        self._replace(self.decoding, request, 0)
-        if self.prefilling:
-            highest = self.prefilling.pop()
-            self._move(highest, num_decoding + len(self.prefilling), num_decoding - 1)
-            self.prefilling.insert(0, highest)
-
-    @property
-    def requests(self) -> list[_Request]:
-        """By slot."""
-        return [*self.decoding, *self.prefilling]
-
-    def _replace(self, requests: list[_Request], request: _Request, first: int) -> None:
-        slot, highest = requests.index(request), requests.pop()
-        if highest is not request:
-            requests[slot] = highest
-            self._move(highest, first + len(requests), first + slot)
-
-    def _move(self, request: _Request, source: int, target: int) -> None:
-        if request.num_cached:
-            self.moves.append(Move(source, target, request.num_cached))
-
-    def __len__(self) -> int:
-        return len(self.decoding) + len(self.prefilling)
-
-
-def _together(requests: Sequence[_Request]) -> Iterator[_Request]:
-    """Those that can go through with the first one, as many tokens of each; who ends with it stands first."""
-    first = least = requests[0]
-    for request in takewhile(lambda other: other.num_cached == first.num_cached, requests):
-        if request.num_left < least.num_left:
-            return
-        least = request
-        yield request
-
-
 class Scheduler:
     """Continuous batching over groups of slots.
 
@@ -212,12 +56,13 @@ class Scheduler:
     ) -> None:
         self._room, self._chunk, self._shelf, self._keeps_parts = slots_per_group, chunk, shelf, keeps_parts
         self._groups = self._new_groups(num_groups)
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[SlotRequest] = deque()
+        self._steps: dict[int, Step] = {}  # those that run, by group
         self._cancelled: set[str] = set()
 
     def submit(self, request_id: str, prompt: Iterable[int], adapter: str = "") -> None:
         """A request waits for a slot, behind those that came before."""
-        self._waiting.append(_Request(request_id, list(prompt), adapter))
+        self._waiting.append(SlotRequest(request_id, list(prompt), adapter))
 
     def cancel(self, request_id: str) -> None:
         """A request goes, at once or when its step ends; one that is unknown changes nothing."""
@@ -225,20 +70,20 @@ class Scheduler:
         for index, group in enumerate(self._groups):
             if any(request.request_id == request_id for request in group.requests):
                 self._cancelled.add(request_id)
-                if group.step is None:
+                if index not in self._steps:
                     self._drop_cancelled(index)
 
     def begin(self, group: int) -> Step | None:
         """The next step of a group; None where it has nothing to do, or its last one has not ended."""
         own = self._groups[group]
-        if own.step is not None:
+        if group in self._steps:
             return None
         self._admit(own)
         if own.prefilling and not (own.decoding and own.prefilled_last):
-            own.step = self._prefill(group)
+            self._steps[group] = self._prefill(group)
         elif own.decoding:
-            own.step = self._decode(group)
-        return own.step
+            self._steps[group] = self._decode(group)
+        return self._steps.get(group)
 
     def end(self, group: int, tokens: Iterable[int], finished: Iterable[str] = (), failed: Iterable[str] = ()) -> None:
         """A group's step has ended.
@@ -249,8 +94,7 @@ class Scheduler:
             failed: those of which nothing is to be kept.
         """
         own, tokens = self._groups[group], list(tokens)
-        step, own.step = own.step, None
-        assert step is not None
+        step = self._steps.pop(group)
         ran = (own.prefilling if own.prefilled_last else own.decoding)[: len(step.tokens)]
         for row, request in enumerate(ran):
             request.num_cached += len(step.tokens[row])
@@ -271,8 +115,9 @@ class Scheduler:
         running = [request for group in self._groups for request in group.requests]
         kept = [request for request in running if request.request_id not in self._cancelled]
         for request in reversed(kept):
-            self._waiting.appendleft(_Request(request.request_id, request.tokens, request.adapter))
+            self._waiting.appendleft(SlotRequest(request.request_id, request.tokens, request.adapter))
         self._cancelled.clear()
+        self._steps.clear()
         self._groups = self._new_groups(num_groups)
 
     def num_reused(self, request_id: str) -> int:
@@ -290,15 +135,15 @@ class Scheduler:
         """Requests with one."""
         return sum(map(len, self._groups))
 
-    def _new_groups(self, number: int) -> list[_Group]:
-        return [_Group(self._room, self._shelf, self._keeps_parts) for _ in range(number)]
+    def _new_groups(self, number: int) -> list[Group]:
+        return [Group(self._room, self._shelf, self._keeps_parts) for _ in range(number)]
 
-    def _admit(self, own: _Group) -> None:
+    def _admit(self, own: Group) -> None:
         """Requests that wait go to the group whose shelf has most of them, or else to the emptiest."""
         while self._waiting and len(own) < self._room and self._is_best(own, self._waiting[0]):
             own.enter(self._waiting.popleft())
 
-    def _is_best(self, own: _Group, request: _Request) -> bool:
+    def _is_best(self, own: Group, request: SlotRequest) -> bool:
         rooms = [group for group in self._groups if len(group) < self._room]
         return max((group.found(request)[1], -len(group)) for group in rooms) == (own.found(request)[1], -len(own))
 
@@ -306,7 +151,7 @@ class Scheduler:
         own = self._groups[group]
         own.prefilled_last, begin = True, own.prefilling[0].num_cached
         length = min(own.prefilling[0].num_left, self._chunk)
-        ran = list(islice(_together(own.prefilling), max(1, self._chunk // length)))
+        ran = list(islice(together(own.prefilling), max(1, self._chunk // length)))
         tokens = tuple(tuple(request.tokens[begin : begin + length]) for request in ran)
         names = tuple(request.request_id for request in ran)
         gives = sum(request.num_left == length for request in ran)
@@ -320,7 +165,7 @@ class Scheduler:
         names = tuple(request.request_id for request in own.decoding)
         return Step(group, self._moves(own), 0, tokens, positions, names, gives=len(names))
 
-    def _moves(self, own: _Group) -> tuple[Move, ...]:
+    def _moves(self, own: Group) -> tuple[Move, ...]:
         moves, own.moves = tuple(own.moves), []
         return moves
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecogen.serving.balance import SLACK, Balancer
-from ecogen.serving.scheduler import WORTH
+from ecogen.serving.slots import WORTH
 
 SYSTEM = tuple(range(2 * WORTH))
 
