@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import msgspec
 
@@ -46,7 +46,7 @@ class Cancel(msgspec.Struct, frozen=True):
     request_id: str
 
 
-class News(msgspec.Struct, frozen=True):
+class News(msgspec.Struct, frozen=True, omit_defaults=True):
     """Edge to gateway, of one answer: its next token; or what it took, in the end; or why it ends."""
 
     request_id: str
@@ -54,6 +54,15 @@ class News(msgspec.Struct, frozen=True):
     finish: Finish | None = None
     failure: Failure | None = None
 
+
+class AllNews(msgspec.Struct, frozen=True):
+    """Edge to gateway: what there is of all answers, in order; requests that decode together have it together."""
+
+    news: list[News]
+
+
+_ROOM = 1024
+"""News that wait at most; answers wait until what is under way is read."""
 
 Answer = Callable[[Generate], AsyncGenerator[Chosen | Finish, bool | None]]
 """Answers one request."""
@@ -70,18 +79,30 @@ class Desk:
         self._peer, self._stream, self._answer = peer, stream, answer
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopped: set[str] = set()
+        self._news: asyncio.Queue[News] = asyncio.Queue(_ROOM)
 
     async def run(self) -> None:
         """Take requests until the gateway leaves; what it asked for then ends."""
+        telling = asyncio.create_task(self._tell_all())
         try:
             while (message := await self._stream.receive()) is not None:
                 self._take(message)
         except NodeLostError:
             logger.info("gateway %s left", self._peer.node_id)
         finally:
-            for task in list(self._tasks.values()):
+            tasks = [telling, *self._tasks.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tell_all(self) -> None:
+        """Send what there is, again and again; `run` sees it when the gateway is gone."""
+        with suppress(TransportError):
+            while True:
+                news = [await self._news.get()]
+                while not self._news.empty():
+                    news.append(self._news.get_nowait())
+                await self._stream.send(Message.of(NEWS, AllNews(news), kind="activations"))
 
     def _take(self, message: Message) -> None:
         if message.method == GENERATE:
@@ -102,24 +123,13 @@ class Desk:
                 while isinstance(one, Chosen):
                     is_stopped = request_id in self._stopped
                     if not is_stopped:
-                        await self._tell(News(request_id, one))
+                        await self._news.put(News(request_id, one))
                     one = await answer.asend(is_stopped)
-                await self._tell(News(request_id, finish=one))
-        except TransportError:
-            return  # the gateway is gone
+                await self._news.put(News(request_id, finish=one))
         except EcoGenError as problem:
-            await self._tell_failure(request_id, problem)
+            await self._news.put(News(request_id, failure=failure_of(problem)))
         except Exception:
             logger.exception("request %s failed", request_id)
-            await self._tell_failure(request_id, internal_error("the request"))
+            await self._news.put(News(request_id, failure=failure_of(internal_error("the request"))))
         finally:
             self._stopped.discard(request_id)
-
-    async def _tell_failure(self, request_id: str, problem: EcoGenError) -> None:
-        try:
-            await self._tell(News(request_id, failure=failure_of(problem)))
-        except TransportError:
-            logger.info("gateway %s left", self._peer.node_id)
-
-    async def _tell(self, news: News) -> None:
-        await self._stream.send(Message.of(NEWS, news, kind="activations"))

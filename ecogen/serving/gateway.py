@@ -18,7 +18,7 @@ from itertools import count
 from ecogen.errors import NodeLostError, ServingError, TransportError, UnknownModelError
 from ecogen.models.mixed_lora import Adapter
 from ecogen.serving.balance import Balancer
-from ecogen.serving.desk import CANCEL, GENERATE, STOP, Cancel, Generate, News, Stop
+from ecogen.serving.desk import CANCEL, GENERATE, STOP, AllNews, Cancel, Generate, News, Stop
 from ecogen.serving.generation import Finish, GenerationRequest, ServedModel
 from ecogen.serving.loading import DRAIN, DROP, Drain, Drop, parts_of
 from ecogen.serving.sampling import Chosen
@@ -293,9 +293,9 @@ class Gateway:
         problem = NodeLostError(edge.node_id, "it stopped")
         try:
             while (message := await stream.receive()) is not None:
-                news = message.read(News)
-                if answer := edge.answers.get(news.request_id):
-                    answer.put_nowait(news)
+                for news in message.read(AllNews).news:
+                    if answer := edge.answers.get(news.request_id):
+                        answer.put_nowait(news)
         except TransportError as lost:
             problem = NodeLostError(edge.node_id, str(lost))
         finally:
