@@ -213,13 +213,16 @@ def ratios(measured: dict[str, Any]) -> dict[str, float]:
         suffix = "1 thread" if threads == 1 else "2 threads"
         return max(rate[f"transformers, {suffix}"][at_once], rate[f"one node, {suffix}"][at_once])
 
-    two = rate["two stages"]
+    two, peer = rate["two stages"], rate["transformers, 1 thread"]
     return {
+        **{f"{n} at once, one node / transformers": round(rate["one node, 1 thread"][n] / peer[n], 3) for n in AT_ONCE},
+        **{f"{n} at once, two stages / transformers": round(two[n] / peer[n], 3) for n in AT_ONCE},
         "1 request, two stages / whole on one thread": round(two[1] / whole(1, 1), 3),
         "8 requests, two stages / whole on one thread": round(two[8] / whole(1, 8), 3),
         "16 requests, two stages / whole on one thread": round(two[16] / whole(1, 16), 3),
         "16 requests, two stages / whole on two threads": round(two[16] / whole(2, 16), 3),
         "1 request, int8 / float32": round(rate["one node, int8"][1] / rate["one node, 1 thread"][1], 3),
+        "1 request, int8 / float32 of transformers": round(rate["one node, int8"][1] / peer[1], 3),
     }
 
 
