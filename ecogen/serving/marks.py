@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,16 +65,7 @@ def marks_of(question: str) -> Marks | None:
 
 def difference(one: Marks, other: Marks) -> str | None:
     """Why two questions cannot be known to mean the same; None where nothing is in the way."""
-    reasons = {
-        "asking": one.asking != other.asking,
-        "numbers": one.numbers != other.numbers,
-        "names": not (_are_in(one.names, other.words) and _are_in(other.names, one.words)),
-        "classes": not _classes_agree(one, other),
-        "exact words": bool(_known().exact & (one.words ^ other.words)),
-        "other words": bool(_missing(one.core, other.core) and _missing(other.core, one.core)),
-        "order": not _are_in_order(one.core, other.core),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return next((reason for reason, agree in _GUARDS.items() if not agree(one, other)), None)
 
 
 def overlap(one: Marks, other: Marks) -> float:
@@ -135,6 +126,10 @@ def _are_in(names: frozenset[str], words: frozenset[str]) -> bool:
     return all({name, name.removesuffix("s"), f"{name}s"} & words for name in names)
 
 
+def _exact_agree(one: Marks, other: Marks) -> bool:
+    return not _known().exact & (one.words ^ other.words)
+
+
 def _classes_agree(one: Marks, other: Marks) -> bool:
     """What may and what must be differ where an answer turns on it, and each speaks of another."""
     differ = one.classes ^ other.classes
@@ -159,6 +154,18 @@ def _are_in_order(one: Sequence[str], other: Sequence[str]) -> bool:
     places = [next((at for at, its in enumerate(other) if _are_alike(word, its)), None) for word in one]
     known = [place for place in places if place is not None]
     return known == sorted(known)
+
+
+_GUARDS: Mapping[str, Callable[[Marks, Marks], bool]] = {  # quick ones first
+    "asking": lambda one, other: one.asking == other.asking,
+    "numbers": lambda one, other: one.numbers == other.numbers,
+    "exact words": _exact_agree,
+    "classes": _classes_agree,
+    "names": lambda one, other: _are_in(one.names, other.words) and _are_in(other.names, one.words),
+    # no list can tell whether a word that stands for another is its synonym, its opposite or something else
+    "other words": lambda one, other: not (_missing(one.core, other.core) and _missing(other.core, one.core)),
+    "order": lambda one, other: _are_in_order(one.core, other.core),
+}
 
 
 @dataclass(frozen=True)
