@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ _ASKING = re.compile(
     r"(?:since|until) when|how (?:many|much|long|often|far|old|tall|big|fast|heavy)|how|why|when|where|who"
 )
 _WHETHER = re.compile(r"(?:is|are|am|was|were|do|does|did|can|could|may|might|must|should|would|will|has|have|had) ")
+_SYMBOL = re.compile(r"[^\w\s?.,!;:'\"()-]|_|(?<!\w)-")
 _MODAL = ("possible", "necessary")
 _ENDING = 3  # letters by which forms of a word may differ in the end
 _LONGEST = 40
@@ -31,18 +32,22 @@ class Marks:
     Attributes:
         asking: how, why, when, ...; "whether" where yes or no answers; empty for others, such as what.
         words: all of them, in lower case.
-        core: those it is about; who does something comes before what is done.
-        numbers: in digits, sorted.
+        core: those it is about, numbers in digits; who does something comes before what is done.
+        numbers: of these.
+        symbols: in their order.
         names: what has a capital within the sentence.
         classes: of which it has a word.
+        persons: of whom it speaks.
     """
 
     asking: str
     words: frozenset[str]
     core: tuple[str, ...]
     numbers: tuple[str, ...]
+    symbols: tuple[str, ...]
     names: frozenset[str]
     classes: frozenset[str]
+    persons: frozenset[str]
 
 
 def marks_of(question: str) -> Marks | None:
@@ -51,15 +56,17 @@ def marks_of(question: str) -> Marks | None:
     lower = [token.lower() for token in spelled]
     if not question.isascii() or not _known().english & set(lower) or len(lower) > _LONGEST:
         return None
-    words, known = _plain(lower), _known()
-    core = [word for word in _active(words) if not (word in known.light or word in known.numbers or word[0].isdigit())]
+    words, known = _active(_plain(lower)), _known()
+    counted = [_counted(before, word) for before, word in zip(("", *words), words, strict=False)]
     return Marks(
-        _asking(" ".join(words)),
+        _asking(" ".join(_plain(lower))),
         frozenset(words),
-        tuple(core),
-        tuple(sorted(_numbers(words))),
-        frozenset(token.lower() for token in spelled[1:] if token != "I" and not token.islower()),
+        tuple(word for word in counted if word not in known.light),
+        tuple(word for word in counted if word[0].isdigit()),
+        tuple(_SYMBOL.findall(question)),
+        frozenset(token.lower() for token in spelled[1:] if token != "I" and token[0].isupper()),
         frozenset(name for name, members in known.classes.items() if _has(words, name, members)),
+        frozenset(name for name, members in known.persons.items() if members & set(words)),
     )
 
 
@@ -71,7 +78,7 @@ def difference(one: Marks, other: Marks) -> str | None:
 def overlap(one: Marks, other: Marks) -> float:
     """The share of what two questions are about that is the same (Dice), 0 to 1."""
     total = len(one.core) + len(other.core)
-    missing = len(_missing(one.core, other.core)) + len(_missing(other.core, one.core))
+    missing = _missing(one.core, other.core) + _missing(other.core, one.core)
     return 1 - missing / total if total else 0.0
 
 
@@ -98,7 +105,7 @@ def _active(words: list[str]) -> list[str]:
     for at, word in enumerate(words):
         if word.endswith("ed") and words[at + 1 : at + 2] == ["by"]:
             return [*words[at + 2 :], word, *words[:at]]
-        if word.endswith("ed") and words[at - 1] == "be":
+        if word.endswith("ed") and words[max(0, at - 1)] == "be":
             return [word, *words[:at], *words[at + 1 :]]
     return words
 
@@ -108,18 +115,15 @@ def _asking(text: str) -> str:
     return found[0] if found else "whether" if _WHETHER.match(text) else ""
 
 
-def _numbers(words: Sequence[str]) -> Iterator[str]:
-    for before, word in zip(("", *words), words, strict=False):
-        if word[0].isdigit():
-            yield word
-        elif word in _known().numbers and not (word == "one" and before in _known().uncounted):
-            yield _known().numbers[word]
+def _counted(before: str, word: str) -> str:
+    """A word, or the digits that it stands for."""
+    return word if word == "one" and before in _known().uncounted else _known().numbers.get(word, word)
 
 
 def _has(words: Sequence[str], name: str, members: frozenset[str]) -> bool:
-    """Two negations are none."""
+    """Two negations are none; of two forms of "do" the first only asks."""
     count = sum(word in members for word in words)
-    return bool(count % 2) if name == "negation" else bool(count)
+    return bool(count % 2) if name == "negation" else count > 1 if name == "doing" else bool(count)
 
 
 def _are_in(names: frozenset[str], words: frozenset[str]) -> bool:
@@ -130,6 +134,12 @@ def _exact_agree(one: Marks, other: Marks) -> bool:
     return not _known().exact & (one.words ^ other.words)
 
 
+def _persons_agree(one: Marks, other: Marks) -> bool:
+    """Whoever asks how, or whether, may leave out for whom."""
+    is_open = one.asking == "whether" or one.asking.startswith("how")
+    return one.persons == other.persons or (is_open and not (one.persons and other.persons))
+
+
 def _classes_agree(one: Marks, other: Marks) -> bool:
     """What may and what must be differ where an answer turns on it, and each speaks of another."""
     differ = one.classes ^ other.classes
@@ -137,9 +147,13 @@ def _classes_agree(one: Marks, other: Marks) -> bool:
     return not (differ - set(_MODAL)) and not (turns and differ >= set(_MODAL))
 
 
-def _missing(core: Sequence[str], other: Sequence[str]) -> list[str]:
-    """What one is about and the other is not."""
-    return [word for word in core if not any(_are_alike(word, its) for its in other)]
+def _missing(core: Sequence[str], other: Sequence[str]) -> int:
+    """How many words one is about and the other is not; each counts once for each time."""
+    left = list(other)
+    for word in core:
+        if (its := next((its for its in left if _are_alike(word, its)), None)) is not None:
+            left.remove(its)
+    return len(core) - (len(other) - len(left))
 
 
 def _are_alike(one: str, other: str) -> bool:
@@ -159,7 +173,9 @@ def _are_in_order(one: Sequence[str], other: Sequence[str]) -> bool:
 _GUARDS: Mapping[str, Callable[[Marks, Marks], bool]] = {  # quick ones first
     "asking": lambda one, other: one.asking == other.asking,
     "numbers": lambda one, other: one.numbers == other.numbers,
+    "symbols": lambda one, other: one.symbols == other.symbols,
     "exact words": _exact_agree,
+    "persons": _persons_agree,
     "classes": _classes_agree,
     "names": lambda one, other: _are_in(one.names, other.words) and _are_in(other.names, one.words),
     # no list can tell whether a word that stands for another is its synonym, its opposite or something else
@@ -175,6 +191,7 @@ class _Known:
     polite: tuple[str, ...]
     phrases: Mapping[str, str]  # the longest first
     classes: Mapping[str, frozenset[str]]
+    persons: Mapping[str, frozenset[str]]
     exact: frozenset[str]
     numbers: Mapping[str, str]
     light: frozenset[str]
@@ -190,6 +207,7 @@ def _known() -> _Known:
         tuple(table["polite"]),
         dict(sorted(table["phrases"].items(), key=lambda entry: -len(entry[0]))),
         {name: frozenset(words) for name, words in table["classes"].items()},
+        {name: frozenset(words) for name, words in table["persons"].items()},
         listed["exact"],
         table["numbers"],
         listed["light"],
