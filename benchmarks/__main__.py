@@ -13,7 +13,16 @@ from rich.table import Table
 from benchmarks.common import RESULTS, SKIPPED
 
 STUDIES = ["table3", "table3_mnist", "poisoned", "traffic", "tunables", "ranks", "few_labels", "uneven"]
-OTHERS = ["straggler", "time_to_accuracy", "forming", "formed_runs", "private", "labels", "api_server"]
+OTHERS = [
+    "straggler",
+    "time_to_accuracy",
+    "forming",
+    "formed_runs",
+    "private",
+    "labels",
+    "api_server",
+    "semantic_cache",
+]
 NAMES = ["hop", "round_overhead", "split_vs_central", "flower", "node_startup", "accuracy", *STUDIES, *OTHERS]
 
 

@@ -41,6 +41,24 @@ def recipe_of(foundation: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def agree(record_property: Callable[[str, object], None]) -> Any:
+    """Asserts that an answer is the one that transformers gives greedily; see `tests.greedy`."""
+    from tests.greedy import agree_and_record
+
+    return agree_and_record(record_property)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many greedy answers differ from transformers' at a near tie, whichever process compared them."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    properties = [each for report in reports if report.when == "call" for each in report.user_properties]
+    if recorded := [value for name, value in properties if name == "greedy answers"]:
+        from tests.greedy import summary
+
+        terminalreporter.write_line(summary(recorded))
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """As many torch threads as a node has."""
     import torch

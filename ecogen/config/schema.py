@@ -285,6 +285,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Semantic:
+    """Whether a question that means the same as an earlier one is given its answer; off unless `answers` is set."""
+
+    answers: Natural = 0  # that an edge keeps, for questions in other words; 0: none
+    false_hits: Annotated[float, Field(gt=0, le=0.5)] = 0.01  # of opposite questions, at most this share is mixed up
+    age_s: Positive = 3600.0  # for so long an answer is given
+    mib: Positive = 16.0  # of all answers together
+    pairs: str = ""  # a file of pairs of questions to choose the threshold by; empty: EcoGen's own
+
+
+@dataclass(frozen=True, config=STRICT)
 class Serving:
     """How clusters serve a language model."""
 
@@ -293,6 +304,7 @@ class Serving:
     chunk: Count = 256  # tokens of a prompt that go through at once, while others decode
     shelf: Natural = 4  # places of each group for what requests leave behind; the next that begin alike start there
     answers: Natural = 0  # whole answers that an edge keeps, for the same request again; 0: each is computed
+    semantic: Semantic = field(default_factory=Semantic)
     waiting: Count = 256  # requests that may wait for a slot at an edge
     replicas: Natural = 0  # clusters of an edge that serve always, the others when these have no room; 0: all
     busy_s: Positive = 2.0  # for so long requests wait before another cluster serves

@@ -29,6 +29,7 @@ from ecogen.serving.openai.limits import Limits
 from ecogen.serving.openai.listening import Address, serve_http
 from ecogen.serving.openai.text import load_text
 from ecogen.serving.sampling import Sampling
+from ecogen.serving.semantic import calibration_of
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ async def launch_serving(
         CheckpointError: if there is no model that can be cut.
         PlacementError: if a cluster cannot hold it.
         ConfigError: if a zone is unknown.
+        ServingError: if the pairs of questions for semantic answers cannot be read.
     """
     served = check_serving(recipe, name)
     with tempfile.TemporaryDirectory(prefix="ecogen-") as temporary:
@@ -126,11 +128,13 @@ def check_serving(recipe: recipes.Recipe, name: str | None = None) -> ServedMode
     """What would be served, if every cluster can hold it with all of its devices.
 
     Raises:
-        CheckpointError, PlacementError, ConfigError: as `launch_serving`.
+        CheckpointError, PlacementError, ConfigError, ServingError: as `launch_serving`.
     """
     path = Path(recipe.model.source)
     topology = recipes.build_topology(recipe.topology)
     check_zones(site.zone for site in topology.sites.values())
+    if recipe.serving.semantic.answers:
+        calibration_of(recipe.serving.semantic)
     folder = open_folder(path)
     max_tokens = LanguageModel(folder).max_tokens(recipe.serving.max_tokens)
     for cluster in topology.clusters.values():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 from ecogen import config as recipes
@@ -19,11 +20,12 @@ from ecogen.runtime.outbox import Outbox
 from ecogen.serving.answers import Answers
 from ecogen.serving.cluster import ServedCluster
 from ecogen.serving.desk import Desk, Generate
-from ecogen.serving.generation import Finish
+from ecogen.serving.generation import Finish, Taken
 from ecogen.serving.language import LanguageModel
 from ecogen.serving.loading import DRAIN, DROP, PREPARE, Assembly, Drain, Drop, fetch_folder
 from ecogen.serving.replicas import Replicas
 from ecogen.serving.sampling import Chosen
+from ecogen.serving.semantic import from_config
 from ecogen.serving.tally import Tally
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
@@ -85,6 +87,7 @@ class ServingEdge:
         self._recipe, self._topology = recipe, recipes.build_topology(recipe.topology)
         self._folder = await self._obtain(welcome, Path(recipe.model.source))
         self._answers = Answers(recipe.serving.answers)
+        self._semantic = await context.worker.compute(from_config, recipe.serving.semantic)
         clusters = self._topology.clusters_of(context.node_id)
         dtypes = {recipes.compute_of(recipe, node_id).dtype for cluster in clusters for node_id in cluster.node_ids}
         model = LanguageModel(self._folder, dtypes)
@@ -131,15 +134,16 @@ class ServingEdge:
     async def _answer(self, wanted: Generate) -> AsyncGenerator[Chosen | Finish, bool | None]:
         """As it was answered before, where it was, or else by a cluster."""
         await self._prepared.wait()
-        tally, said = Tally(self._context.node_id, "", len(wanted.request.prompt)), list[Chosen]()
-        for chosen in self._answers.find(wanted) or ():
-            said.append(chosen)
+        known, taken = await self._known(wanted)
+        for chosen in known:
             if (yield chosen):
                 break
-        if said:
+        if known:
+            tally = Tally(self._context.node_id, "", len(wanted.request.prompt))
             tally.num_reused = len(wanted.request.prompt)
-            yield self._finish(tally)
+            yield replace(self._finish(tally), taken=taken)
             return
+        said = list[Chosen]()
         async with aclosing(self._computed(wanted)) as answer:
             one = await anext(answer)
             while isinstance(one, Chosen):
@@ -149,8 +153,21 @@ class ServingEdge:
                 if is_stopped:
                     said.clear()
             if said:
-                self._answers.keep(wanted, said)
+                await self._keep(wanted, said)
             yield one
+
+    async def _known(self, wanted: Generate) -> tuple[Sequence[Chosen], Taken | None]:
+        """A whole answer that was given before, and of which question it is where that was another."""
+        if (same := self._answers.find(wanted)) is not None:
+            return same, None
+        if not self._semantic.is_on:
+            return (), None
+        return await self._context.worker.compute(self._semantic.find, wanted) or ((), None)
+
+    async def _keep(self, wanted: Generate, said: Sequence[Chosen]) -> None:
+        self._answers.keep(wanted, said)
+        if self._semantic.is_on:
+            await self._context.worker.compute(self._semantic.keep, wanted, said)
 
     def _computed(self, wanted: Generate) -> AsyncGenerator[Chosen | Finish, bool | None]:
         cluster = self._replicas.choose(wanted.request, wanted.adapter_id)

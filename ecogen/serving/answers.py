@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ecogen.serving.desk import Generate
@@ -25,26 +26,27 @@ class Answers:
 
     def find(self, wanted: Generate) -> tuple[Chosen, ...] | None:
         """All tokens of a whole answer, where the same was asked before."""
-        key = self._key(wanted)
+        key = key_of(wanted)
         if key is None or key not in self._answers:
             return None
         self._answers.move_to_end(key)
         return self._answers[key]
 
-    def keep(self, wanted: Generate, answer: list[Chosen]) -> None:
+    def keep(self, wanted: Generate, answer: Sequence[Chosen]) -> None:
         """Keep a whole answer; the one that was asked for longest ago makes room."""
-        key = self._key(wanted)
-        if key is not None:
+        key = key_of(wanted)
+        if self._room and key is not None:
             self._answers[key] = tuple(answer)
             self._answers.move_to_end(key)
             while len(self._answers) > self._room:
                 self._answers.popitem(last=False)
 
-    def _key(self, wanted: Generate) -> Key | None:
-        """The version of the adapter, and all that was asked, by whom; None for what may be answered otherwise."""
-        sampling = wanted.request.sampling
-        if not self._room or wanted.given or (sampling.temperature and sampling.seed is None):
-            return None
-        if not sampling.temperature:  # then its seed says nothing
-            return wanted.adapter_id, replace(wanted.request, sampling=replace(sampling, seed=None))
-        return wanted.adapter_id, wanted.request
+
+def key_of(wanted: Generate) -> Key | None:
+    """The version of the adapter, and all that was asked, by whom; None for what may be answered otherwise."""
+    request, sampling = replace(wanted.request, wording=None), wanted.request.sampling
+    if wanted.given or (sampling.temperature and sampling.seed is None):
+        return None
+    if not sampling.temperature:  # then its seed says nothing
+        request = replace(request, sampling=replace(sampling, seed=None))
+    return wanted.adapter_id, request

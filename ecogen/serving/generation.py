@@ -11,6 +11,32 @@ from ecogen.serving.sampling import Chosen, Sampling
 
 
 @dataclass(frozen=True)
+class Wording:
+    """A question as it was put, where the answer to one that means the same will do.
+
+    Attributes:
+        text: of the question.
+        context: a digest of all that went before it.
+    """
+
+    text: str
+    context: str
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An answer was not computed: it is that of an earlier question, which means the same as far as that can be told.
+
+    Attributes:
+        similarity: of the two, 0 to 1.
+        question: the earlier one.
+    """
+
+    similarity: float
+    question: str
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One answer that is wanted.
 
@@ -20,6 +46,7 @@ class GenerationRequest:
         max_new: tokens of the answer at most.
         ends: token ids after which it is over; the ending one is given too.
         tenant: whose request it is, where there are tenants; an adapter of another's is not there for it.
+        wording: of the prompt, for those who do not insist on an answer to just that.
     """
 
     model: str
@@ -28,6 +55,7 @@ class GenerationRequest:
     max_new: int
     ends: frozenset[int] = frozenset()
     tenant: str | None = None
+    wording: Wording | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +69,7 @@ class Finish:
         t_dl_s: until the last token is back.
         node_ids: where it was computed, in order.
         num_reused: tokens of the prompt that had been computed for another request.
+        taken: of which question the answer is, where it is another's.
     """
 
     bill: Bill
@@ -49,6 +78,7 @@ class Finish:
     t_dl_s: float
     node_ids: tuple[str, ...]
     num_reused: int = 0
+    taken: Taken | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ecogen.engines.serving import check_serving, serving_recipe
 from ecogen.serving.gateway import Gateway
 from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling
+from tests import greedy
 
 GREEDY = Sampling(temperature=0)
 SPEC = Serving(slots=2, max_tokens=64, chunk=5, patience_s=20)
@@ -57,9 +58,7 @@ async def whole_answer(
 
 def alone(whole: PreTrainedModel, prompt: Sequence[int], max_new: int) -> list[int]:
     """What transformers' own `generate` answers."""
-    asked = torch.tensor([list(prompt)])
-    ids = whole.generate(asked, max_new_tokens=max_new, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return ids[0, len(prompt) :].tolist()
+    return greedy.alone(whole, prompt, max_new).tokens
 
 
 def prompts(number: int, seed: int = 4) -> list[list[int]]:

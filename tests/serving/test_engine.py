@@ -22,6 +22,7 @@ from ecogen.serving.engine import Engine, RunStep
 from ecogen.serving.sampling import Chosen, Sampling
 from ecogen.serving.stages import Choosers
 from ecogen.serving.steps import Order
+from tests.greedy import Agree, alone
 from tests.models.decoders import NUM_BLOCKS, save_decoder
 
 SEGMENTS = [Segment(0, 1, has_embedding=True), Segment(1, 4), Segment(4, NUM_BLOCKS, has_head=True)]
@@ -82,47 +83,42 @@ async def answer(engine: Engine, prompt: Sequence[int], max_new: int, **more: An
     return [chosen.token async for chosen in ask(engine, prompt, max_new, **more)]
 
 
-def alone(whole: PreTrainedModel, prompt: list[int], max_new: int) -> list[int]:
-    ids = whole.generate(
-        torch.tensor([prompt]), max_new_tokens=max_new, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    return ids[0, len(prompt) :].tolist()
-
-
 def prompts(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(4)
     lengths = torch.randint(1, 25, (count,), generator=generator).tolist()
     return [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
 
 
-async def test_many_requests_at_once_answer_as_each_alone(folder: Path, whole: PreTrainedModel) -> None:
+async def test_many_requests_at_once_answer_as_each_alone(folder: Path, whole: PreTrainedModel, agree: Agree) -> None:
     """More than there are slots, of all lengths; they come and go."""
     asked = [(prompt, 3 + 5 * (index % 4)) for index, prompt in enumerate(prompts(14))]
     async with engine_of(chain_of(folder)) as engine:
         answers = await asyncio.gather(*(answer(engine, *request) for request in asked))
-    assert answers == [alone(whole, *request) for request in asked]
+    for given, request in zip(answers, asked, strict=True):
+        agree(given, alone(whole, *request))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "deepseek_v32", "inkling_text"])
-async def test_models_that_keep_more_than_keys_and_values(model_type: str, tmp_path: Path) -> None:
+async def test_models_that_keep_more_than_keys_and_values(model_type: str, tmp_path: Path, agree: Agree) -> None:
     """Slots go from one request to the next, and requests from slot to slot, with states and indexed keys."""
     changes = {"index_n_heads": 16} if model_type == "deepseek_v32" else {}  # two give ties, which lengths decide
     whole = save_decoder(model_type, tmp_path, **changes)
     asked = [(prompt, 3 + 5 * (index % 4)) for index, prompt in enumerate(prompts(14))]
     async with engine_of(chain_of(tmp_path)) as engine:
         answers = await asyncio.gather(*(answer(engine, *request) for request in asked))
-    assert answers == [alone(whole, *request) for request in asked]
+    for given, request in zip(answers, asked, strict=True):
+        agree(given, alone(whole, *request))
 
 
-async def test_an_answer_ends_at_an_ending_token(folder: Path, whole: PreTrainedModel) -> None:
+async def test_an_answer_ends_at_an_ending_token(folder: Path, whole: PreTrainedModel, agree: Agree) -> None:
     [prompt] = prompts(1)
     wanted = alone(whole, prompt, 12)
-    end = wanted[5]
+    end = wanted.tokens[5]
     async with engine_of(chain_of(folder)) as engine:
-        assert await answer(engine, prompt, 12, ends={end}) == wanted[: wanted.index(end) + 1]
+        agree(await answer(engine, prompt, 12, ends={end}), wanted[: wanted.tokens.index(end) + 1])
 
 
-async def test_who_leaves_early_frees_the_slot(folder: Path, whole: PreTrainedModel) -> None:
+async def test_who_leaves_early_frees_the_slot(folder: Path, whole: PreTrainedModel, agree: Agree) -> None:
     """Readers that vanish do not keep others out: here there are more of them than slots."""
     asked = prompts(8)
     async with engine_of(chain_of(folder, slots=1), slots=1) as engine:
@@ -130,16 +126,18 @@ async def test_who_leaves_early_frees_the_slot(folder: Path, whole: PreTrainedMo
             stream = ask(engine, prompt, 30)
             await anext(stream)
             await stream.aclose()
-        assert await answer(engine, asked[7], 6) == alone(whole, asked[7], 6)
+        agree(await answer(engine, asked[7], 6), alone(whole, asked[7], 6))
         assert engine.num_requests == 0
 
 
-async def test_a_step_that_fails_is_told_to_its_requests_only(folder: Path, whole: PreTrainedModel) -> None:
+async def test_a_step_that_fails_is_told_to_its_requests_only(
+    folder: Path, whole: PreTrainedModel, agree: Agree
+) -> None:
     [prompt] = prompts(1)
     async with engine_of(fail_once(chain_of(folder), RuntimeError("a stage burned down"))) as engine:
         with pytest.raises(ServingError, match="a step failed: a stage burned down"):
             await answer(engine, prompt, 4)
-        assert await answer(engine, prompt, 4) == alone(whole, prompt, 4)
+        agree(await answer(engine, prompt, 4), alone(whole, prompt, 4))
 
 
 def fail_once(run_step: RunStep, problem: Exception, after: int = 0) -> RunStep:
@@ -153,7 +151,9 @@ def fail_once(run_step: RunStep, problem: Exception, after: int = 0) -> RunStep:
     return run_or_fail
 
 
-async def test_a_token_that_cannot_be_chosen_ends_its_request_only(folder: Path, whole: PreTrainedModel) -> None:
+async def test_a_token_that_cannot_be_chosen_ends_its_request_only(
+    folder: Path, whole: PreTrainedModel, agree: Agree
+) -> None:
     """Weights that overflow give logits of which nothing can be drawn."""
     first, second = prompts(2)
     async with engine_of(chain_of(folder, spoil="spoiled")) as engine:
@@ -161,8 +161,8 @@ async def test_a_token_that_cannot_be_chosen_ends_its_request_only(folder: Path,
         spoiled, sound = await asyncio.gather(anext(drawn), answer(engine, second, 6), return_exceptions=True)
         assert isinstance(spoiled, ServingError)
         assert "no token can be chosen" in str(spoiled)
-        assert sound == alone(whole, second, 6)
-        assert await answer(engine, first, 4) == alone(whole, first, 4)
+        agree(sound, alone(whole, second, 6))
+        agree(await answer(engine, first, 4), alone(whole, first, 4))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3), Sampling(frequency_penalty=0.9, seed=5)])
@@ -192,7 +192,7 @@ async def test_one_engine_goes_on_with_what_another_began(folder: Path) -> None:
         assert await answer(engine, prompt, 9, sampling=sampling, given=wanted[:4]) == wanted[4:]
 
 
-async def test_without_a_chain_requests_wait_or_are_told(folder: Path, whole: PreTrainedModel) -> None:
+async def test_without_a_chain_requests_wait_or_are_told(folder: Path, whole: PreTrainedModel, agree: Agree) -> None:
     [prompt] = prompts(1)
     engine = Engine(slots_per_group=1, max_tokens=MAX_TOKENS, max_waiting=2)
     waiting = [asyncio.create_task(answer(engine, prompt, 4)) for _ in range(2)]
@@ -200,7 +200,8 @@ async def test_without_a_chain_requests_wait_or_are_told(folder: Path, whole: Pr
     with pytest.raises(OverloadedError, match="2 requests wait already"):
         await answer(engine, prompt, 4)
     engine.attach(chain_of(folder), len(SEGMENTS))
-    assert await asyncio.gather(*waiting) == [alone(whole, prompt, 4)] * 2
+    for given in await asyncio.gather(*waiting):
+        agree(given, alone(whole, prompt, 4))
     await engine.detach()
     waiting = [asyncio.create_task(answer(engine, prompt, 4))]
     await asyncio.sleep(0)

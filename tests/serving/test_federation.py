@@ -20,12 +20,12 @@ from ecogen.node.serving_edge import ServingEdge
 from ecogen.serving.decoder_stage import DecoderStage
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling
+from tests.greedy import Agree, alone
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
 from tests.serving.federations import (
     GREEDY,
     SPEC,
-    alone,
     answer,
     prompts,
     request,
@@ -51,14 +51,14 @@ def whole(model: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("labels", ["end", "start"])
 async def test_many_at_once_are_answered_as_each_alone(
-    labels: str, model: Path, whole: PreTrainedModel, tmp_path: Path
+    labels: str, model: Path, whole: PreTrainedModel, tmp_path: Path, agree: Agree
 ) -> None:
     recipe = tiny_recipe(model, placement=PlacementRecipe(labels=labels))  # type: ignore[arg-type]
     asked = [(prompt, 3 + 5 * (index % 4)) for index, prompt in enumerate(prompts(14))]
     async with launch_serving(recipe, folder=tmp_path) as gateway:
         answers = await asyncio.gather(*(whole_answer(gateway, *one) for one in asked))
-    assert [tokens for tokens, _ in answers] == [alone(whole, *one) for one in asked]
-    for _, finish in answers:
+    for one, (tokens, finish) in zip(asked, answers, strict=True):
+        agree(tokens, alone(whole, *one))
         assert finish.node_ids == tuple(DEVICES)
         assert 0 < finish.bill.energy_j.low < finish.bill.energy_j.mid < finish.bill.energy_j.high
         assert min(finish.t_ul_s, finish.t_inference_s, finish.t_dl_s, finish.bill.emissions_g.mid) > 0
@@ -152,20 +152,21 @@ async def test_clusters_share_the_work(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_next", "deepseek_v3"])
-async def test_what_begins_alike_is_not_computed_again(kind: str, tmp_path: Path) -> None:
+async def test_what_begins_alike_is_not_computed_again(kind: str, tmp_path: Path, agree: Agree) -> None:
     """And gives the same answers; states that have seen all tokens help chats that go on, and nobody else."""
     whole = save_decoder(kind, tmp_path / "tiny")
     [system, first, second] = [prompt[:12] for prompt in prompts(3, seed=9)]
     system = [*range(3, 23), *system]
     async with serving(tiny_recipe(tmp_path / "tiny", devices=2), tmp_path) as (gateway, _):
         tokens, finish = await whole_answer(gateway, [*system, *first], 8)
-        assert (tokens, finish.num_reused) == (alone(whole, [*system, *first], 8), 0)
+        agree(tokens, alone(whole, [*system, *first], 8))
+        assert finish.num_reused == 0
         chat = [*system, *first, *tokens, *second]
         going_on, other = [await whole_answer(gateway, prompt, 8) for prompt in (chat, [*system, *second])]
     assert going_on[1].num_reused == len([*system, *first, *tokens]) - 1
     assert other[1].num_reused == (0 if kind == "qwen3_next" else len(system))
-    assert going_on[0] == alone(whole, chat, 8)
-    assert other[0] == alone(whole, [*system, *second], 8)
+    agree(going_on[0], alone(whole, chat, 8))
+    agree(other[0], alone(whole, [*system, *second], 8))
 
 
 async def test_a_device_that_is_seen_to_be_slow_holds_less(
@@ -236,7 +237,7 @@ async def test_smaller_weights_say_nearly_the_same(dtype: str, share: float, tmp
         devices = [role for role in engine.roles.values() if isinstance(role, ServingDevice)]
         held = sum(device._held_bytes for device in devices)
     assert held < share * sum(parameter.nbytes for parameter in whole.parameters())
-    agreeing = sum(one == alone(whole, prompt, 1) for one, prompt in zip(said, prompts(40), strict=True))
+    agreeing = sum(one == alone(whole, prompt, 1).tokens for one, prompt in zip(said, prompts(40), strict=True))
     assert agreeing > 30
 
 

@@ -39,6 +39,11 @@ class Metrics:
         self.between = Histogram(
             "ecogen_time_between_tokens_seconds", "From a token to the next", buckets=_SECONDS, registry=registry
         )
+        self.taken = Counter(
+            "ecogen_answers_taken",
+            "Choices that are the answer to another question that means the same",
+            registry=registry,
+        )
         self.joules = Counter("ecogen_energy_joules", "Modelled, of choices that were answered", registry=registry)
         self.grams = Counter("ecogen_emissions_grams", "CO2e, modelled, of the same", registry=registry)
 
@@ -62,6 +67,7 @@ class Metrics:
             if finish is not None:
                 self.joules.inc(finish.bill.energy_j.mid)
                 self.grams.inc(finish.bill.emissions_g.mid)
+                self.taken.inc(finish.taken is not None)
 
     def exposition(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -42,6 +42,7 @@ class Parameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         top_k: an extension: among how many of the likeliest tokens; 0 for all.
+        semantic_cache: another: whether the answer to a question that means the same will do, where such are kept.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Parameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     frequency_penalty: _Penalty = 0.0
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
     response_format: ResponseFormat | None = None
+    semantic_cache: bool = True
     user: str = ""
     safety_identifier: str = ""
     prompt_cache_key: str = ""

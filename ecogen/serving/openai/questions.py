@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from ecogen.errors import ServingError
-from ecogen.serving.generation import GenerationRequest, ServedModel, Serving
+from ecogen.serving.generation import GenerationRequest, ServedModel, Serving, Wording
 from ecogen.serving.grammar import json_grammar
 from ecogen.serving.openai.limits import Limits
 from ecogen.serving.openai.parameters import ChatParameters, CompletionParameters, Message, Parameters
@@ -18,6 +21,9 @@ from ecogen.serving.sampling import Sampling
 
 # Text longer than this is tokenised beside the event loop, which others wait for: some milliseconds at 1 MB/s.
 _LONG_TEXT = 4096
+
+# Longer questions are answered for themselves always.
+_LONGEST_WORDING = 400
 
 _SEEDS = 2**64
 
@@ -60,10 +66,13 @@ class Asking:
         if asked.echo and asked.logprobs is not None:
             raise wrong("echo", "'echo' with 'logprobs' is not supported: a prompt's log-probabilities are not kept")
         model = self._model(asked.model, tenant)
-        prompts = [await self._prompt_tokens(prompt) for prompt in self._prompts(asked)]
+        texts = self._prompts(asked)
+        prompts = [await self._prompt_tokens(prompt) for prompt in texts]
         echoes = [self._text.decode(prompt) if asked.echo else "" for prompt in prompts]
         sampling = await self._sampling(asked, asked.logprobs or 0)
         requests = [self._request(model, tenant, prompt, sampling, asked.max_tokens, "prompt") for prompt in prompts]
+        if asked.semantic_cache and asked.logprobs is None:
+            requests = [replace(one, wording=_wording(text)) for one, text in zip(requests, texts, strict=True)]
         return self._question(asked, requests, echoes, tells_logprobs=asked.logprobs is not None)
 
     async def chat(self, asked: ChatParameters, tenant: str | None) -> Question:
@@ -83,6 +92,9 @@ class Asking:
         sampling = await self._sampling(asked, asked.top_logprobs)
         max_new = asked.max_completion_tokens or asked.max_tokens
         request = self._request(model, tenant, prompt, sampling, max_new, "messages")
+        if asked.semantic_cache and not asked.logprobs:
+            *before, last = messages
+            request = replace(request, wording=_wording(last["content"], [*before, {**last, "content": ""}]))
         return self._question(asked, [request], [""], tells_logprobs=asked.logprobs)
 
     def _model(self, name: str, tenant: str | None) -> ServedModel:
@@ -203,6 +215,13 @@ def _choice(request: GenerationRequest, index: int) -> GenerationRequest:
         return request
     signed = (seed + index + _SEEDS // 2) % _SEEDS - _SEEDS // 2
     return replace(request, sampling=replace(request.sampling, seed=signed))
+
+
+def _wording(text: str | list[int], before: Sequence[dict[str, str]] = ()) -> Wording | None:
+    """How a question was put; None for tokens and for what is too long to be compared."""
+    if not isinstance(text, str) or len(text) > _LONGEST_WORDING:
+        return None
+    return Wording(text, hashlib.sha256(msgspec.json.encode(before)).hexdigest())
 
 
 def _plain(message: Message, index: int) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -171,4 +171,5 @@ def _took(finishes: Sequence[Finish]) -> Json:
         "t_inference_s": max(finish.t_inference_s for finish in finishes),
         "t_dl_s": max(finish.t_dl_s for finish in finishes),
         "where": list(dict.fromkeys(node for finish in finishes for node in finish.node_ids)),
+        "semantic": [asdict(finish.taken) for finish in finishes if finish.taken],
     }

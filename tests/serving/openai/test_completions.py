@@ -63,6 +63,7 @@ async def test_what_an_answer_took() -> None:
     assert (usage.prompt_tokens, usage.completion_tokens) == (num_prompt, 2 * num_answer)
     assert usage.total_tokens == num_prompt + 2 * num_answer
     assert usage.ecogen.pop("where") == ["edge-1", "cloud"]
+    assert usage.ecogen.pop("semantic") == []
     energy = {"energy_j": 6.0, "energy_low_j": 3.0, "energy_high_j": 12.0, "emissions_g": 0.6}
     assert usage.ecogen == pytest.approx(energy | {"t_ul_s": 0.25, "t_inference_s": 1.5, "t_dl_s": 0.125})
 
