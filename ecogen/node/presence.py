@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from ecogen.records import EventKind, EventRecord, PhaseRecord, Record, RoundRecord
+from ecogen.records import EventKind, EventRecord, PhaseRecord, Record, RoundRecord, ServedRecord
 
 State = Literal["awaited", "preparing", "ready", "lost", "finished"]
 
@@ -43,7 +43,7 @@ def presences(records: Iterable[Record], node_ids: Sequence[str]) -> list[Presen
         elif isinstance(record, RoundRecord):
             for node_id in {record.node_id, *(usage.node_id for usage in record.usages)}:
                 _heard(nodes, node_id, record.time_s, record.round_index)
-        elif isinstance(record, PhaseRecord):
+        elif isinstance(record, (PhaseRecord, ServedRecord)):
             _heard(nodes, record.node_id, record.time_s)
     return list(nodes.values())
 

@@ -13,13 +13,14 @@ from ecogen.errors import CheckpointError, EcoGenError, NodeLostError, Placement
 from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Labels, Placement, neighbours_of, segments_held
 from ecogen.planning.decoding import place_decoder
+from ecogen.records import Usage
 from ecogen.runtime.membership import Members
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.serving.chain import ServedChain
 from ecogen.serving.engine import Engine
 from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.language import LanguageModel
-from ecogen.serving.loading import CONNECT, DROP, LOAD, UNLOAD, Connect, Drop, Load, parts_of
+from ecogen.serving.loading import CONNECT, DROP, LOAD, UNLOAD, Connect, Drop, Load, Loaded, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.tally import Tally
 from ecogen.topology import Cluster, Node
@@ -36,6 +37,8 @@ class ServedCluster:
         model: what is served.
         members: the edge's devices.
         finish: makes the account of a request, from what it took.
+        ended: called with what each request took, answered or broken off.
+        loaded: called with what it took a device to get and load what it holds.
         labels: where the head is.
     """
 
@@ -49,11 +52,14 @@ class ServedCluster:
         transport: Transport,
         neighbours: Neighbours,
         finish: Callable[[Tally], Finish],
+        ended: Callable[[Tally], None],
+        loaded: Callable[[Usage], None],
         labels: Labels = "end",
     ) -> None:
         self._labels = labels
         self._cluster, self._nodes, self._model, self._spec = cluster, nodes, model, spec
-        self._members, self._transport, self._neighbours, self._finish = members, transport, neighbours, finish
+        self._members, self._transport, self._neighbours = members, transport, neighbours
+        self._finish, self._ended, self._loaded = finish, ended, loaded
         max_tokens = model.max_tokens(spec.max_tokens)
         self.engine = Engine(
             slots_per_group=spec.slots,
@@ -106,6 +112,11 @@ class ServedCluster:
         async with self._turn:
             await self._drop(adapter_id)
 
+    async def drop_all(self) -> None:
+        """Have no stage hold any of the adapters that there are now."""
+        adapter_ids = list(self._adapters)
+        await asyncio.gather(*(self.drop(adapter_id) for adapter_id in adapter_ids))
+
     @property
     def cluster_id(self) -> str:
         return self._cluster.cluster_id
@@ -154,12 +165,13 @@ class ServedCluster:
             )
             async with aclosing(answer) as tokens:
                 async for chosen in tokens:
+                    tally.num_tokens += 1
                     tally.num_reused = self.engine.num_reused(request_id)
                     if (yield chosen):
                         break
             yield self._finish(tally)
         finally:
-            del self._tallies[request_id]
+            self._ended(self._tallies.pop(request_id))
 
     async def run(self) -> None:
         """Forever: serve on a chain of the devices that are here, until they are others."""
@@ -209,7 +221,7 @@ class ServedCluster:
         """
         self._number += 1
         ids = placement.node_ids
-        await asyncio.gather(*(self._transport.call(node_id, self._load(placement, node_id)) for node_id in ids))
+        await asyncio.gather(*(self._have_load(placement, node_id) for node_id in ids))
         edge_ids = {placement.start_id, placement.visits[-1].node_id}
         await self._neighbours.connect(self._members.locate(edge_ids))
         await asyncio.gather(*(self._transport.call(node_id, self._connect(placement, node_id)) for node_id in ids))
@@ -219,6 +231,10 @@ class ServedCluster:
             except CheckpointError as problem:  # it came while nobody held the model
                 logger.warning("%s: %s", self.cluster_id, problem)
                 del self._adapters[adapter_id]
+
+    async def _have_load(self, placement: Placement, node_id: str) -> None:
+        reply = await self._transport.call(node_id, self._load(placement, node_id))
+        self._loaded(reply.read(Loaded).usage)
 
     async def _give(self, placement: Placement, adapter_id: str, adapter: Adapter) -> None:
         """Give each device the part of an adapter that is in its blocks."""
