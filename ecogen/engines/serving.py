@@ -30,7 +30,7 @@ from ecogen.serving.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
-_PAUSE_S = 1.0
+_PAUSE_S, _SOON_S = 1.0, 5.0
 
 
 def ready_line(address: Address, gateway: Gateway) -> str:
@@ -135,7 +135,8 @@ async def first_answer(gateway: Gateway) -> None:
 
 async def _answers_at_last(gateway: Gateway) -> None:
     """Wait until the model answers, however long its nodes take to come; people are told why."""
-    told = ""
+    told, loop = "", asyncio.get_running_loop()
+    soon = loop.call_later(_SOON_S, logger.warning, "waiting for nodes; `ecogen status` shows which are here")
     while True:
         try:
             return await first_answer(gateway)
@@ -144,6 +145,8 @@ async def _answers_at_last(gateway: Gateway) -> None:
                 told = str(problem)
                 logger.warning("waiting: %s", told)
             await asyncio.sleep(_PAUSE_S)
+        finally:
+            soon.cancel()
 
 
 async def _opened(served: Served) -> tuple[TextModel, dict[str, Adapter]]:

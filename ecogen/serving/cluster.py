@@ -9,7 +9,15 @@ from contextlib import aclosing
 from typing import Any
 
 from ecogen.config import Serving
-from ecogen.errors import CheckpointError, EcoGenError, NodeLostError, PlacementError, ServingError, TransportError
+from ecogen.errors import (
+    CheckpointError,
+    EcoGenError,
+    NodeLostError,
+    PlacementError,
+    ServingError,
+    TransportError,
+    UnavailableError,
+)
 from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Labels, Placement, neighbours_of, segments_held
 from ecogen.planning.decoding import place_decoder
@@ -84,7 +92,7 @@ class ServedCluster:
 
         Raises:
             CheckpointError: if it does not fit the model; then none holds it.
-            ServingError: if no devices hold the model, so that it cannot be seen whether it fits.
+            UnavailableError: if no devices hold the model, so that it cannot be seen whether it fits.
         """
         await self._holding()
         async with self._turn:
@@ -105,7 +113,7 @@ class ServedCluster:
                 while not self.rests and self.chain is None:
                     await self._has_chain.wait()
         except TimeoutError:
-            raise ServingError(f"{self.cluster_id} holds no model now; try again") from None
+            raise UnavailableError(f"{self.cluster_id} holds no model now; try again") from None
 
     async def drop(self, adapter_id: str) -> None:
         """Have no stage hold an adapter any longer; no request names it."""
@@ -198,8 +206,9 @@ class ServedCluster:
                 return self._place(self._here_then)
             except PlacementError as problem:
                 if not await self._members.wait_for(self._has_changed, self._spec.patience_s):
-                    logger.warning("%s: %s", self._cluster.cluster_id, problem)
-                    self.engine.fail(ServingError(f"{self._cluster.cluster_id}: {problem}"))
+                    reason = str(problem) if self._here_then else "none of its devices is here; start them"
+                    logger.warning("%s: %s", self.cluster_id, reason)
+                    self.engine.fail(UnavailableError(f"{self.cluster_id}: {reason}"))
 
     def _place(self, node_ids: Sequence[str]) -> Placement:
         slots = (self._spec.slots + self._spec.shelf) * max(1, len(node_ids))

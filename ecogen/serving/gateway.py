@@ -315,6 +315,7 @@ class Gateway:
                 news = message.read(News)
                 if answer := edge.answers.get(news.request_id):
                     answer.put_nowait(news)
+            await stream.close()  # the edge has closed its end
         except TransportError as lost:
             problem = NodeLostError(edge.node_id, str(lost))
         finally:
