@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ecogen.models.mixed_lora import open_adapter
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen
 from tests.command import Ran, started, wait_until
-from tests.engines.test_by_hand import address_of, free_port
+from tests.engines.test_by_hand import ROOT, address_of, free_port, of_this_machine
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
 from tests.serving.federations import GREEDY, answer
@@ -155,6 +156,32 @@ async def another_gateway_answers(certificates: Path, nodes: Nodes, model: Path,
         await gateway.put_adapter("poems", open_adapter(adapter))
         poems = GenerationRequest("poems", (5, 6, 7), GREEDY, 24)
         assert alone != [one.token async for one in gateway.generate(poems) if isinstance(one, Chosen)]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation(model: Path, tmp_path: Path) -> None:
+    """Those of docs/serving.md, with this machine's address, free ports and a tiny model."""
+    section = (ROOT / "docs" / "serving.md").read_text().partition("## On several machines")[2]
+    block = section.split("```")[1].replace("\\\n", "")
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("ecogen")]
+    adapter = save_adapter(model, tmp_path / "adapter", 1)
+    ports = {port: free_port() for port in ("7000", "7001", "7002", "7003")}
+    with ExitStack() as stack:
+        for _, *arguments in commands:
+            here = [of_this_machine(argument, ports) for argument in arguments]
+            here = [
+                part.replace("=runs/text/adapter", f"={adapter}").replace("=runs/text", f"={model}") for part in here
+            ]
+            process = stack.enter_context(started(*here, *(("--port", 0) if here[0] == "serve" else ()), cwd=tmp_path))
+            if here[0] == "node":
+                address_of(process)
+            elif here[0] == "serve":
+                assert process.stdout
+                assert "serves tiny, text" in process.stdout.readline()
+            else:
+                said, errors = process.communicate(timeout=60)
+                assert process.returncode == 0, errors
+    assert "served 1 request" in said
 
 
 # What may be wrong; nothing here starts a node.
