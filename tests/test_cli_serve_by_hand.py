@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from ecogen.engines.served import find_served
 from ecogen.models.mixed_lora import open_adapter
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen
-from tests.command import Ran, started, wait_until
+from tests.command import Ran, started
 from tests.engines.test_by_hand import ROOT, address_of, free_port, of_this_machine
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
@@ -94,19 +95,19 @@ def nodes(certificates: Path, tmp_path: Path) -> Iterator[Nodes]:
 
 
 def test_nodes_started_by_hand_serve(
-    model: Path, certificates: Path, nodes: Nodes, ecogen: EcoGen, tmp_path: Path
+    model: Path, certificates: Path, nodes: Nodes, ecogen: EcoGen, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A gateway waits for nodes; a device is killed in mid-answer and comes back elsewhere; another gateway comes."""
-    nodes.start("cloud", "--recipe", "serve", "--set", f"model.source={model}")
+    """A device is killed in mid-answer and comes back elsewhere; a gateway goes and another comes."""
+    for device in DEVICES:
+        nodes.start(device, "--join", nodes.at("edge-0"))
+    nodes.start("cloud", "--recipe", "serve", "--set", f"model.source={model}", "--set", "serving.patience_s=90")
     address_of(nodes.processes["cloud"])
+    asyncio.run(a_gateway_waits(certificates, nodes))
+    assert "not here: edge-0" in caplog.text
     cloud = ("--join", nodes.at("cloud"), "--certs", certificates / "operator")
     with started("serve", *cloud, "--port", 0) as gateway:
-        for device in DEVICES:
-            nodes.start(device, "--join", nodes.at("edge-0"))
         assert gateway.stdout
         assert gateway.stderr
-        assert "not here: edge-0" in gateway.stderr.readline()
-        nodes.start("edge-0", "--join", nodes.at("cloud"))
         line = gateway.stdout.readline()
         found = re.fullmatch(r"ready: (http://127\.0\.0\.1:\d+/v1) serves tiny\n", line)
         assert found, line + gateway.stderr.read()
@@ -119,6 +120,15 @@ def test_nodes_started_by_hand_serve(
     shown = ecogen("status", nodes.at("cloud"), "--certs", certificates / "operator").out
     assert "serving 1/1 edges are ready" in shown
     nodes.end()
+
+
+async def a_gateway_waits(certificates: Path, nodes: Nodes) -> None:
+    """For an edge that is not there yet."""
+    async with join_serving(*split_parent("--join", nodes.at("cloud")), certificates / "operator") as (gateway, _):
+        waiting = asyncio.create_task(answer(gateway, [5, 6, 7], 2))
+        await asyncio.sleep(0.5)
+        nodes.start("edge-0", "--join", nodes.at("cloud"))
+        assert len(await waiting) == 2
 
 
 def a_device_is_killed_while_it_answers(client: OpenAI, nodes: Nodes, model: Path) -> None:
@@ -137,7 +147,8 @@ def a_device_is_killed_while_it_answers(client: OpenAI, nodes: Nodes, model: Pat
     assert where(ask(1)) == DEVICES[:1]
     nodes.move(DEVICES[1])
     nodes.start(DEVICES[1], "--join", nodes.at("edge-0"))
-    wait_until(lambda: where(ask(1)) == DEVICES)
+    while where(ask(1)) != DEVICES:
+        time.sleep(0.5)
     short = ask(20).choices[0].text
     assert short in (wanted(model, 20), wanted(model, 20).rstrip("\ufffd"))
 
