@@ -18,7 +18,8 @@ from openai.types import Completion
 
 from ecogen.engines.by_hand import split_parent
 from ecogen.engines.joined import join_serving
-from ecogen.engines.served import find_served
+from ecogen.engines.served import Served, find_served
+from ecogen.errors import CheckpointError
 from ecogen.models.mixed_lora import open_adapter
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen
@@ -26,7 +27,7 @@ from tests.command import Ran, started
 from tests.engines.test_by_hand import ROOT, address_of, free_port, of_this_machine
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
-from tests.serving.federations import GREEDY, answer
+from tests.serving.federations import GREEDY, answer, whole_answer
 from tests.serving.openai.served import byte_level, wrapped
 from tests.test_cli_serve import ended, wanted
 
@@ -117,6 +118,9 @@ def test_nodes_started_by_hand_serve(
         assert ended(gateway) == 0
         assert "Traceback" not in gateway.stderr.read()
     asyncio.run(another_gateway_answers(certificates, nodes, model, save_adapter(model, tmp_path / "adapter", 1)))
+    watched = ecogen("watch", nodes.at("cloud"), "--certs", certificates / "operator", "--out", tmp_path / "run")
+    assert watched.code == 2
+    assert "cloud serves and has no end to wait for" in watched.err
     shown = ecogen("status", nodes.at("cloud"), "--certs", certificates / "operator").out
     assert "serving 1/1 edges are ready" in shown
     nodes.end()
@@ -160,9 +164,21 @@ def where(completion: Completion) -> list[str]:
 
 
 async def another_gateway_answers(certificates: Path, nodes: Nodes, model: Path, adapter: Path) -> None:
-    """It finds the nodes as the first has left them, and brings an adapter."""
-    parent = split_parent("--join", nodes.at("cloud"))
-    async with join_serving(*parent, certificates / "operator", find_served(model)) as (gateway, _):
+    """It finds the nodes as the first has left them, brings an adapter, and drains a device."""
+    parent = (*split_parent("--join", nodes.at("cloud")), certificates / "operator")
+    save_decoder("llama", other := adapter.parent / "other")
+    with pytest.raises(CheckpointError, match="is not the model that cloud serves"):
+        async with join_serving(*parent, Served(other, "other")):
+            pass
+    async with join_serving(*parent, find_served(model)) as (gateway, _):
+        await gateway.drain(DEVICES[0])
+        for _ in range(50):
+            _, finish = await whole_answer(gateway, [5, 6, 7], 2)
+            if finish.node_ids == (DEVICES[1],):
+                break
+            await asyncio.sleep(0.2)
+        assert finish.node_ids == (DEVICES[1],)
+        await gateway.drain(DEVICES[0], is_out=False)
         alone = await answer(gateway, [5, 6, 7], 24)
         await gateway.put_adapter("poems", open_adapter(adapter))
         poems = GenerationRequest("poems", (5, 6, 7), GREEDY, 24)

@@ -61,7 +61,9 @@ async def join_serving(
             model = _model(served, welcome, recipe)
             edge_ids = recipes.build_topology(recipe.topology).edge_ids
             gateway = Gateway(transport, edge_ids, model, recipe.serving.patience_s)
-            following = asyncio.create_task(_Edges(transport, cloud_id, edge_ids, gateway).follow())
+            edges = _Edges(transport, cloud_id, edge_ids, gateway)
+            edges.note(status.addresses)
+            following = asyncio.create_task(edges.follow())
             try:
                 yield gateway, served
             finally:
@@ -77,25 +79,8 @@ class _Edges:
         self._transport, self._cloud_id, self._edge_ids, self._gateway = transport, cloud_id, edge_ids, gateway
         self._away: set[str] = set()
 
-    async def follow(self) -> None:
-        """Forever: let the gateway and its transport know."""
-        has_cloud = True
-        while True:
-            try:
-                await self._look()
-                has_cloud = True
-            except TransportError as problem:
-                if has_cloud:
-                    logger.warning("%s; the edges go on", problem)
-                has_cloud = False
-            await asyncio.sleep(_LOOK_S)
-
-    async def _look(self) -> None:
-        ask = Message.of(LOCATE, counted=False)
-        reply = await self._transport.call(self._cloud_id, ask, timeout_s=_ANSWER_S)
-        self._note(reply.read(Located).addresses)
-
-    def _note(self, addresses: dict[str, str]) -> None:
+    def note(self, addresses: dict[str, str]) -> None:
+        """Here they are, and the others are away."""
         for edge_id in self._edge_ids:
             if edge_id in addresses:
                 self._transport.learn(edge_id, addresses[edge_id])
@@ -104,6 +89,24 @@ class _Edges:
             logger.warning("not here: %s", ", ".join(news))
         self._away = away
         self._gateway.note_away(away)
+
+    async def follow(self) -> None:
+        """Forever: let the gateway and its transport know."""
+        has_cloud = True
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await self._look()
+                has_cloud = True
+            except TransportError as problem:
+                if has_cloud:
+                    logger.warning("%s; the edges go on", problem)
+                has_cloud = False
+
+    async def _look(self) -> None:
+        ask = Message.of(LOCATE, counted=False)
+        reply = await self._transport.call(self._cloud_id, ask, timeout_s=_ANSWER_S)
+        self.note(reply.read(Located).addresses)
 
 
 def _check_same(found: Served, welcome: Welcome, cloud_id: str) -> None:
