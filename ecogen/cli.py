@@ -112,7 +112,10 @@ def report(
     run_folder: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
-    """Make report.html anew from a run's records; of what was served, show the totals."""
+    """Make report.html anew from a run's records.
+
+    Of a folder of `ecogen serve --out`, show what was served.
+    """
     from ecogen.engines.run_folder import load_recipe
     from ecogen.engines.saving import REPORT, rebuild_report
     from ecogen.engines.study import STUDY, conclude, load_saved
@@ -228,7 +231,10 @@ def status(
         Path | None, typer.Option("--certs", metavar="DIR", help="An operator's certificate, to ask a cloud.")
     ] = None,
 ) -> None:
-    """Show how a run is, or a federation started by hand, and which nodes are there."""
+    """Show how a run is, and which nodes are there.
+
+    A federation that was started by hand is asked at its cloud; one that serves shows what it served.
+    """
     from ecogen.engines import session
     from ecogen.engines.by_hand import split_parent
 
