@@ -29,7 +29,7 @@ from benchmarks.common import circumstances, wait_until_quiet, write_result
 from ecogen.config import Compute, Recipe, Serving, TopologyRecipe
 from ecogen.engines.launch import ENGINES
 from ecogen.engines.local import LocalEngine
-from ecogen.engines.serving import check_serving, serving_recipe
+from ecogen.engines.served import check_serving, serving_recipe
 from ecogen.models.decoder import align
 from ecogen.serving.gateway import Gateway
 from ecogen.serving.generation import GenerationRequest

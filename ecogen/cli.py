@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ecogen import config as recipes
-from ecogen.errors import EcoGenError, RunError
+from ecogen.errors import ConfigError, EcoGenError, RunError
 from ecogen.storage import storage_error
 
 if TYPE_CHECKING:
@@ -112,11 +112,18 @@ def report(
     run_folder: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
-    """Make report.html anew from a run's records."""
+    """Make report.html anew from a run's records.
+
+    Of a folder of `ecogen serve --out`, show what was served.
+    """
+    from ecogen.engines.run_folder import load_recipe
     from ecogen.engines.saving import REPORT, rebuild_report
     from ecogen.engines.study import STUDY, conclude, load_saved
 
     is_study = (run_folder / STUDY).exists()
+    if not is_study and load_recipe(run_folder).task == "serve":
+        _show_served(run_folder, as_json)
+        return
     summary = conclude(load_saved(run_folder), run_folder) if is_study else rebuild_report(run_folder)
     print(json.dumps(summary) if as_json else f"report: {run_folder / REPORT}")
 
@@ -151,16 +158,31 @@ def predict(
 @app.command()
 def serve(
     model: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run that tuned a language model, or a model's folder.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            show_default=False,
+            help="A run that tuned a language model, or a model's folder; with --join it may be left out.",
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="0 for any that is free.")] = 8000,
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     recipe: Annotated[
-        str, typer.Option(metavar="RECIPE", help="Where it is served: devices, clusters, edges.")
-    ] = "serve",
+        str | None, typer.Option(metavar="RECIPE", help="Where it is served: devices, clusters, edges; default serve.")
+    ] = None,
     engine: Annotated[EngineName | None, typer.Option(help="All nodes in this process, or a process a node.")] = None,
     devices: Annotated[int | None, typer.Option(metavar="N", min=1, help="Devices that share the blocks.")] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(metavar="ID@HOST:PORT", help="Serve on nodes that were started by hand: where their cloud is."),
+    ] = None,
+    certificates: Annotated[
+        Path | None, typer.Option("--certs", metavar="DIR", help="With --join, the operator's certificate.")
+    ] = None,
     settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the nodes' disks and the books of what was served there.")
+    ] = None,
     adapters: Annotated[
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=DIR", help="A LoRA adapter and its name; repeatable."),
@@ -172,34 +194,55 @@ def serve(
 ) -> None:
     """Serve a language model through OpenAI's API.
 
-    Prints one line when it answers. Ctrl-C ends it when running answers are told.
+    Prints one line when it answers. Ctrl-C ends it when running answers are told; nodes started by hand go on.
     """
     overrides = [*(settings or []), *([f"engine={engine}"] if engine else [])]
     overrides += [f"topology.devices_per_cluster={devices}"] if devices else []
-    resolved = recipes.load(recipe, overrides)
-    if resolved.engine == "local":
+    where = [*([recipe] if recipe else []), *([f"--out {out}"] if out else []), *overrides]
+    _check_serving_options(model, join, certificates, where)
+    resolved = recipes.load(recipe or "serve", overrides)
+    if resolved.engine == "local" and not join:
         from ecogen.engines.forking import fork_server
 
         fork_server()  # before the imports that take long, since it does the same ones
-    from ecogen.engines import serving
+    from ecogen.engines import served, serving
+    from ecogen.engines.by_hand import split_parent
     from ecogen.serving.openai.keys import Keys, read_keys
 
-    served = serving.with_adapters(serving.find_served(model), adapters or [])
+    found, named = served.find_served(model) if model else None, served.adapters_of(adapters or [])
     ready = lambda address, gateway: print(serving.ready_line(address, gateway), flush=True)  # noqa: E731
-    known = read_keys(keys) if keys else Keys()
-    work = serving.serve(served, resolved, host=host, port=port, keys=known, allow_open=allow_open, on_ready=ready)
+    door = serving.Door(host, port, ready, read_keys(keys) if keys else Keys(), allow_open)
+    if join and certificates:
+        work = serving.serve_joined(split_parent("--join", join), certificates, found, named, door)
+    else:
+        assert found is not None
+        work = serving.serve(found.beside(named), resolved, door, folder=out)
     with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
         asyncio.run(work)
 
 
 @app.command()
 def status(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of several.")] = Path("runs"),
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_CLOUD", help="A run folder, or one of several; with --certs, ID@HOST:PORT."),
+    ] = "runs",
+    certificates: Annotated[
+        Path | None, typer.Option("--certs", metavar="DIR", help="An operator's certificate, to ask a cloud.")
+    ] = None,
 ) -> None:
-    """Show how a run is, and which nodes are there."""
-    from ecogen.engines import session
+    """Show how a run is, and which nodes are there.
 
-    for line in asyncio.run(session.status(run_folder)):
+    A federation that was started by hand is asked at its cloud; one that serves shows what it served.
+    """
+    from ecogen.engines import session
+    from ecogen.engines.by_hand import split_parent
+
+    if certificates is None:
+        work = session.status(Path(run))
+    else:
+        work = session.status_of_cloud(*split_parent("RUN_OR_CLOUD", run), certificates)
+    for line in asyncio.run(work):
         Console().print(line)
 
 
@@ -223,7 +266,9 @@ def node(
     ] = None,
     revoked: Annotated[Path | None, typer.Option(metavar="FILE", help="The federation's revocation list.")] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda:N or mps.")] = "auto",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the frozen weights.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"], typer.Option(help="Of the frozen weights; int8 serves only.")
+    ] = "float32",
     message_mib: Annotated[
         int | None,
         typer.Option(
@@ -338,6 +383,29 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     with _errors_as_exit_codes():
         app(prog_name="ecogen")
+
+
+def _check_serving_options(model: Path | None, join: str | None, certificates: Path | None, where: list[str]) -> None:
+    problems = []
+    if not (model or join):
+        problems.append("give RUN_OR_MODEL, or --join a cloud that serves")
+    if bool(join) is not bool(certificates):
+        problems.append("--join and --certs go together: a cloud lets in those only who have a certificate")
+    if join and where:
+        problems.append(f"--join: where it is served is the cloud's to say; leave out {', '.join(where)}")
+    if problems:
+        raise ConfigError(problems, "the command line")
+
+
+def _show_served(folder: Path, as_json: bool) -> None:
+    from ecogen.engines.books import read_books
+    from ecogen.reports.console import show_served
+
+    summary = read_books(folder)
+    if as_json:
+        print(json.dumps(_plain(summary)))
+    else:
+        Console().print(show_served(summary))
 
 
 def _run_study(

@@ -10,7 +10,8 @@ EcoGenError
 ├── AggregationError       updates cannot be averaged
 ├── ServingError           a request or a model cannot be served
 │   ├── UnknownModelError  there is no such model, or not for this tenant
-│   └── OverloadedError    as many requests wait as may
+│   ├── OverloadedError    as many requests wait as may
+│   └── UnavailableError   the devices that are here cannot serve
 └── TransportError         something between two nodes
     ├── NodeLostError      the other node does not answer
     ├── ProtocolError      the other node speaks another version or sent nonsense
@@ -69,6 +70,10 @@ class UnknownModelError(ServingError):
 
 class OverloadedError(ServingError):
     """As many requests wait as may; try again later."""
+
+
+class UnavailableError(ServingError):
+    """The devices that are here cannot serve; others may come, or be started."""
 
 
 class TransportError(EcoGenError):

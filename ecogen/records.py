@@ -157,6 +157,30 @@ class RequestRecord(msgspec.Struct, frozen=True, tag="request", tag_field="type"
         return self.t_ul_s + self.t_inference_s + self.t_dl_s
 
 
+class ServedRecord(msgspec.Struct, frozen=True, tag="served", tag_field="type"):
+    """What an edge that serves has served in a while, and what the while took it and its devices.
+
+    Attributes:
+        num_requests: that ended in it, answered or broken off; and the tokens of these.
+        reused_tokens: of the prompts' tokens, those that had been computed for another request.
+        inference_s: of all of them together, each from its arrival to its last token.
+        share_j: of the usages' energy what was computed and sent for these requests, modelled; the rest is idle time,
+            memory, and what requests took that have not ended.
+        usages: windows are contiguous, so that no time is in two records or in none.
+    """
+
+    node_id: str
+    num_requests: int
+    prompt_tokens: int
+    reused_tokens: int
+    completion_tokens: int
+    inference_s: float
+    share_j: float
+    wall_s: float
+    usages: tuple[Usage, ...]
+    time_s: float = 0.0
+
+
 EventKind = Literal["joined", "lost", "rejoined", "cluster_failed", "cluster_formed", "resumed", "fenced", "finished"]
 
 
@@ -170,7 +194,7 @@ class EventRecord(msgspec.Struct, frozen=True, tag="event", tag_field="type"):
     time_s: float = 0.0
 
 
-Record = RoundRecord | PhaseRecord | RequestRecord | EventRecord
+Record = RoundRecord | PhaseRecord | RequestRecord | ServedRecord | EventRecord
 
 _ENCODER = msgspec.json.Encoder()
 _DECODER: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)

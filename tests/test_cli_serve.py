@@ -93,12 +93,14 @@ def device_processes(pid: int) -> list[psutil.Process]:
     return sorted(nodes, key=lambda child: child.pid)
 
 
-def test_keys_and_adapters(model: Path, tmp_path: Path) -> None:
+def test_keys_adapters_and_books(model: Path, tmp_path: Path, ecogen: EcoGen) -> None:
     adapter = save_adapter(model, tmp_path / "adapter", 1)
     keys = tmp_path / "keys.toml"
     keys.write_text('anna = "a-long-secret-key"\n')
     keys.chmod(0o600)
+    served = tmp_path / "served"
     arguments = (model, "--engine", "inproc", "--devices", 2, "--adapter", f"poems={adapter}", "--keys", keys)
+    arguments += ("--out", served)
     with serving(*arguments, key="a-long-secret-key") as (process, client, line):
         assert line.rstrip().endswith("serves tiny, poems")
         assert [served.id for served in client.models.list()] == ["tiny", "poems"]
@@ -111,8 +113,22 @@ def test_keys_and_adapters(model: Path, tmp_path: Path) -> None:
             client.completions.create(model="prose", prompt=PROMPT)
         with pytest.raises(AuthenticationError):
             client.with_options(api_key="another").models.list()
+        assert "belongs to a run that is going on" in ecogen("serve", *arguments).err
         process.send_signal(signal.SIGTERM)
         assert ended(process) == 0
+    books_hold(served, ecogen)
+
+
+def books_hold(served: Path, ecogen: EcoGen) -> None:
+    """Two answers and the one that the server began with."""
+    books = ecogen("report", served, "--json").figures
+    assert (books["num_requests"], books["completion_tokens"]) == (3, 49)
+    assert list(books["by_tier"]) == ["cloud", "edge", "end"]
+    assert sum(cost["energy_j"][1] for cost in books["by_node"].values()) == pytest.approx(
+        books["total"]["energy_j"][1]
+    )
+    for verb in ("report", "status"):
+        assert "served 3 requests" in ecogen(verb, served).out
 
 
 # What may be wrong; nothing here starts a node.

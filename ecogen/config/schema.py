@@ -310,6 +310,7 @@ class Serving:
     busy_s: Positive = 2.0  # for so long requests wait before another cluster serves
     idle_s: Positive = 60.0  # for so long the others have room before one ends
     patience_s: Positive = 30.0  # how long requests wait for devices that can hold the model
+    books_s: Positive = 300.0  # for so long what an edge serves is one record; an hour where nobody asks anything
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ecogen import config as recipes
 from ecogen.engines.federation import Federation
-from ecogen.errors import NodeLostError
+from ecogen.errors import NodeLostError, RunError
 from ecogen.models.checkpoint import Foundation
 from ecogen.models.family import family_of, whole_segment
 from ecogen.models.tunables import is_head
-from ecogen.node.cloud import Status
 from ecogen.node.context import DESCRIBE, OPERATOR, STATUS, Welcome
+from ecogen.node.status import Status
 from ecogen.transport.base import Message, Peer, Transport
 from ecogen.transport.codec import Limits
 from ecogen.transport.credentials import load_credentials
@@ -90,6 +90,25 @@ async def attach(cloud_id: str, address: str, certificates: Path) -> AsyncIterat
     """The federation of a cloud that is running; leaving stops nothing.
 
     Raises:
+        RunError: if it serves.
+        AuthenticationError, NodeLostError: as `operator_of`.
+    """
+    async with operator_of(cloud_id, address, certificates) as (transport, status):
+        recipe = recipes.from_table(status.recipe, f"the recipe of {cloud_id}")
+        if recipe.task == "serve":
+            raise RunError(
+                f"{cloud_id} serves and has no end to wait for; use `ecogen serve --join` or `ecogen status`"
+            )
+        engine = _Elsewhere(transport, status.addresses | {cloud_id: address})
+        with tempfile.TemporaryDirectory(prefix="ecogen-") as folder:
+            yield AttachedFederation(recipe, engine, Path(folder))
+
+
+@asynccontextmanager
+async def operator_of(cloud_id: str, address: str, certificates: Path) -> AsyncIterator[tuple[GrpcTransport, Status]]:
+    """An operator's way to the nodes of a cloud that is running, and how these are.
+
+    Raises:
         AuthenticationError: if the certificate is no operator's, or the cloud refuses it.
         NodeLostError: if the cloud does not answer.
     """
@@ -99,10 +118,6 @@ async def attach(cloud_id: str, address: str, certificates: Path) -> AsyncIterat
     transport.learn(cloud_id, address)
     try:
         reply = await transport.call(cloud_id, Message.of(STATUS, counted=False), timeout_s=10)
-        status = reply.read(Status)
-        recipe = recipes.from_table(status.recipe, f"the recipe of {cloud_id}")
-        engine = _Elsewhere(transport, status.addresses | {cloud_id: address})
-        with tempfile.TemporaryDirectory(prefix="ecogen-") as folder:
-            yield AttachedFederation(recipe, engine, Path(folder))
+        yield transport, reply.read(Status)
     finally:
         await transport.close()

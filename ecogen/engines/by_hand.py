@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ecogen import config as recipes
 from ecogen.engines.check import check_recipe
+from ecogen.engines.served import check_serving, find_served, serving_recipe
 from ecogen.errors import ConfigError
 from ecogen.node.process import NodeSettings, run_node
 from ecogen.transport.credentials import load_credentials
@@ -45,7 +46,7 @@ def node_settings(
     """
     recipes.section_from_table(recipes.NodeCompute, {"device": device, "dtype": dtype})
     if recipe:
-        recipe = check_recipe(recipe)
+        recipe = _checked(recipe)
     tier = load_credentials(certificates, node_id=node_id).identity.tier
     host, port = _split_address("--listen", listen)
     parent = split_parent("--join", join) if join else (None, None)
@@ -64,8 +65,27 @@ def node_settings(
         port=port,
         device=device,
         dtype=dtype,
+        serves=_serves(recipe, parent[0]),
         message_mib=message_mib or transport.message_mib,
     )
+
+
+def _serves(recipe: recipes.Recipe | None, parent_id: str | None) -> bool | None:
+    """The recipe says so, or else the parent will."""
+    if recipe is not None:
+        return recipe.task == "serve"
+    return None if parent_id else False
+
+
+def _checked(recipe: recipes.Recipe) -> recipes.Recipe:
+    """The recipe with all that it leaves open, if it can be carried out."""
+    if recipe.task == "tune":
+        return check_recipe(recipe)
+    if recipe.model.source in recipes.MADE_HERE:
+        raise ConfigError([f"model.source: {recipe.model.source!r} cannot be served; name a run or a model's folder"])
+    served = serving_recipe(find_served(Path(recipe.model.source)).folder, recipe)
+    check_serving(served)
+    return served
 
 
 def split_parent(option: str, text: str) -> tuple[str, str]:

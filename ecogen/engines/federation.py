@@ -17,9 +17,10 @@ from ecogen import config as recipes
 from ecogen.engines.saving import save_run
 from ecogen.errors import NodeLostError
 from ecogen.models.checkpoint import Foundation
-from ecogen.node.cloud import Status, Watch
+from ecogen.node.cloud import Watch
 from ecogen.node.context import END, OPERATOR, PROGRESS, RECORD, RESULT, STATUS, WATCH, ProgressReport
 from ecogen.node.device import ASK, Ask, Asked
+from ecogen.node.status import Status
 from ecogen.records import Record, RoundRecord, from_line
 from ecogen.reports.summary import Summary
 from ecogen.transport.base import Message, Peer, Stream, Transport

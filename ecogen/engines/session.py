@@ -15,7 +15,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ecogen import config as recipes
-from ecogen.engines.attached import attach
+from ecogen.engines.attached import attach, operator_of
+from ecogen.engines.books import read_books
 from ecogen.engines.check import check_recipe
 from ecogen.engines.federation import Federation, ask_status
 from ecogen.engines.forming import formed
@@ -35,12 +36,12 @@ from ecogen.engines.run_folder import (
 )
 from ecogen.engines.saving import RECORDS, REPORT, load_records
 from ecogen.errors import DataError, TransportError
-from ecogen.node.cloud import Status
 from ecogen.node.context import ProgressReport
 from ecogen.node.device import Asked
 from ecogen.node.presence import Presence
+from ecogen.node.status import Status
 from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord
-from ecogen.reports.console import NodeStatus, delivered_line, round_line, show_status
+from ecogen.reports.console import NodeStatus, delivered_line, round_line, show_served, show_status
 from ecogen.reports.summary import Summary
 from ecogen.storage import write_atomically
 from ecogen.topology import Topology
@@ -58,7 +59,7 @@ async def run(recipe: recipes.Recipe, folder: Path, *, resume: bool, screen: Con
     with locked(folder), ended_in_order():
         begin_run(folder, recipe, resume=resume)
         async with launch(recipe, folder=folder) as federation:
-            _remember(folder, federation.cloud_address)
+            remember(folder, federation.cloud_address)
             return await _watch_and_save(federation, folder, screen)
 
 
@@ -92,14 +93,32 @@ async def status(folder: Path) -> list[RenderableType]:
         return [line for run_folder in several for line in await status(run_folder)]
     recipe = load_recipe(folder)
     live = await _live_status(folder) if is_running(folder) else None
-    if live is None:
-        return [_resting_line(folder)]
+    if live is not None:
+        return _live_lines(str(folder), live)
+    if recipe.task == "serve":
+        return [f"{folder}: {'running' if is_running(folder) else 'ended'}", show_served(read_books(folder))]
+    return [_resting_line(folder)]
+
+
+async def status_of_cloud(cloud_id: str, address: str, certificates: Path) -> list[RenderableType]:
+    """How a federation is whose nodes were started by hand, in lines to print.
+
+    Raises:
+        AuthenticationError, NodeLostError: as `operator_of`.
+    """
+    async with operator_of(cloud_id, address, certificates) as (_, live):
+        return _live_lines(f"{cloud_id}@{address}", live)
+
+
+def _live_lines(name: str, live: Status) -> list[RenderableType]:
+    recipe = recipes.from_table(live.recipe, f"the recipe of {name}")
     topology = recipes.build_topology(recipe.topology)
     progress = live.progress
     state = "finished, and saving" if live.finished else "running"
     where = f"{progress.phase} {progress.done}/{progress.total} {progress.detail}".rstrip()
-    line = f"{folder}: {state}; {where}; {live.num_records} records"
-    return [line, show_status([_node_status(node, topology, live.time_s) for node in live.presences])]
+    line = f"{name}: {state}; {where}; {live.num_records} records"
+    nodes = show_status([_node_status(node, topology, live.time_s) for node in live.presences])
+    return [line, nodes, *([show_served(live.served)] if live.served else [])]
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -203,7 +222,8 @@ def ended_in_order() -> Iterator[None]:
             loop.remove_signal_handler(name)
 
 
-def _remember(folder: Path, cloud_address: str) -> None:
+def remember(folder: Path, cloud_address: str) -> None:
+    """Let others who know the folder find its cloud while this process runs."""
     write_atomically(folder / RUNNING, json.dumps({"pid": os.getpid(), "cloud": cloud_address}))
 
 

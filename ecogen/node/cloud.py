@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from torch import Tensor
@@ -36,7 +35,7 @@ from ecogen.node.context import (
     methods,
 )
 from ecogen.node.parent import Parent
-from ecogen.node.presence import Presence, presences
+from ecogen.node.status import status_of
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord, from_line, read_records, to_line
 from ecogen.runtime.membership import Members
@@ -62,24 +61,6 @@ class Watch(msgspec.Struct, frozen=True):
     """Operator to cloud, opening a stream: send me the records from this number on, and what comes."""
 
     begin: int = 0
-
-
-class Status(msgspec.Struct, frozen=True):
-    """How the federation is.
-
-    Attributes:
-        recipe: the resolved recipe, as a table.
-        time_s: the cloud's clock, to which the presences' times are compared.
-        addresses: of the edges that are here.
-    """
-
-    recipe: dict[str, Any]
-    progress: ProgressReport
-    num_records: int
-    time_s: float
-    presences: list[Presence]
-    addresses: dict[str, str]
-    finished: bool
 
 
 class Log:
@@ -273,20 +254,8 @@ class CloudRole:
         return self._context.node_id in _finished(self._log.records)
 
     async def _status(self, _: Peer, __: Message) -> Message:
-        now_s = time.time()
-        nodes = presences(self._log.records, list(self._topology.nodes))
-        heard_s = self._members.heard_s | {self._context.node_id: 0.0}
-        for node in nodes:
-            node.time_s = max(node.time_s, now_s - heard_s.get(node.node_id, now_s))
-        status = Status(
-            recipes.to_table(self._recipe),
-            self._progress,
-            len(self._log.records),
-            now_s,
-            nodes,
-            self._members.addresses,
-            self._has_finished,
-        )
+        records, own_id = self._log.records, self._context.node_id
+        status = status_of(self._recipe, self._progress, records, self._members, own_id, finished=self._has_finished)
         return Message.of(STATUS, status, counted=False)
 
     async def _describe(self, _: Peer, __: Message) -> Message:

@@ -14,7 +14,7 @@ from ecogen.runtime.cpu import avoid_trapped_instructions
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, Stream, Transport
 
-INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT, DESCRIBE = (
+INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT, DESCRIBE, LOCATE = (
     "install",
     "books",
     "publish",
@@ -25,6 +25,7 @@ INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT, DESCRIBE 
     "status",
     "result",
     "describe",
+    "locate",
 )
 
 OPERATOR = "operator"
@@ -108,6 +109,7 @@ class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
         next_round: for an edge: the round that the federation is at.
         names: for an edge that serves: of the tensors in the model's folder.
         files: for an edge that serves: the tokenizer's.
+        nbytes: of the model's files, for an edge that serves.
         offered: of a decoder, the names of the backbone's tensors and files, which the configuration does not tell.
     """
 
@@ -119,6 +121,13 @@ class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
     names: list[str] = msgspec.field(default_factory=list)
     files: dict[str, bytes] = msgspec.field(default_factory=dict)
     offered: list[str] = msgspec.field(default_factory=list)
+    nbytes: int = 0
+
+
+class Located(msgspec.Struct, frozen=True):
+    """Cloud that serves to operator: where its edges are, those that are here."""
+
+    addresses: dict[str, str]
 
 
 class ProgressReport(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 from ecogen.errors import AuthenticationError, EcoGenError, ProtocolError
@@ -50,6 +51,29 @@ class Node:
     async def accept(self, peer: Peer, stream: Stream) -> None:
         """Serve a stream."""
         await self.role.accept(peer, stream)
+
+
+class Newcomer:
+    """Stands in for a node that listens already and has yet to be told its role; callers wait until it has one."""
+
+    def __init__(self) -> None:
+        self._node: asyncio.Future[Node] = asyncio.get_running_loop().create_future()
+
+    def become(self, node: Node) -> None:
+        """From now on the node answers."""
+        self._node.set_result(node)
+
+    async def run(self, address: str) -> None:
+        """The node's own loops."""
+        await (await asyncio.shield(self._node)).run(address)
+
+    async def handle(self, peer: Peer, message: Message) -> Message:
+        """What the node answers."""
+        return await (await asyncio.shield(self._node)).handle(peer, message)
+
+    async def accept(self, peer: Peer, stream: Stream) -> None:
+        """Leave a stream to the node."""
+        await (await asyncio.shield(self._node)).accept(peer, stream)
 
 
 def first_cause(problems: ExceptionGroup[Exception]) -> Exception:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ecogen.node.context import OPERATOR, Caller, Method, NodeContext, Ready, methods
 from ecogen.records import PhaseRecord, Record
 from ecogen.runtime.delivery import FETCH, serve_pieces
-from ecogen.runtime.membership import HEARTBEAT, JOIN, READY, Alive, Join, Members
+from ecogen.runtime.membership import HEARTBEAT, JOIN, READY, TASK, Alive, Join, Members, Task
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer
 
@@ -23,6 +23,7 @@ class Parent:
         welcome: what a child is told when it joins; waits until this node is prepared itself.
         read: gives named tensors of the backbone, for children to fetch.
         publish: takes a record of each delivery.
+        task: what the federation does.
     """
 
     def __init__(
@@ -33,15 +34,23 @@ class Parent:
         welcome: Callable[[str], Awaitable[Message]],
         read: Callable[[Iterable[str]], Mapping[str, Tensor]],
         publish: Callable[[Record], None],
+        task: str = "tune",
     ) -> None:
         self._tier, self._context, self._members = tier, context, members
-        self._welcome, self._read, self._publish = welcome, read, publish
+        self._welcome, self._read, self._publish, self._task = welcome, read, publish, task
 
     def methods(self) -> dict[str, Method]:
-        """The methods that only the children's tier may use; the backbone an operator may fetch too."""
+        """The methods that only the children's tier may use; the backbone an operator may fetch too.
+
+        Any node may ask for the task: which is its parent, it is told when it joins.
+        """
         children = Caller(self._tier)
         handlers = {JOIN: self._join, READY: self._ready, HEARTBEAT: self._heartbeat}
-        return methods(children, **handlers) | methods(children, Caller(OPERATOR), **{FETCH: self._fetch})
+        fetching = methods(children, Caller(OPERATOR), **{FETCH: self._fetch})
+        return methods(children, **handlers) | fetching | methods(*map(Caller, Tier), **{TASK: self._tell_task})
+
+    async def _tell_task(self, _: Peer, __: Message) -> Message:
+        return Message.of(TASK, Task(self._task))
 
     async def _join(self, peer: Peer, message: Message) -> Message:
         welcome = await self._welcome(peer.node_id)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from ecogen.records import EventKind, EventRecord, PhaseRecord, Record, RoundRecord
+from ecogen.records import EventKind, EventRecord, PhaseRecord, Record, RoundRecord, ServedRecord
 
 State = Literal["awaited", "preparing", "ready", "lost", "finished"]
 
@@ -40,9 +40,9 @@ def presences(records: Iterable[Record], node_ids: Sequence[str]) -> list[Presen
     for record in records:
         if isinstance(record, EventRecord):
             _happened(nodes, record)
-        elif isinstance(record, RoundRecord):
+        elif isinstance(record, (RoundRecord, ServedRecord)):
             for node_id in {record.node_id, *(usage.node_id for usage in record.usages)}:
-                _heard(nodes, node_id, record.time_s, record.round_index)
+                _heard(nodes, node_id, record.time_s, getattr(record, "round_index", None))
         elif isinstance(record, PhaseRecord):
             _heard(nodes, record.node_id, record.time_s)
     return list(nodes.values())

@@ -27,7 +27,8 @@ from ecogen.errors import EcoGenError
 from ecogen.metering.meter import CpuMeter
 from ecogen.node.build import build_role
 from ecogen.node.context import NodeContext
-from ecogen.node.node import Node
+from ecogen.node.node import Newcomer, Node
+from ecogen.runtime.membership import ask_task
 from ecogen.runtime.worker import Worker
 from ecogen.storage import make_folder, storage_error
 from ecogen.topology import Tier
@@ -56,7 +57,7 @@ class NodeSettings:
         tuned: for the cloud of a federation that only serves, its tunables.
         certificates: the folder with `node.pem`, `node.key` and `authority.pem`.
         revoked: the federation's revocation list, where there is one.
-        serves: a language model, in a federation that tunes nothing.
+        serves: a language model, in a federation that tunes nothing; None to ask the parent.
         message_mib: the largest message, both ways.
     """
 
@@ -75,7 +76,7 @@ class NodeSettings:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
-    serves: bool = False
+    serves: bool | None = False
     message_mib: int = recipes.TransportRecipe.message_mib
 
 
@@ -93,14 +94,31 @@ async def run_node(settings: NodeSettings, on_serving: Callable[[str], None]) ->
     worker = Worker(CpuMeter(settings.node_id, "process"), transport.counter)
     folder = make_folder(settings.folder)
     context = NodeContext(settings.node_id, folder, transport, worker, settings.device, settings.dtype)
-    recipe = recipes.from_table(settings.recipe) if settings.recipe else None
-    role = build_role(context, settings.tier, settings.parent_id, recipe, settings.tuned, serves=settings.serves)
-    node = Node(context, role)
-    address = await node.serve()
+    newcomer = Newcomer()
+    if (serves := settings.serves) is not None:
+        newcomer.become(_node(settings, context, serves))
+    address = await transport.serve(newcomer)
     if settings.parent_id and settings.parent_address:
         transport.learn(settings.parent_id, settings.parent_address)
     on_serving(address)
-    await node.run(address)
+    if serves is None:
+        newcomer.become(_node(settings, context, await _asked_parent(settings, transport)))
+    await newcomer.run(address)
+
+
+async def _asked_parent(settings: NodeSettings, transport: GrpcTransport) -> bool:
+    """Whether this node's federation serves."""
+    assert settings.parent_id is not None
+    try:
+        return await ask_task(transport, settings.parent_id) == "serve"
+    except BaseException:
+        await transport.close()
+        raise
+
+
+def _node(settings: NodeSettings, context: NodeContext, serves: bool) -> Node:
+    recipe = recipes.from_table(settings.recipe) if settings.recipe else None
+    return Node(context, build_role(context, settings.tier, settings.parent_id, recipe, settings.tuned, serves=serves))
 
 
 def main_of_child(settings: NodeSettings, pipe: Connection, log_level: int) -> None:

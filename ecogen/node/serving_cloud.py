@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from ecogen import config as recipes
-from ecogen.errors import ProtocolError
+from ecogen.errors import ProtocolError, TransportError
 from ecogen.models.folder import open_folder, read_text_files
 from ecogen.node.cloud import Log
-from ecogen.node.context import PUBLISH, Caller, NodeContext, Welcome, methods
+from ecogen.node.context import (
+    BOOKS,
+    DESCRIBE,
+    LOCATE,
+    OPERATOR,
+    PUBLISH,
+    STATUS,
+    Caller,
+    Located,
+    NodeContext,
+    ProgressReport,
+    Welcome,
+    methods,
+)
 from ecogen.node.parent import Parent
-from ecogen.records import from_line
+from ecogen.node.status import status_of
+from ecogen.records import PhaseRecord, ServedRecord, from_line
 from ecogen.runtime.membership import Members
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
+
+logger = logging.getLogger(__name__)
+
+_BOOKS_S = 4.0
 
 
 class ServingCloud:
@@ -28,8 +49,13 @@ class ServingCloud:
         self._members = Members(recipes.build_topology(recipe.topology).edge_ids, self._log.put)
         self._prepared = asyncio.Event()
         read = lambda names: self._folder.read(names)  # noqa: E731 - the folder is there when a child asks
-        parent = Parent(Tier.EDGE, context, self._members, self._welcome, read, self._log.put)
-        self.methods = parent.methods() | methods(Caller(Tier.EDGE), **{PUBLISH: self._publish})
+        parent = Parent(Tier.EDGE, context, self._members, self._welcome, read, self._log.put, "serve")
+        asked = {STATUS: self._status, DESCRIBE: self._describe, LOCATE: self._locate}
+        self.methods = {
+            **parent.methods(),
+            **methods(Caller(Tier.EDGE), **{PUBLISH: self._publish}),
+            **methods(Caller(OPERATOR), **asked),
+        }
 
     async def run(self, address: str) -> None:
         """Answer edges."""
@@ -48,13 +74,47 @@ class ServingCloud:
         folder = self._folder
         table = recipes.to_table(self._recipe)
         files = await self._context.worker.compute(read_text_files, folder.path)
-        welcome = Welcome(table, dict(folder.config), self._digest, names=list(folder.files), files=files)
+        names, nbytes = list(folder.files), folder.nbytes
+        welcome = Welcome(table, dict(folder.config), self._digest, names=names, files=files, nbytes=nbytes)
         return Message.of("join", welcome)
+
+    async def _collect_books(self) -> None:
+        """Have the edges that are here hand in what they have counted."""
+        asks = [
+            self._context.transport.call(edge_id, Message.of(BOOKS, counted=False), timeout_s=_BOOKS_S)
+            for edge_id in self._members.ready_ids
+        ]
+        for problem in await asyncio.gather(*asks, return_exceptions=True):
+            if isinstance(problem, TransportError):
+                logger.info("%s", problem)  # it hands them in later
+
+    def _write_own_books(self) -> None:
+        """As often as an edge writes its own."""
+        usage = self._context.worker.usage("serving")
+        self._log.put(PhaseRecord(self._context.node_id, "serving", usage.wall_s, (usage,), time_s=time.time()))
+
+    async def _describe(self, _: Peer, __: Message) -> Message:
+        """What an edge is told when it joins, for an operator whose gateway joins."""
+        return replace(await self._welcome(OPERATOR), counted=False)
+
+    async def _status(self, _: Peer, __: Message) -> Message:
+        await self._collect_books()
+        edge_ids = self._members.expected
+        progress = ProgressReport("serving", len(self._members.ready_ids), len(edge_ids), "edges are ready")
+        own_id = self._context.node_id
+        status = status_of(self._recipe, progress, self._log.records, self._members, own_id, finished=False)
+        return Message.of(STATUS, status, counted=False)
+
+    async def _locate(self, _: Peer, __: Message) -> Message:
+        return Message.of(LOCATE, Located(self._members.addresses), counted=False)
 
     async def _publish(self, peer: Peer, message: Message) -> Message:
         """Take a record of an edge."""
         try:
-            self._log.put(from_line(message.body))
+            record = from_line(message.body)
         except msgspec.MsgspecError as problem:
             raise ProtocolError(f"{peer.node_id} published what is not a record: {problem}") from problem
+        if isinstance(record, ServedRecord) and not self._log.has(record):
+            self._write_own_books()
+        self._log.put(record)
         return Message.of(PUBLISH, counted=message.counted)

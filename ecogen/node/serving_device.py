@@ -30,6 +30,7 @@ from ecogen.serving.loading import (
     Connect,
     Drop,
     Load,
+    Loaded,
     fetch_folder,
     segments_by_visit,
 )
@@ -96,7 +97,7 @@ class ServingDevice:
         constrain = constrain_in(folder) if "tokenizer.json" in load.files else None
         worker, neighbours = self._context.worker, self._neighbours
         self._stages = StagesOfDevice(load.chain, placement, stages, self._edge_id, worker, neighbours, constrain)
-        return Message.of(LOAD, Ready(self._context.worker.usage("delivery", self._held_bytes)))
+        return Message.of(LOAD, Loaded(self._context.worker.usage("delivery", self._held_bytes)))
 
     async def _unload(self, _: Peer, __: Message) -> Message:
         """Give the memory back."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from ecogen import config as recipes
 from ecogen.accounting.constants import Constants
 from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError, ServingError
 from ecogen.models.folder import ModelFolder, open_folder, write_text_files
-from ecogen.node.context import OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
+from ecogen.node.context import BOOKS, OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
+from ecogen.records import PhaseRecord, Usage
 from ecogen.runtime.membership import Members, attend
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.outbox import Outbox
 from ecogen.serving.answers import Answers
+from ecogen.serving.books import Books
 from ecogen.serving.cluster import ServedCluster
 from ecogen.serving.desk import Desk, Generate
 from ecogen.serving.generation import Finish, Taken
@@ -29,6 +32,9 @@ from ecogen.serving.semantic import from_config
 from ecogen.serving.tally import Tally
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
+
+_LOOK_S = 5.0
+_ANSWER_S = 2.0
 
 
 class ServingEdge:
@@ -42,11 +48,14 @@ class ServingEdge:
         self._clusters: list[ServedCluster] = []
         self._neighbours = Neighbours(context.transport, self._deliver, self._lose)
         read = lambda names: self._folder.read(names)  # noqa: E731 - the folder is there when a child asks
-        parent = Parent(Tier.END, context, self._members, self._welcome, read, self._outbox.put)
+        parent = Parent(Tier.END, context, self._members, self._welcome, read, self._outbox.put, "serve")
         self._assembly = Assembly()
+        self._num_gateways, self._was_left = 0, asyncio.Event()
+        self._writing = asyncio.Lock()
         self.methods = {
             **parent.methods(),
             **methods(Caller(OPERATOR), **{PREPARE: self._hold, DROP: self._forget, DRAIN: self._drain}),
+            **methods(Caller(OPERATOR), Caller(Tier.CLOUD, cloud_id), **{BOOKS: self._hand_in_books}),
         }
 
     async def run(self, address: str) -> None:
@@ -58,6 +67,8 @@ class ServingEdge:
                 group.create_task(self._outbox.run())
                 await self._prepared.wait()
                 group.create_task(self._replicas.run())
+                group.create_task(self._forget_all())
+                group.create_task(self._keep_books())
         finally:
             await self._neighbours.close()
 
@@ -68,11 +79,29 @@ class ServingEdge:
             AuthenticationError: if it is neither.
         """
         if peer.tier == OPERATOR:
-            await Desk(peer, stream, self._answer).run()
+            await self._attend_gateway(peer, stream)
         elif peer.tier == Tier.END and self._members.is_ready(peer.node_id):
             await self._neighbours.adopt(peer, stream)
         else:
             raise AuthenticationError(f"{peer.node_id!r} ({peer.tier}) is no device of {self._context.node_id!r}")
+
+    async def _attend_gateway(self, peer: Peer, stream: Stream) -> None:
+        """Take its requests. With the last gateway go all adapters: whichever comes next brings its own."""
+        self._num_gateways += 1
+        try:
+            await Desk(peer, stream, self._answer).run()
+        finally:
+            self._num_gateways -= 1
+            if not self._num_gateways:
+                self._was_left.set()
+
+    async def _forget_all(self) -> None:
+        """Forever: when the last gateway has left, have no stage hold an adapter."""
+        while True:
+            await self._was_left.wait()
+            self._was_left.clear()
+            if not self._num_gateways:
+                await asyncio.gather(*(cluster.drop_all() for cluster in self._clusters))
 
     async def _prepare(self, message: Message) -> Message:
         """Get ready to work as the cloud's welcome says; returns the answer to it."""
@@ -88,6 +117,7 @@ class ServingEdge:
         self._folder = await self._obtain(welcome, Path(recipe.model.source))
         self._answers = Answers(recipe.serving.answers)
         self._semantic = await context.worker.compute(from_config, recipe.serving.semantic)
+        self._books = Books(context.node_id, recipe.serving.books_s)
         clusters = self._topology.clusters_of(context.node_id)
         dtypes = {recipes.compute_of(recipe, node_id).dtype for cluster in clusters for node_id in cluster.node_ids}
         model = LanguageModel(self._folder, dtypes)
@@ -101,6 +131,8 @@ class ServingEdge:
                 context.transport,
                 self._neighbours,
                 self._finish,
+                self._count,
+                self._note_loaded,
                 recipe.placement.labels,
             )
             for cluster in clusters
@@ -135,12 +167,14 @@ class ServingEdge:
         """As it was answered before, where it was, or else by a cluster."""
         await self._prepared.wait()
         known, taken = await self._known(wanted)
-        for chosen in known:
-            if (yield chosen):
-                break
         if known:
-            tally = Tally(self._context.node_id, "", len(wanted.request.prompt))
-            tally.num_reused = len(wanted.request.prompt)
+            num_prompt = len(wanted.request.prompt)
+            tally = Tally(self._context.node_id, "", num_prompt, num_reused=num_prompt)
+            for chosen in known:
+                tally.num_tokens += 1
+                if (yield chosen):
+                    break
+            self._count(tally)
             yield replace(self._finish(tally), taken=taken)
             return
         said = list[Chosen]()
@@ -201,6 +235,41 @@ class ServingEdge:
 
     def _finish(self, tally: Tally) -> Finish:
         return tally.finish(self._topology, Constants())
+
+    # Books.
+
+    def _count(self, tally: Tally) -> None:
+        self._books.count(tally, self._finish(tally).bill.energy_j.mid)
+
+    def _note_loaded(self, usage: Usage) -> None:
+        self._outbox.put(PhaseRecord(usage.node_id, "delivery", usage.wall_s, (usage,), time_s=time.time()))
+
+    async def _keep_books(self) -> None:
+        """Forever: write a record when it is time for one."""
+        while True:
+            await asyncio.sleep(min(_LOOK_S, self._recipe.serving.books_s))
+            if self._books.is_due:
+                await self._write_books()
+
+    async def _write_books(self) -> None:
+        """Write down what was served since the last time, and what it took whom; a lost device's is lost with it."""
+        async with self._writing:
+            found = await asyncio.gather(*map(self._usage_of, self._members.ready_ids), return_exceptions=True)
+            usages = [usage for usage in found if isinstance(usage, Usage)]
+            self._outbox.put(self._books.close([self._context.worker.usage("serving"), *usages]))
+
+    async def _usage_of(self, device_id: str) -> Usage:
+        ask = Message.of(BOOKS, counted=False)
+        reply = await self._context.transport.call(device_id, ask, timeout_s=_ANSWER_S)
+        return reply.read(Ready).usage
+
+    async def _hand_in_books(self, peer: Peer, _: Message) -> Message:
+        """Write the books now, and see that the cloud has them. Who leaves may be the last one who asks for it."""
+        if self._prepared.is_set() and (self._books.has_news or peer.tier == OPERATOR):
+            await self._write_books()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._outbox.flush(), _ANSWER_S)
+        return Message.of(BOOKS, counted=False)
 
     def _deliver(self, sender_id: str, message: Message) -> None:
         for cluster in self._clusters:

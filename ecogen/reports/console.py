@@ -16,12 +16,14 @@ from rich.text import Text
 
 from ecogen.accounting.ledger import Bounds
 from ecogen.records import PhaseRecord, RequestRecord, RoundRecord
+from ecogen.reports.served import Cost, ServedSummary
 from ecogen.reports.study import Greenest, StudyRow, StudySummary
 from ecogen.reports.summary import Summary
 from ecogen.reports.tables import Column, Table, hops_tables, identifier, word
 from ecogen.reports.wording import (
     DASH,
     LINK_NAMES,
+    format_count,
     format_epsilon,
     format_grams,
     format_loss,
@@ -129,6 +131,28 @@ def show_status(nodes: Sequence[NodeStatus]) -> RenderableType:
     """Who is in the federation, and doing what."""
     columns = (identifier("node"), word("tier"), word("state"), Column("last round"), Column("last heard"))
     return show_table(Table("Nodes", columns, tuple(_status_cells(node) for node in nodes)))
+
+
+def show_served(summary: ServedSummary) -> RenderableType:
+    """What was served, and what all nodes took meanwhile."""
+    columns = (word("of"), identifier("name"), Column("cpu"), Column("sent"), Column("energy"), Column("emissions"))
+    groups = (("tier", summary.by_tier), ("site", summary.by_site), ("node", summary.by_node))
+    rows = [_cost_cells(of, name, cost) for of, costs in groups for name, cost in costs.items()]
+    table = Table("Taken by all nodes", columns, (*rows, _cost_cells("all", "", summary.total)))
+    return Group(Text(_served_line(summary)), show_table(table))
+
+
+def _served_line(summary: ServedSummary) -> str:
+    return (
+        f"served {plural(summary.num_requests, 'request')} in {format_seconds(summary.wall_s)}: "
+        f"{plural(summary.prompt_tokens, 'token')} of prompts, {format_count(summary.reused_tokens)} of them known; "
+        f"{plural(summary.completion_tokens, 'token')} of answers, for which {format_joules(summary.share_j)} were used"
+    )
+
+
+def _cost_cells(of: str, name: str, cost: Cost) -> tuple[str, ...]:
+    figures = format_seconds(cost.cpu_s), format_bytes(cost.sent_bytes), format_joules(cost.energy_j[1])
+    return (of, name, *figures, f"{format_grams(cost.emissions_g[1])} CO2e")
 
 
 def show_table(table: Table) -> RichTable:

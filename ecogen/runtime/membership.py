@@ -16,12 +16,18 @@ from ecogen.transport.base import Message, Transport
 
 logger = logging.getLogger(__name__)
 
-JOIN, READY, HEARTBEAT = "join", "ready", "heartbeat"
+TASK, JOIN, READY, HEARTBEAT = "task", "join", "ready", "heartbeat"
 HEARTBEAT_S = 2.0
 SILENCE_S = 8.0
 """A child that was silent for so long is taken as lost: four heartbeats."""
 PREPARING_S = 120.0
 """How long a child may take from joining until it is ready; it sends no heartbeats meanwhile."""
+
+
+class Task(msgspec.Struct, frozen=True):
+    """Parent to a node that asks before it joins: what the federation does, as recipes say it."""
+
+    task: str
 
 
 class Join(msgspec.Struct, frozen=True):
@@ -162,18 +168,50 @@ async def attend(
     Raises:
         TransportError: if the parent refuses or fails; trying again would not help.
     """
-    pause_s, level = 0.1, logging.WARNING
+    pauses = _Pauses(transport, parent_id)
     while True:
         try:
             welcome = await transport.call(parent_id, Message.of(JOIN, Join(address)))
             await transport.call(parent_id, await prepare(welcome))
-            pause_s, level = 0.1, logging.WARNING
+            pauses.begin_anew()
             await _keep_alive(transport, parent_id)
         except NodeLostError as problem:
-            logger.log(level, "%s: parent %s: %s; trying again", transport.peer.node_id, parent_id, problem)
-            level = logging.INFO  # once is enough for people
-        await asyncio.sleep(pause_s)
-        pause_s = min(2.0, pause_s * 1.5)
+            pauses.tell(problem)
+        await pauses.next()
+
+
+async def ask_task(transport: Transport, parent_id: str) -> str:
+    """What the parent's federation does, asked for as long as it takes.
+
+    Raises:
+        TransportError: if the parent refuses or fails; trying again would not help.
+    """
+    pauses = _Pauses(transport, parent_id)
+    while True:
+        try:
+            return (await transport.call(parent_id, Message.of(TASK))).read(Task).task
+        except NodeLostError as problem:
+            pauses.tell(problem)
+        await pauses.next()
+
+
+class _Pauses:
+    """Between two attempts to reach a parent: longer and longer, and people are told once."""
+
+    def __init__(self, transport: Transport, parent_id: str) -> None:
+        self._who = transport.peer.node_id, parent_id
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        self._pause_s, self._level = 0.1, logging.WARNING
+
+    def tell(self, problem: NodeLostError) -> None:
+        logger.log(self._level, "%s: parent %s: %s; trying again", *self._who, problem)
+        self._level = logging.INFO
+
+    async def next(self) -> None:
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(2.0, self._pause_s * 1.5)
 
 
 async def _keep_alive(transport: Transport, parent_id: str) -> None:

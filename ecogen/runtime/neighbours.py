@@ -128,6 +128,7 @@ class Neighbours:
             while (message := await stream.receive()) is not None:
                 self._deliver(node_id, message)
             self._forget(node_id, stream)
+            await stream.close()  # it has closed its end
         except TransportError as problem:
             if not self._is_replaced(node_id, stream):
                 self._forget(node_id, stream)

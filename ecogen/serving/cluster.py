@@ -9,17 +9,26 @@ from contextlib import aclosing
 from typing import Any
 
 from ecogen.config import Serving
-from ecogen.errors import CheckpointError, EcoGenError, NodeLostError, PlacementError, ServingError, TransportError
+from ecogen.errors import (
+    CheckpointError,
+    EcoGenError,
+    NodeLostError,
+    PlacementError,
+    ServingError,
+    TransportError,
+    UnavailableError,
+)
 from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Labels, Placement, neighbours_of, segments_held
 from ecogen.planning.decoding import Weights, place_decoder, predicted_s, rates_of
+from ecogen.records import Usage
 from ecogen.runtime.membership import Members
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.serving.chain import ServedChain
 from ecogen.serving.engine import Engine
 from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.language import LanguageModel
-from ecogen.serving.loading import CONNECT, DROP, LOAD, UNLOAD, Connect, Drop, Load, parts_of
+from ecogen.serving.loading import CONNECT, DROP, LOAD, UNLOAD, Connect, Drop, Load, Loaded, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.stage_times import stage_times
 from ecogen.serving.tally import Tally
@@ -43,6 +52,8 @@ class ServedCluster:
         model: what is served.
         members: the edge's devices.
         finish: makes the account of a request, from what it took.
+        ended: called with what each request took, answered or broken off.
+        loaded: called with what it took a device to get and load what it holds.
         labels: where the head is.
     """
 
@@ -56,11 +67,14 @@ class ServedCluster:
         transport: Transport,
         neighbours: Neighbours,
         finish: Callable[[Tally], Finish],
+        ended: Callable[[Tally], None],
+        loaded: Callable[[Usage], None],
         labels: Labels = "end",
     ) -> None:
         self._labels = labels
         self._cluster, self._nodes, self._model, self._spec = cluster, nodes, model, spec
-        self._members, self._transport, self._neighbours, self._finish = members, transport, neighbours, finish
+        self._members, self._transport, self._neighbours = members, transport, neighbours
+        self._finish, self._ended, self._loaded = finish, ended, loaded
         max_tokens = model.max_tokens(spec.max_tokens)
         self.engine = Engine(
             slots_per_group=spec.slots,
@@ -86,7 +100,7 @@ class ServedCluster:
 
         Raises:
             CheckpointError: if it does not fit the model; then none holds it.
-            ServingError: if no devices hold the model, so that it cannot be seen whether it fits.
+            UnavailableError: if no devices hold the model, so that it cannot be seen whether it fits.
         """
         await self._holding()
         async with self._turn:
@@ -107,12 +121,17 @@ class ServedCluster:
                 while not self.rests and self.chain is None:
                     await self._has_chain.wait()
         except TimeoutError:
-            raise ServingError(f"{self.cluster_id} holds no model now; try again") from None
+            raise UnavailableError(f"{self.cluster_id} holds no model now; try again") from None
 
     async def drop(self, adapter_id: str) -> None:
         """Have no stage hold an adapter any longer; no request names it."""
         async with self._turn:
             await self._drop(adapter_id)
+
+    async def drop_all(self) -> None:
+        """Have no stage hold any of the adapters that there are now."""
+        adapter_ids = list(self._adapters)
+        await asyncio.gather(*(self.drop(adapter_id) for adapter_id in adapter_ids))
 
     @property
     def cluster_id(self) -> str:
@@ -162,12 +181,13 @@ class ServedCluster:
             )
             async with aclosing(answer) as tokens:
                 async for chosen in tokens:
+                    tally.num_tokens += 1
                     tally.num_reused = self.engine.num_reused(request_id)
                     if (yield chosen):
                         break
             yield self._finish(tally)
         finally:
-            del self._tallies[request_id]
+            self._ended(self._tallies.pop(request_id))
 
     async def run(self) -> None:
         """Forever: serve on a chain of the devices that are here, until they are others."""
@@ -234,8 +254,9 @@ class ServedCluster:
                 return self._place(self._here_then)
             except PlacementError as problem:
                 if not await self._members.wait_for(self._has_changed, self._spec.patience_s):
-                    logger.warning("%s: %s", self._cluster.cluster_id, problem)
-                    self.engine.fail(ServingError(f"{self._cluster.cluster_id}: {problem}"))
+                    reason = str(problem) if self._here_then else "none of its devices is here; start them"
+                    logger.warning("%s: %s", self.cluster_id, reason)
+                    self.engine.fail(UnavailableError(f"{self.cluster_id}: {reason}"))
 
     def _place(self, node_ids: Sequence[str]) -> Placement:
         nodes = [self._nodes[node_id] for node_id in node_ids]
@@ -260,7 +281,7 @@ class ServedCluster:
         """
         self._number += 1
         ids = placement.node_ids
-        await asyncio.gather(*(self._transport.call(node_id, self._load(placement, node_id)) for node_id in ids))
+        await asyncio.gather(*(self._have_load(placement, node_id) for node_id in ids))
         edge_ids = {placement.start_id, placement.visits[-1].node_id}
         await self._neighbours.connect(self._members.locate(edge_ids))
         await asyncio.gather(*(self._transport.call(node_id, self._connect(placement, node_id)) for node_id in ids))
@@ -270,6 +291,10 @@ class ServedCluster:
             except CheckpointError as problem:  # it came while nobody held the model
                 logger.warning("%s: %s", self.cluster_id, problem)
                 del self._adapters[adapter_id]
+
+    async def _have_load(self, placement: Placement, node_id: str) -> None:
+        reply = await self._transport.call(node_id, self._load(placement, node_id))
+        self._loaded(reply.read(Loaded).usage)
 
     async def _give(self, placement: Placement, adapter_id: str, adapter: Adapter) -> None:
         """Give each device the part of an adapter that is in its blocks."""

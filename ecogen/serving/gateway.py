@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -42,6 +42,7 @@ class _Edge:
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     pump: asyncio.Task[None] | None = None
     lost_s: float = -1e9
+    is_away: bool = False  # as far as the cloud knows
     is_out: bool = False
     has_none: asyncio.Event = field(default_factory=asyncio.Event)  # no answers; set for those who wait for it
 
@@ -82,6 +83,7 @@ class Gateway:
         self._versions: dict[tuple[str | None, str], _Version] = {(None, model.name): self._backbone}
         self._retired: set[_Version] = set()
         self._publishing = asyncio.Lock()
+        self._coming: _Version | None = None
         self._balancer: Balancer[int] = Balancer()
         self._name, self._numbers = secrets.token_hex(4), count()
         self._drops: set[asyncio.Task[None]] = set()
@@ -93,7 +95,7 @@ class Gateway:
         return [version.served for version in self._versions.values() if version.tenant in (None, tenant)]
 
     async def put_adapter(self, name: str, adapter: Adapter, tenant: str | None = None) -> None:
-        """Add an adapter under a name, or replace the one that has it.
+        """Add an adapter under a name, or replace the one that has it. An edge that is lost gets it when it is back.
 
         Args:
             tenant: who alone may ask for it; None for all.
@@ -101,7 +103,7 @@ class Gateway:
         Raises:
             ServingError: if the name is the backbone's.
             CheckpointError: if it does not fit the model; then all is as it was.
-            NodeLostError: if an edge is lost meanwhile; then too.
+            NodeLostError: if no edge is here; then too.
         """
         async with self._publishing:
             backbone = self._backbone.served
@@ -110,11 +112,14 @@ class Gateway:
             old = self._versions.get((tenant, name))
             served = ServedModel(name, time.time(), backbone.max_tokens, backbone.name, tenant, adapter.nbytes)
             version = _Version(served, tenant, f"{self._name}-{next(self._numbers)}", adapter)
+            self._coming = version
             try:
-                await asyncio.gather(*(self._give(edge, version) for edge in self._edges))
+                await self._give_all(version)
             except Exception:
                 await self._drop(version)
                 raise
+            finally:
+                self._coming = None
             self._versions[tenant, name] = version
             if old is not None:
                 self._retire(old)
@@ -137,6 +142,14 @@ class Gateway:
         if version is None:
             raise UnknownModelError(f"there is no model {name!r}; GET /v1/models lists those there are")
         return version
+
+    async def _give_all(self, version: _Version) -> None:
+        """Bring an adapter to all edges that are here, one at least."""
+        gives = [self._give(edge, version) for edge in self._edges]
+        problems = [problem for problem in await asyncio.gather(*gives, return_exceptions=True) if problem is not None]
+        others = [problem for problem in problems if not isinstance(problem, NodeLostError)]
+        if others or len(problems) == len(self._edges):
+            raise (others or problems)[0]
 
     async def _give(self, edge: _Edge, version: _Version) -> None:
         """Bring an adapter to an edge, which brings it to its stages."""
@@ -204,9 +217,15 @@ class Gateway:
     def _choose(self, request: GenerationRequest, adapter_id: str) -> _Edge:
         """One that is not being drained, and was not lost a moment ago, where there is one."""
         own = [index for index, edge in enumerate(self._edges) if not edge.is_out]
-        here = [index for index in own if time.monotonic() - self._edges[index].lost_s > _AWAY_S] or own
+        known = [index for index in own if not self._edges[index].is_away] or own
+        here = [index for index in known if time.monotonic() - self._edges[index].lost_s > _AWAY_S] or known
         loads = {index: len(self._edges[index].answers) for index in here}
         return self._edges[self._balancer.choose(loads, request.prompt, adapter_id)]
+
+    def note_away(self, node_ids: Collection[str]) -> None:
+        """Ask these edges only if there is no other: who knows them has not heard of them for a while."""
+        for edge in self._edges:
+            edge.is_away = edge.node_id in node_ids
 
     async def drain(self, node_id: str, *, is_out: bool = True) -> None:
         """Give an edge no more requests, or have a device hold nothing, without an error to anybody; or undo that.
@@ -282,8 +301,8 @@ class Gateway:
         async with edge.opening:
             if edge.stream is None:
                 stream = await self._transport.open(edge.node_id)
-                for version in [*self._versions.values(), *self._retired]:
-                    if version.adapter is not None:
+                for version in [*self._versions.values(), *self._retired, self._coming]:
+                    if version is not None and version.adapter is not None:
                         await self._give(edge, version)
                 edge.stream, edge.pump = stream, asyncio.create_task(self._pump(edge, stream))
             return edge.stream
@@ -296,6 +315,7 @@ class Gateway:
                 for news in message.read(AllNews).news:
                     if answer := edge.answers.get(news.request_id):
                         answer.put_nowait(news)
+            await stream.close()  # the edge has closed its end
         except TransportError as lost:
             problem = NodeLostError(edge.node_id, str(lost))
         finally:

@@ -13,6 +13,7 @@ from ecogen.errors import ProtocolError
 from ecogen.models.folder import has_shard, write_index, write_shard
 from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Placement, Segment, Visit
+from ecogen.records import Usage
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.transport.base import Message, Transport
 from ecogen.units import MIB
@@ -51,6 +52,12 @@ class Load(msgspec.Struct, frozen=True):
     @property
     def placement(self) -> Placement:
         return Placement(tuple(self.visits))
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """Device to edge: I hold it; and what that took."""
+
+    usage: Usage
 
 
 class Connect(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ from ecogen.accounting.bill import Bill
 from ecogen.accounting.constants import Constants
 from ecogen.accounting.energy import bill
 from ecogen.placement import Placement
-from ecogen.records import Hop, RequestRecord, Usage
+from ecogen.records import Usage
 from ecogen.serving.generation import Finish
 from ecogen.serving.steps import Visited
 from ecogen.topology import Topology
@@ -38,6 +38,7 @@ class Tally:
     num_prompt: int
     began_s: float = field(default_factory=time.perf_counter)
     num_reused: int = 0
+    num_tokens: int = 0
     _visits: dict[tuple[str, str, str], _Visit] = field(default_factory=dict)
 
     def count_step(
@@ -74,23 +75,12 @@ class Tally:
             num_reused=self.num_reused,
         )
 
-    def record(self, request_id: str, finish: Finish, topology: Topology) -> RequestRecord:
-        """For the federation's books."""
-        hops = tuple(self._hop(visit, topology) for visit in self._visits.values())
-        times = (finish.t_ul_s, finish.t_inference_s, finish.t_dl_s)
-        return RequestRecord(request_id, self.cluster_id, self.num_prompt, *times, hops, (), time.time())
-
     def _bill(self, visit: _Visit, topology: Topology, constants: Constants) -> Bill:
         node = topology.nodes[visit.node_id]
         link = topology.link(visit.node_id, visit.receiver_id)
         sent = [(None if link is None else link.link_class, round(visit.sent_bytes))]
         usage = Usage(visit.node_id, "serving", visit.compute_s, visit.compute_s)
         return bill(usage, sent, node, topology.sites[node.site_id], constants)
-
-    def _hop(self, visit: _Visit, topology: Topology) -> Hop:
-        num_bytes = round(visit.sent_bytes)
-        link_s = _link_s(topology, visit.node_id, visit.receiver_id, num_bytes)
-        return Hop(visit.node_id, visit.segment, visit.compute_s, visit.receiver_id, num_bytes, link_s)
 
 
 def _link_s(topology: Topology, sender_id: str, receiver_id: str, num_bytes: int) -> float:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ecogen.config import Recipe, Serving, TopologyRecipe
 from ecogen.engines.inproc import InprocEngine, launch_inproc
-from ecogen.engines.serving import check_serving, serving_recipe
+from ecogen.engines.served import check_serving, serving_recipe
 from ecogen.serving.gateway import Gateway
 from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling

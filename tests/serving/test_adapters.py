@@ -10,7 +10,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ecogen.errors import CheckpointError, ServingError, UnknownModelError
+from ecogen.engines.inproc import InprocEngine
+from ecogen.errors import CheckpointError, NodeLostError, ServingError, UnknownModelError
 from ecogen.models.mixed_lora import open_adapter
 from ecogen.node.serving_edge import ServingEdge
 from ecogen.serving.gateway import Gateway
@@ -58,6 +59,47 @@ async def test_a_batch_may_mix_adapters(model: Path, adapters: dict[str, Path], 
     for (name, prompt), answer in zip(asked_for, answers, strict=True):
         assert answer == wanted(model, adapters.get(name), prompt, 10), name
     assert len({tuple(answer) for answer in answers}) > 6
+
+
+async def test_an_edge_that_is_away_gets_an_adapter_when_it_is_back(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    prompt = prompts(1)[0]
+    async with serving(tiny_recipe(model, devices=1, edges=2), tmp_path) as (gateway, engine):
+        await engine.kill("edge-1")
+        await gateway.put_adapter("one", open_adapter(adapters["one"]))
+        await engine.start_node("edge-1")
+        await gateway.drain("edge-0")
+        assert await asked(gateway, "one", prompt, 10) == wanted(model, adapters["one"], prompt, 10)
+        await gateway.drain("edge-0", is_out=False)
+        for edge in ("edge-0", "edge-1"):
+            await engine.kill(edge)
+        with pytest.raises(NodeLostError):
+            await gateway.put_adapter("two", open_adapter(adapters["two"]))
+        assert [served.name for served in gateway.models()] == ["tiny", "one"]
+
+
+async def test_adapters_go_with_the_last_gateway(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    async with serving(tiny_recipe(model), tmp_path) as (gateway, engine):
+        other = Gateway(engine.transport, ["edge-0"], gateway.models()[0])
+        for each in (gateway, other):
+            await each.put_adapter("one", open_adapter(adapters["one"]))
+            await asked(each, "one", [5, 6, 7], 3)
+        await other.close()
+        assert await asked(gateway, "one", [5, 6, 7], 3)
+        assert len(held_by(engine)) == 2
+        await gateway.close()
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+            if not held_by(engine):
+                break
+        assert not held_by(engine)
+
+
+def held_by(engine: InprocEngine) -> list[str]:
+    edge = engine.roles["edge-0"]
+    assert isinstance(edge, ServingEdge)
+    return [adapter_id for cluster in edge._clusters for adapter_id in cluster._adapters]
 
 
 async def test_a_replaced_adapter_ends_its_answers_and_gives_no_others(

@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ecogen.config import Compute, DeviceProfile, PlacementRecipe, Recipe, Serving, TopologyRecipe, from_table
-from ecogen.engines.serving import check_serving, launch_serving
+from ecogen.engines.served import check_serving
+from ecogen.engines.serving import launch_serving
 from ecogen.errors import CheckpointError, ConfigError, PlacementError, ServingError, UnknownModelError
 from ecogen.models.folder import open_folder
 from ecogen.models.mixed_lora import open_adapter

@@ -11,7 +11,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ecogen.engines.serving import Served, find_served, launch_serving, serving_recipe
+from ecogen.engines.served import Served, find_served, serving_recipe
+from ecogen.engines.serving import launch_serving
 from ecogen.errors import CheckpointError
 from ecogen.models.mixed_lora import open_adapter
 from ecogen.serving.generation import GenerationRequest

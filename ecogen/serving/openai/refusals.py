@@ -8,7 +8,14 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from ecogen.errors import NodeLostError, OverloadedError, ServingError, TransportError, UnknownModelError
+from ecogen.errors import (
+    NodeLostError,
+    OverloadedError,
+    ServingError,
+    TransportError,
+    UnavailableError,
+    UnknownModelError,
+)
 
 RETRY_S = 1
 """After how long one may try again what was refused for lack of room."""
@@ -76,7 +83,7 @@ def refusal_of(problem: BaseException) -> Refusal:
         return Refusal(404, str(problem), param="model", code="model_not_found")
     if isinstance(problem, OverloadedError):
         return too_many(str(problem))
-    if isinstance(problem, TransportError) or isinstance(problem.__cause__, NodeLostError):
+    if isinstance(problem, (TransportError, UnavailableError)) or isinstance(problem.__cause__, NodeLostError):
         return Refusal(503, str(problem), code="node_lost", headers={"Retry-After": str(RETRY_S)})
     if isinstance(problem, ServingError):
         return Refusal(400, str(problem))

@@ -10,7 +10,14 @@ import openai
 import pytest
 from openai import APIStatusError, AsyncOpenAI
 
-from ecogen.errors import CheckpointError, NodeLostError, OverloadedError, ServingError, UnknownModelError
+from ecogen.errors import (
+    CheckpointError,
+    NodeLostError,
+    OverloadedError,
+    ServingError,
+    UnavailableError,
+    UnknownModelError,
+)
 from ecogen.serving.openai.limits import Limits
 from tests.serving.openai.served import ScriptedServing, client_of, echo_app, scripted_app, tokens
 
@@ -181,6 +188,7 @@ PROBLEMS = [
     (UnknownModelError("no such adapter"), 404, "no such adapter"),
     (OverloadedError("16 requests wait; try again later"), 429, "16 requests wait"),
     (ServingError("a prompt of 99 tokens does not fit"), 400, "99 tokens"),
+    (UnavailableError("none of its devices is here"), 503, "none of its devices is here"),
     (NodeLostError("end-3", "no heartbeat for 4 s"), 503, "node 'end-3' is lost"),
     (CheckpointError("/secret/folder is broken"), 500, "its log says why"),
     (RuntimeError("a secret"), 500, "its log says why"),
