@@ -13,17 +13,10 @@ from rich.table import Table
 from benchmarks.common import RESULTS, SKIPPED
 
 STUDIES = ["table3", "table3_mnist", "poisoned", "traffic", "tunables", "ranks", "few_labels", "uneven"]
-OTHERS = [
-    "straggler",
-    "time_to_accuracy",
-    "forming",
-    "formed_runs",
-    "private",
-    "labels",
-    "api_server",
-    "semantic_cache",
-]
-NAMES = ["hop", "round_overhead", "split_vs_central", "flower", "node_startup", "accuracy", *STUDIES, *OTHERS]
+OTHERS = ["straggler", "time_to_accuracy", "forming", "formed_runs", "private", "labels", "serving", "api_server"]
+OTHERS += ["semantic_cache"]
+PEERS = ["flower", "llama_cpp", "split_lora"]
+NAMES = ["hop", "round_overhead", "split_vs_central", *PEERS, "node_startup", "accuracy", *STUDIES, *OTHERS]
 
 
 def main(names: list[str]) -> int:

@@ -22,8 +22,8 @@ _WORTH = 2**16
 _ROWS = 16
 """How many rows oneDNN chooses the blocks for: those of a few requests that decode together."""
 
-_FEWEST_ROWS = 4
-"""oneDNN multiplies so many rows faster than one, which it takes for a vector."""
+_ROWS_OF_ONE = 4
+"""One row is multiplied as often: oneDNN takes a single one for a vector, and is slower then."""
 
 
 def pack_weights(model: SegmentedDecoder, worth: int = _WORTH) -> None:
@@ -86,8 +86,8 @@ def _is_packable(weight: Tensor) -> bool:
 
 
 def _product(inputs: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    if lacking := max(0, _FEWEST_ROWS - len(rows)):
-        rows = functional.pad(rows, (0, 0, 0, lacking))
+    if inputs.numel() != inputs.shape[-1]:
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight.blocks, bias, "none", [], "")
+    rows = inputs.reshape(1, -1).expand(_ROWS_OF_ONE, -1)
     given = torch.ops.mkldnn._linear_pointwise(rows, weight.blocks, bias, "none", [], "")
-    return given[: len(rows) - lacking].view(*inputs.shape[:-1], -1)
+    return given[:1].view(*inputs.shape[:-1], -1)
