@@ -30,10 +30,14 @@ from ecogen.config import Compute, Recipe, Serving, TopologyRecipe
 from ecogen.engines.launch import ENGINES
 from ecogen.engines.local import LocalEngine
 from ecogen.engines.served import check_serving, serving_recipe
-from ecogen.models.decoder import align
+from ecogen.models.decoder import align, load_decoder
+from ecogen.models.packed import pack_weights
+from ecogen.placement import Segment
+from ecogen.serving.decoder_stage import DecoderStage
 from ecogen.serving.gateway import Gateway
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling
+from ecogen.serving.scheduler import Step
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "vocab_size": 8192, "max_position_embeddings": 1024}
@@ -131,6 +135,23 @@ def transformers_contender(model: Path, threads: int) -> Callable[[int], Awaitab
     return lambda at_once: asyncio.to_thread(run, at_once)
 
 
+def half_ms(model: Path, pause_s: float) -> float:
+    """Milliseconds in which half of the blocks decode a token, with a pause after each step; the median of some.
+
+    Between two steps of one request a stage waits for the others: what its caches held of it is then less.
+    """
+    half = Segment(0, SIZES["num_hidden_layers"] // 2, has_embedding=True)
+    loaded = load_decoder(model, [half])
+    pack_weights(loaded)
+    stage, taken = DecoderStage(loaded, half, 1, 1, PROMPT + ANSWER), []
+    for position in range(PROMPT + ANSWER):
+        began_s = time.perf_counter()
+        stage.run(Step(0, (), 0, ((1,),), (position,), ("",), 1))
+        taken.append(time.perf_counter() - began_s)
+        time.sleep(pause_s)
+    return round(statistics.median(taken) * 1e3, 2)
+
+
 def of(contender: Federation) -> Callable[[int], Awaitable[float]]:
     async def run(at_once: int) -> float:
         return (await contender.ask(at_once)).tokens_per_s
@@ -164,7 +185,12 @@ async def measure(model: Path, turns: int) -> dict[str, Any]:
                         rates[name][at_once].append(rate)
                 print(turn, at_once, {name: round(of_name[at_once][-1], 1) for name, of_name in rates.items() if turn})
         stages = {1: one, 2: two, 4: four}
+        halves_ms = [await asyncio.to_thread(half_ms, model, pause_s) for _ in range(turns) for pause_s in (0.0, 0.01)]
         return {
+            "half_of_the_blocks_ms": {
+                "one step after the other": statistics.median(halves_ms[::2]),
+                "10 ms between": statistics.median(halves_ms[1::2]),
+            },
             "tokens_per_s": {n: {k: _spread(v) for k, v in by.items()} for n, by in rates.items()},
             "streams": {n: await _streams(two, n, turns) for n in STREAMS},
             "cpu_ms_per_token": {number: await _cpu_per_token(own, turns) for number, own in stages.items()},
