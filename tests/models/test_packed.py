@@ -10,7 +10,7 @@ from torch import nn
 
 from ecogen.models.decoder import SegmentedDecoder, load_decoder
 from ecogen.models.mixed_lora import MixedLora, open_adapter
-from ecogen.models.packed import PackedWeight, pack_weights
+from ecogen.models.packed import IntegerWeight, PackedWeight, pack_weights
 from ecogen.models.quantize import held_bytes
 from ecogen.placement import Segment
 from ecogen.serving.decoder_stage import DecoderStage
@@ -68,6 +68,26 @@ def test_others_see_the_matrix(tmp_path: Path) -> None:
     assert len(changed) == 6 * 7  # and not the head, which is the embedding too
     for name, weight in changed.items():
         assert torch.equal(weight + 0, weights[name])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_integers_are_multiplied_as_torchao_does(dtype: torch.dtype, bias: bool) -> None:
+    """But for rounding a few rows to bfloat16, and what comes of them."""
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 33, bias=bias, dtype=dtype)
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    matrix = layer.weight.dequantize()
+    for rows in (1, 3, 8, 9, 40):
+        inputs = torch.randn(rows, 2, 48, dtype=dtype) if rows > 8 else torch.randn(rows, 48, dtype=dtype)
+        with torch.no_grad():
+            wanted = nn.functional.linear(inputs, matrix, layer.bias)
+            held = IntegerWeight(layer.weight.qdata, layer.weight.scale.flatten(), dtype)
+            given = nn.functional.linear(inputs, held, layer.bias)
+        assert given.dtype == dtype
+        torch.testing.assert_close(given, wanted, rtol=0.02, atol=0.02)
+    assert torch.equal(held.detach() + 0, matrix)
 
 
 def test_small_matrices_stay(tmp_path: Path) -> None:
