@@ -26,6 +26,9 @@ _ROWS = 16
 _FEW_ROWS = 8
 """Up to so many rows are multiplied with integers as they are."""
 
+_WIDTH = 16
+"""PyTorch's kernel for integers takes inputs of multiples of this width, and reads beyond others (seen in 2.13)."""
+
 _ROWS_OF_ONE = 4
 """One row is multiplied as often: oneDNN takes a single one for a vector, and is slower then."""
 
@@ -49,6 +52,8 @@ def pack_weights(model: SegmentedDecoder, worth: int = _WORTH) -> None:
 def _held(weight: Tensor) -> HeldWeight | None:
     """A matrix as it is multiplied fast; None where it stays as it is."""
     if type(weight).__name__ == "Int8Tensor":  # torchao's; its library need not be here
+        if weight.shape[1] % _WIDTH:
+            return None
         return IntegerWeight(weight.qdata, weight.scale.flatten(), weight.dtype)  # type: ignore[attr-defined]
     if type(weight) is not Tensor or not torch.backends.mkldnn.is_available():
         return None
@@ -112,7 +117,7 @@ class PackedWeight(HeldWeight):
             return torch.ops.mkldnn._linear_pointwise(inputs, self.blocks, bias, "none", [], "")
         rows = inputs.reshape(1, -1).expand(_ROWS_OF_ONE, -1)
         given = torch.ops.mkldnn._linear_pointwise(rows, self.blocks, bias, "none", [], "")
-        return given[:1].view(*inputs.shape[:-1], -1)
+        return given[:1].view(*inputs.shape[:-1], self.shape[0])
 
     def dense(self) -> Tensor:
         return self.blocks.to_dense()
@@ -142,6 +147,10 @@ class IntegerWeight(HeldWeight):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["integers", "scales"], None
 
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], _: None, __: object, ___: object) -> IntegerWeight:
+        return IntegerWeight(parts["integers"], parts["scales"], parts["scales"].dtype)
+
     def product(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
         if len(rows) <= _FEW_ROWS:
@@ -149,7 +158,7 @@ class IntegerWeight(HeldWeight):
         else:
             given = functional.linear(rows, self.integers.to(inputs.dtype))
         given = given.mul_(self.scales)
-        return (given if bias is None else given.add_(bias)).view(*inputs.shape[:-1], -1)
+        return (given if bias is None else given.add_(bias)).view(*inputs.shape[:-1], len(self.scales))
 
     def dense(self) -> Tensor:
         return self.integers.to(self.scales.dtype) * self.scales[:, None]

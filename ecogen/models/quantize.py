@@ -1,4 +1,4 @@
-"""Weights in eight bits: a quarter of the bytes that each token reads. Activations stay in float32."""
+"""Weights in eight bits: a quarter of the bytes that each token reads. Activations stay in floating point."""
 
 from __future__ import annotations
 

@@ -51,6 +51,8 @@ class ServedChain:
         return result.visits
 
     async def _pass(self, order: Order) -> tuple[StepResult, int]:
+        if self.lost.done():
+            raise self.lost.result()
         group = order.step.group
         future: asyncio.Future[tuple[StepResult, int]] = asyncio.get_running_loop().create_future()
         self._waiting[group] = future

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _TRIALS = 2
 """So often a chain is cut anew at most before it serves."""
 
+_MEASURING_S = 120.0
+
 _LEAST_S, _LEAST_SHARE = 1e-3, 0.1
 """Cutting anew is worth it where it takes so much of the slowest stage's time, in seconds and as a share."""
 
@@ -87,6 +89,7 @@ class ServedCluster:
         self.chain: ServedChain | None = None
         self._has_chain = asyncio.Event()
         self.rests = False  # nobody asks it, and its devices hold nothing
+        self._trial: ServedChain | None = None  # one that is measured, before it serves
         self._number = 0
         self._here_then: list[str] = []  # when it was decided where to hold the model
         self._tallies: dict[str, Tally] = {}
@@ -187,7 +190,8 @@ class ServedCluster:
                         break
             yield self._finish(tally)
         finally:
-            self._ended(self._tallies.pop(request_id))
+            if self._tallies.pop(request_id).has_run:
+                self._ended(tally)
 
     async def run(self) -> None:
         """Forever: serve on a chain of the devices that are here, until they are others."""
@@ -198,13 +202,12 @@ class ServedCluster:
             placement = await self._placed()
             try:
                 async with self._turn:
-                    chain = await self._held(placement)
+                    self.chain = await self._held(placement)
                     self._has_chain.set()
             except TransportError as problem:
-                self.chain = None
                 await self._lose(problem)
                 continue
-            await self._serve(chain)
+            await self._serve(self.chain)
 
     async def _held(self, placement: Placement) -> ServedChain:
         """A chain whose devices hold the model, cut so that the slowest is as fast as it can be by what they took.
@@ -212,35 +215,41 @@ class ServedCluster:
         Raises:
             TransportError: if one is lost, or cannot.
         """
-        chain, slowest_s = await self._measured(placement)
-        for _ in range(_TRIALS):
-            better = self._better(chain.placement, slowest_s)
-            if better is None:
-                break
-            logger.info("%s is cut anew: %s", self.cluster_id, "; ".join(map(str, better.visits)))
-            tried, tried_s = await self._measured(better)
-            if tried_s > slowest_s:
-                return (await self._measured(chain.placement))[0]
-            chain, slowest_s = tried, tried_s
-        return chain
-
-    async def _measured(self, placement: Placement) -> tuple[ServedChain, float]:
-        """A chain of a placement, and how long its slowest device takes in a step; 0 for one that cannot be cut."""
-        await self._hold(placement)
-        self.chain = chain = ServedChain(self._number, placement, self._neighbours, self._tallies)
-        if len(placement.node_ids) == 1:
-            return chain, 0.0
         try:
-            times = await stage_times(chain, self._spec.slots)
-        except ServingError as problem:
-            logger.warning("%s cannot be measured: %s", self.cluster_id, problem)
-            return chain, 0.0
+            chain, slowest_s = await self._measured(placement)
+            for _ in range(_TRIALS):
+                better = self._better(chain.placement, slowest_s)
+                if better is None:
+                    break
+                logger.info("%s is cut anew: %s", self.cluster_id, "; ".join(map(str, better.visits)))
+                tried, tried_s = await self._measured(better)
+                if tried_s is None or slowest_s is None or tried_s > slowest_s:
+                    return (await self._measured(chain.placement))[0]
+                chain, slowest_s = tried, tried_s
+            return chain
+        finally:
+            self._trial = None
+
+    async def _measured(self, placement: Placement) -> tuple[ServedChain, float | None]:
+        """A chain of a placement, and how long its slowest device takes in a step; None where that cannot be seen."""
+        self._number += 1
+        self._trial = chain = ServedChain(self._number, placement, self._neighbours, self._tallies)
+        await self._hold(placement)
+        if len(placement.node_ids) == 1:
+            return chain, None
+        try:
+            async with asyncio.timeout(_MEASURING_S):
+                times = await stage_times(chain, self._spec.slots)
+        except (ServingError, TimeoutError) as problem:
+            reason = str(problem) or f"its steps take longer than {_MEASURING_S:g} s"
+            logger.warning("%s cannot be measured: %s", self.cluster_id, reason)
+            return chain, None
         self._rates |= rates_of(self._weights(len(placement.node_ids)), placement, times)
         return chain, max(times.values())
 
-    def _better(self, placement: Placement, slowest_s: float) -> Placement | None:
+    def _better(self, placement: Placement, slowest_s: float | None) -> Placement | None:
         """Another placement on the same devices that is so much faster that it is worth to load it."""
-        if slowest_s < _LEAST_S:
+        if slowest_s is None or slowest_s < _LEAST_S:
             return None
         better = self._place(placement.node_ids)
         gain_s = slowest_s - predicted_s(self._weights(len(placement.node_ids)), better, self._rates)
@@ -279,7 +288,6 @@ class ServedCluster:
         Raises:
             TransportError: if one is lost, or cannot.
         """
-        self._number += 1
         ids = placement.node_ids
         await asyncio.gather(*(self._have_load(placement, node_id) for node_id in ids))
         edge_ids = {placement.start_id, placement.visits[-1].node_id}
@@ -337,13 +345,13 @@ class ServedCluster:
 
     def deliver(self, message: Message) -> None:
         """Take what a device of the chain says."""
-        if self.chain is not None:
-            self.chain.deliver(message)
+        if chain := self._trial or self.chain:
+            chain.deliver(message)
 
     def lose(self, problem: NodeLostError) -> None:
         """The stream to a device broke."""
-        if self.chain is not None:
-            self.chain.lose(problem)
+        if chain := self._trial or self.chain:
+            chain.lose(problem)
 
     async def _lose(self, problem: TransportError) -> None:
         logger.warning("%s: %s", self._cluster.cluster_id, problem)

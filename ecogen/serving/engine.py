@@ -205,7 +205,7 @@ class Engine:
             return _NOBODY_WAITS
         token, is_last = answer.take(chosen)
         # Later, so that the stages have their next step before readers have this token.
-        asyncio.get_running_loop().call_later(0, answer.tell, chosen, is_last)
+        asyncio.get_running_loop().call_soon(answer.tell, chosen, is_last)
         return token, is_last
 
     def _order(self, step: Step) -> Order:

@@ -41,6 +41,11 @@ class Tally:
     num_tokens: int = 0
     _visits: dict[tuple[str, str, str], _Visit] = field(default_factory=dict)
 
+    @property
+    def has_run(self) -> bool:
+        """Whether a stage computed anything for it, or it was given something that was computed before."""
+        return bool(self._visits or self.num_tokens)
+
     def count_step(
         self, placement: Placement, visits: Sequence[Visited], received: Sequence[int], share: float
     ) -> None:

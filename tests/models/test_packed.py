@@ -10,7 +10,8 @@ from torch import nn
 
 from ecogen.models.decoder import SegmentedDecoder, load_decoder
 from ecogen.models.mixed_lora import MixedLora, open_adapter
-from ecogen.models.packed import IntegerWeight, PackedWeight, pack_weights
+from ecogen.models.packed import IntegerWeight, PackedWeight, _held, pack_weights
+from ecogen.models.quantize import _nbytes as nbytes_of
 from ecogen.models.quantize import held_bytes
 from ecogen.placement import Segment
 from ecogen.serving.decoder_stage import DecoderStage
@@ -88,6 +89,20 @@ def test_integers_are_multiplied_as_torchao_does(dtype: torch.dtype, bias: bool)
         assert given.dtype == dtype
         torch.testing.assert_close(given, wanted, rtol=0.02, atol=0.02)
     assert torch.equal(held.detach() + 0, matrix)
+
+
+@pytest.mark.parametrize("width", [64, 40])
+def test_integers_of_any_width_are_multiplied_and_counted(width: int) -> None:
+    """Those that the kernel cannot take stay torchao's: it would read beyond them."""
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    layer = nn.Linear(width, 33, bias=False)
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    held = _held(layer.weight.detach())
+    assert (held is None) == bool(width % 16)
+    if held is not None:
+        assert nbytes_of(held) == 33 * width + 33 * 4
+        assert held.product(torch.zeros(0, 1, width)).shape == (0, 1, 33)
 
 
 def test_small_matrices_stay(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ecogen.config import Compute, DeviceProfile, PlacementRecipe, Recipe, Serving, TopologyRecipe, from_table
+from ecogen.engines.inproc import InprocEngine
 from ecogen.engines.served import check_serving
 from ecogen.engines.serving import launch_serving
 from ecogen.errors import CheckpointError, ConfigError, PlacementError, ServingError, UnknownModelError
@@ -18,9 +19,12 @@ from ecogen.models.folder import open_folder
 from ecogen.models.mixed_lora import open_adapter
 from ecogen.node.serving_device import ServingDevice
 from ecogen.node.serving_edge import ServingEdge
+from ecogen.serving import cluster as cluster_module
+from ecogen.serving.chain import ServedChain
 from ecogen.serving.decoder_stage import DecoderStage
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling
+from ecogen.serving.stage_times import stage_times
 from tests.greedy import Agree, alone
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
@@ -188,6 +192,42 @@ async def test_a_device_that_is_seen_to_be_slow_holds_less(
         [cluster] = edge._clusters
         assert cluster.chain is not None
         assert [len(visit.segment) for visit in cluster.chain.placement] == [5, 1]
+
+
+async def test_cuts_that_fail_when_they_are_tried_are_not_kept(
+    model: Path, whole: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agree: Agree
+) -> None:
+    given = DecoderStage.run
+
+    def run(stage: DecoderStage, *args: Any, **kwargs: Any) -> Any:
+        if len(stage._segment) > 3:
+            raise RuntimeError("out of memory")
+        time.sleep(0.1 if stage._segment.has_head else 0.02)
+        return given(stage, *args, **kwargs)
+
+    monkeypatch.setattr(DecoderStage, "run", run)
+    async with serving(tiny_recipe(model, devices=2), tmp_path) as (gateway, _):
+        agree(await answer(gateway, [5, 6, 7], 4), alone(whole, [5, 6, 7], 4))
+
+
+async def test_a_device_lost_while_its_chain_is_measured(
+    model: Path, whole: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agree: Agree
+) -> None:
+    started: asyncio.Future[InprocEngine] = asyncio.get_running_loop().create_future()
+    seen = []
+
+    async def measure(chain: ServedChain, slots: int) -> dict[str, float]:
+        engine = await asyncio.shield(started)
+        if not seen:
+            await engine.kill(chain.placement.node_ids[-1])
+        seen.append(chain.placement.node_ids)
+        return await stage_times(chain, slots)
+
+    monkeypatch.setattr(cluster_module, "stage_times", measure)
+    async with serving(tiny_recipe(model), tmp_path) as (gateway, engine):
+        started.set_result(engine)
+        agree(await answer(gateway, [5, 6, 7], 4), alone(whole, [5, 6, 7], 4))
+    assert [len(node_ids) for node_ids in seen[:2]] == [3, 2]
 
 
 # What may be wrong.
