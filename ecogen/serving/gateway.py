@@ -40,6 +40,7 @@ class _Edge:
     stream: Stream | None = None
     answers: dict[str, asyncio.Queue[News | NodeLostError]] = field(default_factory=dict)
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    giving: asyncio.Lock = field(default_factory=asyncio.Lock)  # an adapter's parts come one after the other
     pump: asyncio.Task[None] | None = None
     lost_s: float = -1e9
     is_away: bool = False  # as far as the cloud knows
@@ -154,8 +155,9 @@ class Gateway:
     async def _give(self, edge: _Edge, version: _Version) -> None:
         """Bring an adapter to an edge, which brings it to its stages."""
         assert version.adapter is not None
-        for message in parts_of(version.adapter_id, version.adapter):
-            await self._transport.call(edge.node_id, message)
+        async with edge.giving:
+            for message in parts_of(version.adapter_id, version.adapter):
+                await self._transport.call(edge.node_id, message)
 
     def _retire(self, version: _Version) -> None:
         version.is_retired = True

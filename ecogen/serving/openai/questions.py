@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -49,6 +49,9 @@ class Question:
     tells_usage: bool
 
 
+R = TypeVar("R")
+
+
 class Asking:
     """Makes questions of parameters."""
 
@@ -86,7 +89,8 @@ class Asking:
         model = self._model(asked.model, tenant)
         messages = [_plain(message, index) for index, message in enumerate(asked.messages)]
         try:
-            prompt = await self._aside(sum(map(len, _contents(messages))), lambda: self._text.encode_chat(messages))
+            num_chars = sum(map(len, _contents(messages)))
+            prompt = await self._aside(num_chars, lambda: self._text.encode_chat(messages))
         except ServingError as problem:
             raise wrong("messages", str(problem)) from problem
         sampling = await self._sampling(asked, asked.top_logprobs)
@@ -94,7 +98,9 @@ class Asking:
         request = self._request(model, tenant, prompt, sampling, max_new, "messages")
         if asked.semantic_cache and not asked.logprobs:
             *before, last = messages
-            request = replace(request, wording=_wording(last["content"], [*before, {**last, "content": ""}]))
+            context = [*before, {**last, "content": ""}]
+            wording = await self._aside(num_chars, lambda: _wording(last["content"], context))
+            request = replace(request, wording=wording)
         return self._question(asked, [request], [""], tells_logprobs=asked.logprobs)
 
     def _model(self, name: str, tenant: str | None) -> ServedModel:
@@ -123,8 +129,8 @@ class Asking:
             raise wrong("prompt", f"prompt: there is no token {foreign[0]}; this model has 0 to {known - 1}")
         return tuple(prompt)
 
-    async def _aside(self, num_chars: int, encode: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        return await asyncio.to_thread(encode) if num_chars > _LONG_TEXT else encode()
+    async def _aside(self, num_chars: int, read: Callable[[], R]) -> R:
+        return await asyncio.to_thread(read) if num_chars > _LONG_TEXT else read()
 
     async def _sampling(self, asked: Parameters, num_top: int) -> Sampling:
         return Sampling(
