@@ -136,7 +136,7 @@ def run_demo(engine: str, overrides: list[str]) -> dict[str, Any]:
     """Run the demo with an empty cache, pre-training and all; returns its peak memory and time."""
     with tempfile.TemporaryDirectory(prefix="ecogen-demo-") as directory:
         settings = [argument for override in overrides for argument in ("--set", override)]
-        command = [sys.executable, "-m", "ecogen.cli", "run", "digits", "--engine", engine, "--out", f"{directory}/run"]
+        command = [sys.executable, "-m", "ecogen", "run", "digits", "--engine", engine, "--out", f"{directory}/run"]
         environment = os.environ | {"XDG_CACHE_HOME": f"{directory}/cache"}
         began_s = time.perf_counter()
         process = subprocess.Popen([*command, *settings], env=environment, stdout=subprocess.DEVNULL)

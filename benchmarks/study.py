@@ -36,7 +36,7 @@ def carry_out(name: str, goals: Goals, arguments: list[str]) -> dict[str, Any]:
     began_s, began_cpu_s = time.perf_counter(), _cpu_s()
     with tempfile.TemporaryDirectory(prefix="ecogen-study-") as temporary:
         folder = options.out or Path(temporary) / name
-        command = [sys.executable, "-m", "ecogen.cli", "run", name, "--out", str(folder), "--json", *others]
+        command = [sys.executable, "-m", "ecogen", "run", name, "--out", str(folder), "--json", *others]
         done = subprocess.run([*command, *(["--resume"] if options.resume else [])], stdout=subprocess.PIPE, check=True)
         shutil.copy(folder / "report.html", RESULTS / f"{name.replace('-', '_')}.html")
     summary = json.loads(done.stdout)

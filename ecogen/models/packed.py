@@ -7,6 +7,7 @@ layer: whoever does anything else with it than multiply gets it as it was.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,17 +66,17 @@ def _held(weight: Tensor) -> HeldWeight | None:
 class HeldWeight(Tensor):
     """A matrix [outputs, inputs] that is multiplied in a way of its own; to all else it looks like any other."""
 
+    @abstractmethod
     def product(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
         """As `linear`: inputs [..., I] times this, transposed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """It as an ordinary tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def again(self) -> HeldWeight:
         """Another one of the same numbers."""
-        raise NotImplementedError
 
     @classmethod
     def __torch_function__(

@@ -91,7 +91,7 @@ class SemanticAnswers:
         asked = self._read(wanted)
         if asked is None or not (numbers := self._groups.get(asked[0])):
             return None
-        fitting = (number for number in sorted(numbers) if self._entries[number].fits(wanted.request.max_new))
+        fitting = (number for number in numbers if self._entries[number].fits(wanted.request.max_new))
         alike = [(likeness(self._entries[number].marks, asked[1]), number) for number in fitting]
         value, number = max(alike, default=(0.0, 0))
         if self._threshold is None or value < self._threshold:
