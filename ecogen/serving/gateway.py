@@ -16,7 +16,14 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 
-from ecogen.errors import NodeLostError, ServingError, TransportError, UnavailableError, UnknownModelError
+from ecogen.errors import (
+    CheckpointError,
+    NodeLostError,
+    ServingError,
+    TransportError,
+    UnavailableError,
+    UnknownModelError,
+)
 from ecogen.models.mixed_lora import Adapter
 from ecogen.serving.balance import Balancer
 from ecogen.serving.desk import CANCEL, GENERATE, STOP, AllNews, Cancel, Generate, News, Stop
@@ -284,8 +291,7 @@ class Gateway:
             task.cancel()
         for edge in self._edges:
             if edge.stream is not None:
-                with suppress(TransportError, TimeoutError):
-                    await asyncio.wait_for(edge.stream.close(), _CLOSE_S)
+                await _close(edge.stream)
 
     async def _ask(
         self, edge: _Edge, request: GenerationRequest, adapter_id: str, given: tuple[int, ...]
@@ -326,11 +332,23 @@ class Gateway:
         async with edge.opening:
             if edge.stream is None:
                 stream = await self._transport.open(edge.node_id)
-                for version in [*self._versions.values(), *self._retired, self._coming]:
-                    if version is not None and version.adapter is not None:
-                        await self._give(edge, version)
+                try:
+                    await self._give_known(edge)
+                except BaseException:  # whoever asked may have left
+                    await _close(stream)
+                    raise
                 edge.stream, edge.pump = stream, asyncio.create_task(self._pump(edge, stream))
             return edge.stream
+
+    async def _give_known(self, edge: _Edge) -> None:
+        """Bring an edge what it may be asked for now, and soon; whether the latter fits, whoever brings it is told."""
+        known, coming = [*self._versions.values(), *self._retired], self._coming
+        for version in known:
+            if version.adapter is not None:
+                await self._give(edge, version)
+        if coming is not None:
+            with suppress(CheckpointError):
+                await self._give(edge, coming)
 
     async def _pump(self, edge: _Edge, stream: Stream) -> None:
         """Give each answer its news, until the stream ends."""
@@ -349,6 +367,11 @@ class Gateway:
             edge.stream = None
             for answer in edge.answers.values():
                 answer.put_nowait(problem)
+
+
+async def _close(stream: Stream) -> None:
+    with suppress(TransportError, TimeoutError):
+        await asyncio.wait_for(stream.close(), _CLOSE_S)
 
 
 def _said(one: News | NodeLostError) -> Chosen | Finish:

@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from ecogen.config import Serving
 from ecogen.engines.inproc import InprocEngine
-from ecogen.errors import CheckpointError, NodeLostError, ServingError, UnavailableError, UnknownModelError
+from ecogen.errors import (
+    CheckpointError,
+    NodeLostError,
+    ProtocolError,
+    ServingError,
+    TransportError,
+    UnavailableError,
+    UnknownModelError,
+)
 from ecogen.models.mixed_lora import Adapter, MixedLora, open_adapter
 from ecogen.node.serving_edge import ServingEdge
 from ecogen.serving.cluster import ServedCluster
@@ -246,6 +254,87 @@ async def test_who_comes_back_is_given_the_adapters(
         rest = [one async for one in stream]
         assert [one.token for one in [*begun, *rest] if isinstance(one, Chosen)] == before
         assert before == wanted(model, adapters["one"], prompt, 12)
+
+
+async def test_an_edge_that_cannot_be_given_the_adapters_is_left(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream for that is closed, or the edge would take its gateway as there for ever, and keep all adapters."""
+    fails, give = False, Gateway._give
+
+    async def give_or_fail(self: Gateway, edge: Any, version: Any) -> bool:
+        if fails:
+            raise UnavailableError("not now")
+        return await give(self, edge, version)
+
+    monkeypatch.setattr(Gateway, "_give", give_or_fail)
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, engine):
+        await gateway.put_adapter("one", open_adapter(adapters["one"]))
+        fails, edge = True, engine.roles["edge-0"]
+        assert isinstance(edge, ServingEdge)
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="not now"):
+                await asked(gateway, "one", [5, 6], 4)
+        await until(lambda: not edge._num_gateways)
+        fails = False
+        assert await asked(gateway, "one", [5, 6], 4) == wanted(model, adapters["one"], [5, 6], 4)
+        assert edge._num_gateways == 1
+
+
+async def test_an_adapter_that_does_not_fit_is_no_error_of_others(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks an edge while it comes."""
+    hold, gate = ServedCluster.prepare, asyncio.Event()
+
+    async def prepare(self: ServedCluster, adapter_id: str, adapter: Adapter) -> bool:
+        if self.cluster_id.startswith("edge-0"):
+            await gate.wait()
+        return await hold(self, adapter_id, adapter)
+
+    monkeypatch.setattr(ServedCluster, "prepare", prepare)
+    save_decoder("llama", tmp_path / "wider", hidden_size=128)
+    other = open_adapter(save_adapter(tmp_path / "wider", tmp_path / "adapter", 1))
+    async with serving(tiny_recipe(model, devices=1, edges=2), tmp_path) as (gateway, engine):
+        await until(lambda: all(cluster.chain for cluster in clusters_of(engine)))
+        bringing = asyncio.create_task(gateway.put_adapter("mine", other))
+        await asyncio.sleep(0.2)
+        await gateway.drain("edge-0")
+        assert await asked(gateway, "tiny", [5, 6], 4) == wanted(model, None, [5, 6], 4)
+        gate.set()
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            await bringing
+
+
+@pytest.mark.parametrize(("problem", "is_lost"), [(ProtocolError("no model"), True), (RuntimeError("no room"), False)])
+async def test_a_device_that_fails_to_hold_an_adapter_answers_nobody_without_it(
+    problem: Exception,
+    is_lost: bool,
+    model: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it has lost its model it is given it and the adapter anew; or else the adapter cannot be had."""
+    hold, problems = MixedLora.hold, [problem]
+
+    def hold_or_fail(self: MixedLora, adapter_id: str, adapter: Adapter) -> None:
+        if problems and self._model.segments[0].has_head:
+            raise problems.pop()
+        hold(self, adapter_id, adapter)
+
+    monkeypatch.setattr(MixedLora, "hold", hold_or_fail)
+    async with serving(tiny_recipe(model), tmp_path) as (gateway, engine):
+        await asked(gateway, "tiny", [5, 6], 2)
+        [before] = [cluster.chain for cluster in clusters_of(engine)]
+        if not is_lost:
+            with pytest.raises(TransportError, match="prepare failed for an unexpected reason"):
+                await gateway.put_adapter("one", open_adapter(adapters["one"]))
+            assert not held_by(engine)
+        await gateway.put_adapter("one", open_adapter(adapters["one"]))
+        assert await asked(gateway, "one", [5, 6], 10) == wanted(model, adapters["one"], [5, 6], 10)
+        [after] = [cluster.chain for cluster in clusters_of(engine)]
+        assert (after is not before) == is_lost
 
 
 async def test_a_tenants_adapter_is_not_there_for_others(
