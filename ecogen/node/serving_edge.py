@@ -23,7 +23,7 @@ from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.outbox import Outbox
 from ecogen.serving.answers import Answers
 from ecogen.serving.books import Books
-from ecogen.serving.cluster import ServedCluster
+from ecogen.serving.cluster import Account, ServedCluster
 from ecogen.serving.desk import Desk, Generate
 from ecogen.serving.generation import Finish, Taken
 from ecogen.serving.language import LanguageModel
@@ -136,6 +136,7 @@ class ServingEdge:
         clusters = self._topology.clusters_of(context.node_id)
         dtypes = {recipes.compute_of(recipe, node_id).dtype for cluster in clusters for node_id in cluster.node_ids}
         model = LanguageModel(self._folder, dtypes)
+        account = Account(self._finish, self._count, self._note_loaded)
         self._clusters = [
             ServedCluster(
                 cluster,
@@ -145,9 +146,7 @@ class ServingEdge:
                 self._members,
                 context.transport,
                 self._neighbours,
-                self._finish,
-                self._count,
-                self._note_loaded,
+                account,
                 recipe.placement.labels,
             )
             for cluster in clusters

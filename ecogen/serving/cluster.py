@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ecogen.config import Serving
@@ -46,6 +47,21 @@ _LEAST_S, _LEAST_SHARE = 1e-3, 0.1
 """Cutting anew is worth it where it takes so much of the slowest stage's time, in seconds and as a share."""
 
 
+@dataclass(frozen=True)
+class Account:
+    """What an edge does with what its clusters took.
+
+    Attributes:
+        finish: makes what a reader is told in the end.
+        ended: called with what each request took, answered or broken off.
+        loaded: called with what it took a device to get and load what it holds.
+    """
+
+    finish: Callable[[Tally], Finish]
+    ended: Callable[[Tally], None]
+    loaded: Callable[[Usage], None]
+
+
 class ServedCluster:
     """One cluster of an edge.
 
@@ -53,9 +69,6 @@ class ServedCluster:
         nodes: of the topology, by id.
         model: what is served.
         members: the edge's devices.
-        finish: makes the account of a request, from what it took.
-        ended: called with what each request took, answered or broken off.
-        loaded: called with what it took a device to get and load what it holds.
         labels: where the head is.
     """
 
@@ -68,15 +81,12 @@ class ServedCluster:
         members: Members,
         transport: Transport,
         neighbours: Neighbours,
-        finish: Callable[[Tally], Finish],
-        ended: Callable[[Tally], None],
-        loaded: Callable[[Usage], None],
+        account: Account,
         labels: Labels = "end",
     ) -> None:
-        self._labels = labels
         self._cluster, self._nodes, self._model, self._spec = cluster, nodes, model, spec
         self._members, self._transport, self._neighbours = members, transport, neighbours
-        self._finish, self._ended, self._loaded = finish, ended, loaded
+        self._account, self._labels = account, labels
         max_tokens = model.max_tokens(spec.max_tokens)
         self.engine = Engine(
             slots_per_group=spec.slots,
@@ -201,10 +211,10 @@ class ServedCluster:
                     tally.num_reused = self.engine.num_reused(request_id)
                     if (yield chosen):
                         break
-            yield self._finish(tally)
+            yield self._account.finish(tally)
         finally:
             if self._tallies.pop(request_id).has_run:
-                self._ended(tally)
+                self._account.ended(tally)
 
     async def run(self) -> None:
         """Forever: serve on a chain of the devices that are here, until they are others."""
@@ -314,7 +324,7 @@ class ServedCluster:
 
     async def _have_load(self, placement: Placement, node_id: str) -> None:
         reply = await self._transport.call(node_id, self._load(placement, node_id))
-        self._loaded(reply.read(Loaded).usage)
+        self._account.loaded(reply.read(Loaded).usage)
 
     async def _serve(self, chain: ServedChain) -> None:
         """Answer requests on one chain, until one of its devices is lost or another comes."""
