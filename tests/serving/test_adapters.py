@@ -100,7 +100,7 @@ async def test_an_edge_without_devices_keeps_an_adapter_for_those_that_come(
         if not is_early:
             await until(lambda: all(cluster.chain for cluster in clusters_of(engine)))
         await engine.kill("edge-1.cluster-0.device-0")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             await gateway.put_adapter("one", open_adapter(adapters["one"]))
             await gateway.drain("edge-1")
             assert await asked(gateway, "one", prompt, 10) == wanted(model, adapters["one"], prompt, 10)
@@ -140,7 +140,7 @@ async def test_an_edge_that_is_not_ready_yet_keeps_an_adapter(
     async with serving(tiny_recipe(model, devices=2, edges=2), tmp_path) as (gateway, engine):
         await gateway.drain("edge-1")
         assert await asked(gateway, "tiny", prompt, 2)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             await gateway.put_adapter("one", open_adapter(adapters["one"]))
             await gateway.put_adapter("two", open_adapter(adapters["two"]))
             await gateway.remove_adapter("two")
