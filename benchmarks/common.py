@@ -114,6 +114,26 @@ def circumstances(packages: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
+def median_of_worker(module: str, argument: str, num_cores: int) -> float:
+    """The median of what `python -m MODULE --worker ARGUMENT` measures, pinned to the first cores.
+
+    Its last line is a list of figures, as JSON.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, sorted(allowed)[:num_cores])
+        command = [sys.executable, "-m", module, "--worker", argument]
+        done = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    if done.returncode:
+        raise RuntimeError(f"a run failed:\n{done.stderr[-3000:]}")
+    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+
+
 def skip(reason: str) -> NoReturn:
     """End this benchmark without a result, saying what it lacks."""
     print(f"skipped: {reason}")

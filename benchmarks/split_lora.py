@@ -15,8 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +30,7 @@ import torch.multiprocessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Spread, circumstances, wait_until_quiet, write_result
+from benchmarks.common import Spread, circumstances, median_of_worker, wait_until_quiet, write_result
 from benchmarks.serving import SIZES
 from ecogen import config as recipes
 from ecogen.engines.launch import launch
@@ -206,19 +204,10 @@ def work(run: Run, folder: Path) -> list[float]:
 
 
 def measured(run: Run, folder: Path) -> float:
-    """The median rate of one run, pinned to the first two cores."""
+    """The median rate of one run."""
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(asdict(run)))
-    allowed = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, sorted(allowed)[:CORES])
-        command = [sys.executable, "-m", "benchmarks.split_lora", "--worker", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-    finally:
-        os.sched_setaffinity(0, allowed)
-    if done.returncode:
-        raise RuntimeError(f"a run failed:\n{done.stderr[-3000:]}")
-    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+    return median_of_worker("benchmarks.split_lora", str(folder), CORES)
 
 
 def runs_of(model: str, folder: Path, rounds: int, microbatches: Sequence[int]) -> dict[str, Run]:

@@ -13,9 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -28,7 +25,7 @@ import torch.distributed
 import torch.multiprocessing
 
 from benchmarks.blank import save_blank
-from benchmarks.common import Spread, circumstances, wait_until_quiet, write_result
+from benchmarks.common import Spread, circumstances, median_of_worker, wait_until_quiet, write_result
 from ecogen import config as recipes
 from ecogen.engines.launch import launch
 from ecogen.models.adapters import classification_config, load_whole
@@ -163,18 +160,9 @@ def work(table: dict[str, Any]) -> list[float]:
 
 
 def measured(overrides: list[str], kind: str, at_once: int = BATCH) -> float:
-    """The median rate of one run, pinned to the first two cores."""
+    """The median rate of one run."""
     table = json.dumps({"overrides": overrides, "kind": kind, "at_once": at_once})
-    allowed = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, sorted(allowed)[:CORES])
-        command = [sys.executable, "-m", "benchmarks.split_vs_central", "--worker", table]
-        done = subprocess.run(command, capture_output=True, text=True)
-    finally:
-        os.sched_setaffinity(0, allowed)
-    if done.returncode:
-        raise RuntimeError(f"a run failed:\n{done.stderr[-3000:]}")
-    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+    return median_of_worker("benchmarks.split_vs_central", table, CORES)
 
 
 def turn(model: list[str], rounds: int) -> dict[str, float]:

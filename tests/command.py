@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,6 +70,16 @@ def started(*arguments: object, **settings: Any) -> Iterator[subprocess.Popen[st
                 relative.kill()
         process.kill()
         process.communicate()
+
+
+def ended(process: subprocess.Popen[str]) -> int:
+    """Its exit code; where it does not end, what its threads do."""
+    try:
+        return process.wait(45)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        _, told = process.communicate(timeout=10)
+        raise AssertionError(told) from None
 
 
 def relatives(pid: int) -> list[psutil.Process]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 NEAR = 1e-4
 RECORDED = "greedy answers"
+_INCOMPLETE = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,28 @@ def first_difference(answer: Sequence[int], wanted: Greedy) -> int:
         f"{list(answer)} is not {wanted.tokens}: at {place}, logits are {best - second:g} apart"
     )
     return place
+
+
+def tokens_of(text: str, wanted: Greedy, decode: Callable[[Sequence[int]], str]) -> list[int]:
+    """The tokens of an answer of which the text is known: those wanted, or those to where it leaves them at a near tie.
+
+    A character at its end may be incomplete, and is not compared.
+
+    Raises:
+        AssertionError: if it is neither.
+    """
+
+    def whole(tokens: Sequence[int]) -> str:
+        return decode(tokens).rstrip(_INCOMPLETE)
+
+    if text.rstrip(_INCOMPLETE) == whole(wanted.tokens):
+        return wanted.tokens
+    best = wanted.logits.float().topk(2)
+    ties = (best.values[:, 0] - best.values[:, 1] < NEAR).nonzero().flatten().tolist()
+    others = [[*wanted.tokens[:place], int(best.indices[place, 1])] for place in ties]
+    left = next((other for other in others if text.startswith(whole(other))), None)
+    assert left is not None, f"{text!r} is not {whole(wanted.tokens)!r}"
+    return left
 
 
 def summary(recorded: Sequence[object]) -> str:

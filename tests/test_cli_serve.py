@@ -14,24 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 from openai import AuthenticationError, NotFoundError, OpenAI
-from transformers import AutoModelForCausalLM
 
-from tests.command import Ran, relatives, started
-from tests.models.decoders import save_decoder
+from tests.command import Ran, ended, relatives, started
+from tests.greedy import Agree
 from tests.models.test_mixed_lora import save_adapter
-from tests.serving.federations import alone
-from tests.serving.openai.served import byte_level, tokens, wrapped
+from tests.serving.commanded import PROMPT, must_say, save_served, wanted
 
 EcoGen = Callable[..., Ran]
-PROMPT = "hello world"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_decoder("llama", folder, vocab_size=byte_level().get_vocab_size(), max_position_embeddings=512)
-    wrapped(byte_level()).save_pretrained(folder)
-    return folder
+    return save_served(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @contextmanager
@@ -46,16 +40,7 @@ def serving(*arguments: object, key: str = "none") -> Iterator[tuple[subprocess.
             yield process, client, line
 
 
-def text_of(ids: list[int]) -> str:
-    return byte_level().decode(ids, skip_special_tokens=True)
-
-
-def wanted(model: Path, max_new: int) -> str:
-    whole = AutoModelForCausalLM.from_pretrained(model).eval()
-    return text_of(alone(whole, [1, *tokens(PROMPT)], max_new))
-
-
-def test_a_device_is_killed_while_it_answers(model: Path) -> None:
+def test_a_device_is_killed_while_it_answers(model: Path, agree: Agree) -> None:
     """The text is as if nothing had happened, and Ctrl-C leaves nothing behind."""
     with serving(model, "--devices", 3) as (process, client, line):
         assert line.rstrip().endswith("serves tiny")
@@ -67,24 +52,16 @@ def test_a_device_is_killed_while_it_answers(model: Path) -> None:
         pieces = [next(stream).choices[0].text for _ in range(20)]
         device_processes(process.pid)[-1].kill()
         pieces += [chunk.choices[0].text for chunk in stream]
-        assert "".join(pieces) == whole.choices[0].text
+        answer = wanted(model, 400)
+        must_say(whole.choices[0].text, answer, agree)
+        must_say("".join(pieces), answer, agree)
         short = client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=20)
-        assert short.choices[0].text in (wanted(model, 20), wanted(model, 20).rstrip("\ufffd"))
+        must_say(short.choices[0].text, answer[:20], agree)
         family = relatives(process.pid)
         process.send_signal(signal.SIGINT)
         assert ended(process) == 0
         _, alive = psutil.wait_procs(family, 10)
         assert not alive
-
-
-def ended(process: subprocess.Popen[str]) -> int:
-    """Its exit code; where it does not end, what its threads do."""
-    try:
-        return process.wait(45)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)
-        _, told = process.communicate(timeout=10)
-        raise AssertionError(told) from None
 
 
 def device_processes(pid: int) -> list[psutil.Process]:

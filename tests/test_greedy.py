@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
-from tests.greedy import RECORDED, Greedy, agree_and_record, summary
+from tests.greedy import RECORDED, Greedy, agree_and_record, summary, tokens_of
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.00005, 0.0], [3.0, 0.0, 1.0]])
 WANTED = Greedy([0, 1, 0], LOGITS)
@@ -31,6 +33,26 @@ def test_what_agrees(answer: list[int], place: int, num_ties: int) -> None:
 def test_what_does_not(answer: list[int], said: str | None) -> None:
     with pytest.raises(AssertionError, match=said):
         agree_and_record(lambda *_: None)(answer, WANTED)
+
+
+def spelled(tokens: Sequence[int]) -> str:
+    """The last one's character has no end."""
+    return "".join("ab\ufffd"[token] for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("aba", [0, 1, 0]), ("aba\ufffd", [0, 1, 0]), ("aabb", [0, 0])],
+    ids=["the same", "a character more that is incomplete", "the second best at a tie, and what comes of it"],
+)
+def test_a_text_that_agrees(text: str, tokens: list[int]) -> None:
+    assert tokens_of(text, WANTED, spelled) == tokens
+
+
+@pytest.mark.parametrize("text", ["bba", "ab", "abab", ""], ids=["no tie", "too short", "too long", "nothing"])
+def test_a_text_that_does_not(text: str) -> None:
+    with pytest.raises(AssertionError, match="is not 'aba'"):
+        tokens_of(text, WANTED, spelled)
 
 
 def test_the_summary() -> None:

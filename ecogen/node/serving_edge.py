@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from ecogen import config as recipes
 from ecogen.accounting.constants import Constants
 from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError, ServingError
 from ecogen.models.folder import ModelFolder, open_folder, write_text_files
+from ecogen.models.mixed_lora import Adapter
 from ecogen.node.context import BOOKS, OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
 from ecogen.records import PhaseRecord, Usage
@@ -21,11 +23,22 @@ from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.outbox import Outbox
 from ecogen.serving.answers import Answers
 from ecogen.serving.books import Books
-from ecogen.serving.cluster import ServedCluster
+from ecogen.serving.cluster import Account, ServedCluster
 from ecogen.serving.desk import Desk, Generate
 from ecogen.serving.generation import Finish, Taken
 from ecogen.serving.language import LanguageModel
-from ecogen.serving.loading import DRAIN, DROP, PREPARE, Assembly, Drain, Drop, fetch_folder
+from ecogen.serving.loading import (
+    DRAIN,
+    DROP,
+    HOLDS,
+    PREPARE,
+    Assembly,
+    Drain,
+    Drop,
+    Held,
+    Holds,
+    fetch_folder,
+)
 from ecogen.serving.replicas import Replicas
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.semantic import from_config
@@ -50,11 +63,13 @@ class ServingEdge:
         read = lambda names: self._folder.read(names)  # noqa: E731 - the folder is there when a child asks
         parent = Parent(Tier.END, context, self._members, self._welcome, read, self._outbox.put, "serve")
         self._assembly = Assembly()
+        self._early: dict[str, Adapter] = {}  # came before the clusters were known
         self._num_gateways, self._was_left = 0, asyncio.Event()
         self._writing = asyncio.Lock()
         self.methods = {
             **parent.methods(),
-            **methods(Caller(OPERATOR), **{PREPARE: self._hold, DROP: self._forget, DRAIN: self._drain}),
+            **methods(Caller(OPERATOR), **{PREPARE: self._hold, HOLDS: self._is_held}),
+            **methods(Caller(OPERATOR), **{DROP: self._forget, DRAIN: self._drain}),
             **methods(Caller(OPERATOR), Caller(Tier.CLOUD, cloud_id), **{BOOKS: self._hand_in_books}),
         }
 
@@ -121,6 +136,7 @@ class ServingEdge:
         clusters = self._topology.clusters_of(context.node_id)
         dtypes = {recipes.compute_of(recipe, node_id).dtype for cluster in clusters for node_id in cluster.node_ids}
         model = LanguageModel(self._folder, dtypes)
+        account = Account(self._finish, self._count, self._note_loaded)
         self._clusters = [
             ServedCluster(
                 cluster,
@@ -130,13 +146,14 @@ class ServingEdge:
                 self._members,
                 context.transport,
                 self._neighbours,
-                self._finish,
-                self._count,
-                self._note_loaded,
+                account,
                 recipe.placement.labels,
             )
             for cluster in clusters
         ]
+        for cluster, (adapter_id, adapter) in product(self._clusters, self._early.items()):
+            cluster.adapters.keep(adapter_id, adapter)
+        self._early.clear()
         spec = recipe.serving
         least = spec.replicas or len(self._clusters)
         self._replicas = Replicas(self._clusters, least, busy_s=spec.busy_s, idle_s=spec.idle_s)
@@ -208,15 +225,22 @@ class ServingEdge:
         return cluster.generate(wanted.request_id, wanted.request, wanted.adapter_id, wanted.given)
 
     async def _hold(self, _: Peer, message: Message) -> Message:
-        """Have every stage of every cluster hold an adapter, once all of it is here."""
-        await self._prepared.wait()
+        """Keep an adapter once all of it is here, and have the stages hold it that there are; says whether they do."""
         adapter_id, adapter = self._assembly.add(message)
-        if adapter is not None:
-            await asyncio.gather(*(cluster.prepare(adapter_id, adapter) for cluster in self._clusters))
-        return Message.of(PREPARE)
+        if adapter is None:
+            return Message.of(PREPARE, Held())
+        if not self._clusters:
+            self._early[adapter_id] = adapter
+        held = await asyncio.gather(*(cluster.prepare(adapter_id, adapter) for cluster in self._clusters))
+        return Message.of(PREPARE, Held(any(held)))
+
+    async def _is_held(self, _: Peer, message: Message) -> Message:
+        adapter_id = message.read(Holds).adapter_id
+        return Message.of(HOLDS, Held(any(cluster.holds(adapter_id) for cluster in self._clusters)))
 
     async def _forget(self, _: Peer, message: Message) -> Message:
         adapter_id = message.read(Drop).adapter_id
+        self._early.pop(adapter_id, None)
         await asyncio.gather(*(cluster.drop(adapter_id) for cluster in self._clusters))
         return Message.of(DROP)
 

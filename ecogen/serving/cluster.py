@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ecogen.config import Serving
 from ecogen.errors import (
-    CheckpointError,
     EcoGenError,
     NodeLostError,
     PlacementError,
@@ -24,11 +24,12 @@ from ecogen.planning.decoding import Weights, place_decoder, predicted_s, rates_
 from ecogen.records import Usage
 from ecogen.runtime.membership import Members
 from ecogen.runtime.neighbours import Neighbours
+from ecogen.serving.adapters import Adapters
 from ecogen.serving.chain import ServedChain
 from ecogen.serving.engine import Engine
 from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.language import LanguageModel
-from ecogen.serving.loading import CONNECT, DROP, LOAD, UNLOAD, Connect, Drop, Load, Loaded, parts_of
+from ecogen.serving.loading import CONNECT, LOAD, UNLOAD, Connect, Load, Loaded
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.stage_times import stage_times
 from ecogen.serving.tally import Tally
@@ -46,6 +47,21 @@ _LEAST_S, _LEAST_SHARE = 1e-3, 0.1
 """Cutting anew is worth it where it takes so much of the slowest stage's time, in seconds and as a share."""
 
 
+@dataclass(frozen=True)
+class Account:
+    """What an edge does with what its clusters took.
+
+    Attributes:
+        finish: makes what a reader is told in the end.
+        ended: called with what each request took, answered or broken off.
+        loaded: called with what it took a device to get and load what it holds.
+    """
+
+    finish: Callable[[Tally], Finish]
+    ended: Callable[[Tally], None]
+    loaded: Callable[[Usage], None]
+
+
 class ServedCluster:
     """One cluster of an edge.
 
@@ -53,9 +69,6 @@ class ServedCluster:
         nodes: of the topology, by id.
         model: what is served.
         members: the edge's devices.
-        finish: makes the account of a request, from what it took.
-        ended: called with what each request took, answered or broken off.
-        loaded: called with what it took a device to get and load what it holds.
         labels: where the head is.
     """
 
@@ -68,15 +81,12 @@ class ServedCluster:
         members: Members,
         transport: Transport,
         neighbours: Neighbours,
-        finish: Callable[[Tally], Finish],
-        ended: Callable[[Tally], None],
-        loaded: Callable[[Usage], None],
+        account: Account,
         labels: Labels = "end",
     ) -> None:
-        self._labels = labels
         self._cluster, self._nodes, self._model, self._spec = cluster, nodes, model, spec
         self._members, self._transport, self._neighbours = members, transport, neighbours
-        self._finish, self._ended, self._loaded = finish, ended, loaded
+        self._account, self._labels = account, labels
         max_tokens = model.max_tokens(spec.max_tokens)
         self.engine = Engine(
             slots_per_group=spec.slots,
@@ -87,54 +97,67 @@ class ServedCluster:
             keeps_parts=not model.has_states,
         )
         self.chain: ServedChain | None = None
-        self._has_chain = asyncio.Event()
-        self.rests = False  # nobody asks it, and its devices hold nothing
         self._trial: ServedChain | None = None  # one that is measured, before it serves
         self._number = 0
         self._here_then: list[str] = []  # when it was decided where to hold the model
         self._tallies: dict[str, Tally] = {}
-        self._adapters: dict[str, Adapter] = {}
+        self.adapters = Adapters(transport, self._refuse)
         self._turn = asyncio.Lock()  # of giving devices something to hold
         self._out: set[str] = set()  # devices that are to hold nothing
         self._rates: dict[str, float] = {}  # bytes of weights a second, by device, as they were measured last
 
-    async def prepare(self, adapter_id: str, adapter: Adapter) -> None:
-        """Have every stage hold an adapter; those of a later chain will too.
+    async def prepare(self, adapter_id: str, adapter: Adapter) -> bool:
+        """Keep an adapter for whoever holds the model, now or later; whether every stage holds it now.
 
         Raises:
-            CheckpointError: if it does not fit the model; then none holds it.
-            UnavailableError: if no devices hold the model, so that it cannot be seen whether it fits.
+            CheckpointError: if it does not fit the model; then it is not kept.
         """
-        await self._holding()
-        async with self._turn:
-            self._adapters[adapter_id] = adapter
+        self.adapters.keep(adapter_id, adapter)
+        async with self._steady() as chain:
+            if chain is None:
+                return False
             try:
-                if self.chain is not None:
-                    await self._give(self.chain.placement, adapter_id, adapter)
-            except TransportError as problem:
-                logger.warning("%s: %s", self._cluster.cluster_id, problem)  # the next chain gets it
+                await self.adapters.give(adapter_id, adapter, chain.placement)
+            except NodeLostError as problem:
+                chain.lose(problem)  # the next one holds it before it serves
             except EcoGenError:
-                await self._drop(adapter_id)
+                self.adapters.forget(adapter_id)
+                await self.adapters.withdraw(adapter_id, chain.placement)
                 raise
+        return self.holds(adapter_id)
 
-    async def _holding(self) -> None:
-        """Wait until devices hold the model, as requests do; of a cluster that rests, the next chain will see to it."""
-        try:
-            async with asyncio.timeout(self._spec.patience_s):
-                while not self.rests and self.chain is None:
-                    await self._has_chain.wait()
-        except TimeoutError:
-            raise UnavailableError(f"{self.cluster_id} holds no model now; try again") from None
+    def holds(self, adapter_id: str) -> bool:
+        """Whether every stage holds an adapter.
+
+        Raises:
+            CheckpointError: if it was kept until there were some, and does not fit the model.
+        """
+        self.adapters.check(adapter_id)
+        return adapter_id in self.adapters and self.chain is not None and not self.chain.lost.done()
 
     async def drop(self, adapter_id: str) -> None:
         """Have no stage hold an adapter any longer; no request names it."""
-        async with self._turn:
-            await self._drop(adapter_id)
+        self.adapters.forget(adapter_id)
+        async with self._steady() as chain:
+            if chain is not None:
+                await self.adapters.withdraw(adapter_id, chain.placement)
 
     async def drop_all(self) -> None:
         """Have no stage hold any of the adapters that there are now."""
-        adapter_ids = list(self._adapters)
-        await asyncio.gather(*(self.drop(adapter_id) for adapter_id in adapter_ids))
+        await asyncio.gather(*(self.drop(adapter_id) for adapter_id in self.adapters))
+
+    @asynccontextmanager
+    async def _steady(self) -> AsyncIterator[ServedChain | None]:
+        """The chain that serves, while no other is made; None at once where there is none."""
+        if self.chain is None:
+            yield None
+            return
+        async with self._turn:
+            yield self.chain
+
+    def _refuse(self, adapter_id: str, problem: EcoGenError) -> None:
+        """Requests that wait for an adapter end: the chain that comes serves without it."""
+        self.engine.fail(UnavailableError(f"{self.cluster_id} cannot hold the adapter: {problem}"), adapter_id)
 
     @property
     def cluster_id(self) -> str:
@@ -173,7 +196,7 @@ class ServedCluster:
         Raises:
             ServingError: as `Engine.generate`; or if it has no such adapter.
         """
-        if adapter_id and adapter_id not in self._adapters:
+        if adapter_id and adapter_id not in self.adapters:
             raise ServingError(f"{self._cluster.cluster_id} has no adapter {adapter_id!r}")
         tally = Tally(self._cluster.edge_id, self._cluster.cluster_id, len(request.prompt))
         self._tallies[request_id] = tally
@@ -188,10 +211,10 @@ class ServedCluster:
                     tally.num_reused = self.engine.num_reused(request_id)
                     if (yield chosen):
                         break
-            yield self._finish(tally)
+            yield self._account.finish(tally)
         finally:
             if self._tallies.pop(request_id).has_run:
-                self._ended(tally)
+                self._account.ended(tally)
 
     async def run(self) -> None:
         """Forever: serve on a chain of the devices that are here, until they are others."""
@@ -203,32 +226,37 @@ class ServedCluster:
             try:
                 async with self._turn:
                     self.chain = await self._held(placement)
-                    self._has_chain.set()
             except TransportError as problem:
                 await self._lose(problem)
                 continue
             await self._serve(self.chain)
 
     async def _held(self, placement: Placement) -> ServedChain:
-        """A chain whose devices hold the model, cut so that the slowest is as fast as it can be by what they took.
+        """A chain whose devices hold the model and all adapters.
 
         Raises:
             TransportError: if one is lost, or cannot.
         """
         try:
-            chain, slowest_s = await self._measured(placement)
-            for _ in range(_TRIALS):
-                better = self._better(chain.placement, slowest_s)
-                if better is None:
-                    break
-                logger.info("%s is cut anew: %s", self.cluster_id, "; ".join(map(str, better.visits)))
-                tried, tried_s = await self._measured(better)
-                if tried_s is None or slowest_s is None or tried_s > slowest_s:
-                    return (await self._measured(chain.placement))[0]
-                chain, slowest_s = tried, tried_s
+            chain = await self._cut(placement)
+            await self.adapters.bring(chain.placement)
             return chain
         finally:
             self._trial = None
+
+    async def _cut(self, placement: Placement) -> ServedChain:
+        """A chain that is cut so that the slowest device is as fast as it can be by what all took."""
+        chain, slowest_s = await self._measured(placement)
+        for _ in range(_TRIALS):
+            better = self._better(chain.placement, slowest_s)
+            if better is None:
+                break
+            logger.info("%s is cut anew: %s", self.cluster_id, "; ".join(map(str, better.visits)))
+            tried, tried_s = await self._measured(better)
+            if tried_s is None or slowest_s is None or tried_s > slowest_s:
+                return (await self._measured(chain.placement))[0]
+            chain, slowest_s = tried, tried_s
+        return chain
 
     async def _measured(self, placement: Placement) -> tuple[ServedChain, float | None]:
         """A chain of a placement, and how long its slowest device takes in a step; None where that cannot be seen."""
@@ -293,35 +321,10 @@ class ServedCluster:
         edge_ids = {placement.start_id, placement.visits[-1].node_id}
         await self._neighbours.connect(self._members.locate(edge_ids))
         await asyncio.gather(*(self._transport.call(node_id, self._connect(placement, node_id)) for node_id in ids))
-        for adapter_id, adapter in list(self._adapters.items()):
-            try:
-                await self._give(placement, adapter_id, adapter)
-            except CheckpointError as problem:  # it came while nobody held the model
-                logger.warning("%s: %s", self.cluster_id, problem)
-                del self._adapters[adapter_id]
 
     async def _have_load(self, placement: Placement, node_id: str) -> None:
         reply = await self._transport.call(node_id, self._load(placement, node_id))
-        self._loaded(reply.read(Loaded).usage)
-
-    async def _give(self, placement: Placement, adapter_id: str, adapter: Adapter) -> None:
-        """Give each device the part of an adapter that is in its blocks."""
-        await asyncio.gather(
-            *(self._give_to(placement, node_id, adapter_id, adapter) for node_id in placement.node_ids)
-        )
-
-    async def _give_to(self, placement: Placement, node_id: str, adapter_id: str, adapter: Adapter) -> None:
-        blocks = [block for segment in placement.segments_of(node_id) for block in segment.blocks]
-        for message in parts_of(adapter_id, adapter.of_blocks(blocks)):
-            await self._transport.call(node_id, message)
-
-    async def _drop(self, adapter_id: str) -> None:
-        self._adapters.pop(adapter_id, None)
-        node_ids = self.chain.placement.node_ids if self.chain else []
-        drops = [self._transport.call(node_id, Message.of(DROP, Drop(adapter_id))) for node_id in node_ids]
-        for problem in await asyncio.gather(*drops, return_exceptions=True):
-            if isinstance(problem, TransportError):
-                logger.warning("%s: %s", self._cluster.cluster_id, problem)  # what comes after it holds nothing
+        self._account.loaded(reply.read(Loaded).usage)
 
     async def _serve(self, chain: ServedChain) -> None:
         """Answer requests on one chain, until one of its devices is lost or another comes."""
@@ -334,7 +337,6 @@ class ServedCluster:
         finally:
             others.cancel()
             self.chain = None
-            self._has_chain.clear()
             await self.engine.detach()
         if chain.lost.done():
             await self._lose(chain.lost.result())

@@ -100,10 +100,11 @@ class Engine:
             with suppress(asyncio.CancelledError):
                 await loop
 
-    def fail(self, problem: Exception) -> None:
-        """Tell all requests that they end here."""
+    def fail(self, problem: Exception, adapter: str | None = None) -> None:
+        """Tell all requests that they end here, or all of one adapter."""
         for answer in self._answers.values():
-            answer.news.put_nowait(problem)
+            if adapter in (None, answer.adapter):
+                answer.news.put_nowait(problem)
 
     def num_reused(self, request_id: str) -> int:
         """How many tokens of a prompt need not be computed, since one before it began with them."""

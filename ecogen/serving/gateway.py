@@ -1,7 +1,8 @@
 """The gateway: gives requests to edges, the one with the fewest first, and to another where one is lost meanwhile.
 
-It also says which version of an adapter a name means. A version is given to all stages of all edges first; only when
-they all hold it does the name mean it, for requests that come from then on. Those before it end on theirs.
+It also says which version of an adapter a name means. A version is given to all edges first, and by them to all stages
+that there are; those that come later hold it before they serve. Only then does the name mean it, for requests that come
+from then on. Those before it end on theirs.
 """
 
 from __future__ import annotations
@@ -10,22 +11,30 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 
-from ecogen.errors import NodeLostError, ServingError, TransportError, UnknownModelError
+from ecogen.errors import (
+    CheckpointError,
+    NodeLostError,
+    ServingError,
+    TransportError,
+    UnavailableError,
+    UnknownModelError,
+)
 from ecogen.models.mixed_lora import Adapter
 from ecogen.serving.balance import Balancer
 from ecogen.serving.desk import CANCEL, GENERATE, STOP, AllNews, Cancel, Generate, News, Stop
 from ecogen.serving.generation import Finish, GenerationRequest, ServedModel
-from ecogen.serving.loading import DRAIN, DROP, Drain, Drop, parts_of
+from ecogen.serving.loading import DRAIN, DROP, HOLDS, Drain, Drop, Held, Holds, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.transport.base import Message, Stream, Transport
 from ecogen.transport.failures import rebuild
 
 _CLOSE_S = 2.0
+_PAUSE_S = 0.2
 _AWAY_S = 2.0
 """For so long an edge that was lost is asked only if there is no other."""
 
@@ -96,7 +105,9 @@ class Gateway:
         return [version.served for version in self._versions.values() if version.tenant in (None, tenant)]
 
     async def put_adapter(self, name: str, adapter: Adapter, tenant: str | None = None) -> None:
-        """Add an adapter under a name, or replace the one that has it. An edge that is lost gets it when it is back.
+        """Add an adapter under a name, or replace the one that has it.
+
+        An edge that is lost gets it when it is back, and one whose devices are away keeps it for them.
 
         Args:
             tenant: who alone may ask for it; None for all.
@@ -105,6 +116,7 @@ class Gateway:
             ServingError: if the name is the backbone's.
             CheckpointError: if it does not fit the model; then all is as it was.
             NodeLostError: if no edge is here; then too.
+            UnavailableError: if none has devices that hold the model, so that nobody sees whether it fits; then too.
         """
         async with self._publishing:
             backbone = self._backbone.served
@@ -145,19 +157,37 @@ class Gateway:
         return version
 
     async def _give_all(self, version: _Version) -> None:
-        """Bring an adapter to all edges that are here, one at least."""
-        gives = [self._give(edge, version) for edge in self._edges]
-        problems = [problem for problem in await asyncio.gather(*gives, return_exceptions=True) if problem is not None]
+        """Bring an adapter to all edges that are here; devices of one at least must hold it, to see that it fits."""
+        deadline_s = time.monotonic() + self._patience_s
+        are_held = await self._ask_all(lambda edge: self._give(edge, version))
+        while not any(are_held):
+            if time.monotonic() > deadline_s:
+                raise UnavailableError("no devices hold the model now, to see whether the adapter fits; try again")
+            await asyncio.sleep(_PAUSE_S)
+            are_held = await self._ask_all(lambda edge: self._has(edge, version))
+
+    async def _ask_all(self, ask: Callable[[_Edge], Awaitable[bool]]) -> list[bool]:
+        """What the edges say that are here, one at least."""
+        told = await asyncio.gather(*map(ask, self._edges), return_exceptions=True)
+        problems = [one for one in told if isinstance(one, BaseException)]
         others = [problem for problem in problems if not isinstance(problem, NodeLostError)]
         if others or len(problems) == len(self._edges):
             raise (others or problems)[0]
+        return [one for one in told if not isinstance(one, BaseException)]
 
-    async def _give(self, edge: _Edge, version: _Version) -> None:
-        """Bring an adapter to an edge, which brings it to its stages."""
+    async def _give(self, edge: _Edge, version: _Version) -> bool:
+        """Bring an adapter to an edge, which keeps it and brings it to its stages; whether some hold it."""
         assert version.adapter is not None
+        is_held = False
         async with edge.giving:
             for message in parts_of(version.adapter_id, version.adapter):
-                await self._transport.call(edge.node_id, message)
+                is_held = (await self._transport.call(edge.node_id, message)).read(Held).is_held
+        return is_held
+
+    async def _has(self, edge: _Edge, version: _Version) -> bool:
+        """Whether devices of an edge that was given an adapter hold it by now."""
+        reply = await self._transport.call(edge.node_id, Message.of(HOLDS, Holds(version.adapter_id)))
+        return reply.read(Held).is_held
 
     def _retire(self, version: _Version) -> None:
         version.is_retired = True
@@ -214,7 +244,7 @@ class Gateway:
                     self._check()
                     if time.monotonic() > deadline_s:
                         raise
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(_PAUSE_S)
 
     def _choose(self, request: GenerationRequest, adapter_id: str) -> _Edge:
         """One that is not being drained, and was not lost a moment ago, where there is one."""
@@ -261,8 +291,7 @@ class Gateway:
             task.cancel()
         for edge in self._edges:
             if edge.stream is not None:
-                with suppress(TransportError, TimeoutError):
-                    await asyncio.wait_for(edge.stream.close(), _CLOSE_S)
+                await _close(edge.stream)
 
     async def _ask(
         self, edge: _Edge, request: GenerationRequest, adapter_id: str, given: tuple[int, ...]
@@ -303,11 +332,23 @@ class Gateway:
         async with edge.opening:
             if edge.stream is None:
                 stream = await self._transport.open(edge.node_id)
-                for version in [*self._versions.values(), *self._retired, self._coming]:
-                    if version is not None and version.adapter is not None:
-                        await self._give(edge, version)
+                try:
+                    await self._give_known(edge)
+                except BaseException:  # whoever asked may have left
+                    await _close(stream)
+                    raise
                 edge.stream, edge.pump = stream, asyncio.create_task(self._pump(edge, stream))
             return edge.stream
+
+    async def _give_known(self, edge: _Edge) -> None:
+        """Bring an edge what it may be asked for now, and soon; whether the latter fits, whoever brings it is told."""
+        known, coming = [*self._versions.values(), *self._retired], self._coming
+        for version in known:
+            if version.adapter is not None:
+                await self._give(edge, version)
+        if coming is not None:
+            with suppress(CheckpointError):
+                await self._give(edge, coming)
 
     async def _pump(self, edge: _Edge, stream: Stream) -> None:
         """Give each answer its news, until the stream ends."""
@@ -326,6 +367,11 @@ class Gateway:
             edge.stream = None
             for answer in edge.answers.values():
                 answer.put_nowait(problem)
+
+
+async def _close(stream: Stream) -> None:
+    with suppress(TransportError, TimeoutError):
+        await asyncio.wait_for(stream.close(), _CLOSE_S)
 
 
 def _said(one: News | NodeLostError) -> Chosen | Finish:

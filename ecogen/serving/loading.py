@@ -23,7 +23,8 @@ _MAX_PARTS = 4096
 
 Compute = Callable[..., Awaitable[Any]]
 
-LOAD, CONNECT, UNLOAD, PREPARE, DROP, DRAIN = "load", "connect", "unload", "prepare", "drop", "drain"
+LOAD, CONNECT, UNLOAD = "load", "connect", "unload"
+PREPARE, HOLDS, DROP, DRAIN = "prepare", "holds", "drop", "drain"
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -80,6 +81,18 @@ class Prepare(msgspec.Struct, frozen=True):
     config: dict[str, Any]
     part: int
     is_last: bool
+
+
+class Held(msgspec.Struct, frozen=True):
+    """Edge to gateway: whether devices hold the adapter, and so have seen that it fits; if not, others will."""
+
+    is_held: bool = False
+
+
+class Holds(msgspec.Struct, frozen=True):
+    """Gateway to edge: do devices hold this adapter by now?"""
+
+    adapter_id: str
 
 
 class Drop(msgspec.Struct, frozen=True):

@@ -31,8 +31,6 @@ class Replicas:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._draining: set[int] = set()
         self._balancer: Balancer[int] = Balancer()
-        for cluster in self._clusters[least:]:
-            cluster.rests = True
 
     @property
     def num_serving(self) -> int:
@@ -66,7 +64,6 @@ class Replicas:
                 await self._end_drained()
 
     def _begin(self, index: int, group: asyncio.TaskGroup) -> None:
-        self._clusters[index].rests = False
         self._tasks[index] = group.create_task(self._clusters[index].run())
         logger.info("%s begins to serve", self._clusters[index].cluster_id)
 
@@ -96,6 +93,5 @@ class Replicas:
             self._tasks[index].cancel()
             await asyncio.gather(self._tasks.pop(index), return_exceptions=True)
             self._draining.discard(index)
-            self._clusters[index].rests = True
             await self._clusters[index].unload()
             logger.info("%s serves no longer", self._clusters[index].cluster_id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,12 @@ def prompts(number: int, seed: int = 4) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 25, (number,), generator=generator).tolist()
     return [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that nodes of this process bring about."""
+    for _ in range(1500):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come about")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from ecogen.errors import PlacementError, ServingError
 from ecogen.node.serving_device import ServingDevice
 from ecogen.node.serving_edge import ServingEdge
 from tests.models.decoders import save_decoder
-from tests.serving.federations import alone, answer, prompts, request, serving, tiny_recipe, whole_answer
+from tests.serving.federations import alone, answer, prompts, request, serving, tiny_recipe, until, whole_answer
 
 DEVICES = [f"edge-0.cluster-0.device-{index}" for index in range(3)]
 
@@ -34,14 +33,6 @@ def holding(engine: InprocEngine) -> list[str]:
     """Devices that hold blocks."""
     roles = engine.roles.items()
     return [node_id for node_id, role in roles if isinstance(role, ServingDevice) and role._held_bytes]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    for _ in range(1500):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not come about")
 
 
 async def test_another_cluster_serves_while_one_has_no_room(
