@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ecogen.config import Serving
-from ecogen.engines.books import begin_books, hand_in_books, read_books
+from ecogen.engines.books import begin_books, read_books
 from ecogen.engines.serving import launch_serving
 from ecogen.errors import RunError
+from ecogen.node.books import hand_in_books
 from ecogen.records import PhaseRecord, Record, ServedRecord, Usage, read_records
 from ecogen.reports.served import Cost
 from ecogen.storage import read_lines
