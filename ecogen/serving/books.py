@@ -32,7 +32,7 @@ class Books:
     @property
     def has_news(self) -> bool:
         """Whether a request has ended since."""
-        return self._counts.num_requests > 0
+        return self._counts != ServedCounts.zero()
 
     @property
     def is_due(self) -> bool:
@@ -55,5 +55,6 @@ class Books:
 
 
 def _counts_of(tally: Tally, energy_j: float) -> ServedCounts:
-    took_s = time.perf_counter() - tally.began_s
-    return ServedCounts(1, tally.num_prompt, tally.num_reused, tally.num_tokens, took_s, energy_j)
+    """A request that another edge has begun is there, and so is its prompt; here are the tokens that it got here."""
+    asked = (0, 0, 0) if tally.goes_on else (1, tally.num_prompt, tally.num_reused)
+    return ServedCounts(*asked, tally.num_tokens, time.perf_counter() - tally.began_s, energy_j)

@@ -127,6 +127,23 @@ async def test_a_lost_device_does_not_keep_the_books_open(model: Path, tmp_path:
     assert {"edge-0", "edge-0.cluster-0.device-0"} <= {usage.node_id for usage in record.usages}
 
 
+async def test_a_request_that_moves_is_counted_once(model: Path, tmp_path: Path) -> None:
+    """With its prompt, although both edges write down what they did of it."""
+    recipe, prompt = tiny_recipe(model, devices=1, edges=2), list(range(5, 15))
+    begin_books(tmp_path, recipe)
+    async with launch_serving(recipe, folder=tmp_path) as gateway:
+        tokens = gateway.generate(request(gateway, prompt, 40))
+        begun = [await anext(tokens) for _ in range(3)]
+        await next(edge.stream for edge in gateway._edges if edge.answers and edge.stream).close()
+        rest = [one async for one in tokens]
+    first, second = sorted(served_in(tmp_path), key=lambda record: record.num_requests, reverse=True)
+    assert len(begun) + len(rest) == 40 + 1
+    assert (first.num_requests, first.prompt_tokens) == (1, len(prompt))
+    assert (second.num_requests, second.prompt_tokens, second.reused_tokens) == (0, 0, 0)
+    assert second.completion_tokens > 0
+    assert 40 <= read_books(tmp_path).completion_tokens < 80
+
+
 def test_books_of_other_nodes_are_kept_apart(model: Path, tmp_path: Path) -> None:
     begin_books(tmp_path, tiny_recipe(model))
     begin_books(tmp_path, tiny_recipe(model, serving=Serving(slots=3)))
