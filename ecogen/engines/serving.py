@@ -131,7 +131,8 @@ async def serve_joined(
 
 async def first_answer(gateway: Gateway) -> None:
     """Wait until the model answers."""
-    async for _ in gateway.generate(GenerationRequest(gateway.models()[0].name, (0,), Sampling(temperature=0), 1)):
+    probe = GenerationRequest(gateway.models()[0].name, (0,), Sampling(temperature=0), 1, is_probe=True)
+    async for _ in gateway.generate(probe):
         pass
 
 

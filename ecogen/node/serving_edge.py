@@ -169,7 +169,9 @@ class ServingEdge:
         known, taken = await self._known(wanted)
         if known:
             num_prompt = len(wanted.request.prompt)
-            tally = Tally(self._context.node_id, "", num_prompt, num_reused=num_prompt)
+            tally = Tally(
+                self._context.node_id, "", num_prompt, num_reused=num_prompt, is_probe=wanted.request.is_probe
+            )
             for chosen in known:
                 tally.num_tokens += 1
                 if (yield chosen):
@@ -239,7 +241,8 @@ class ServingEdge:
     # Books.
 
     def _count(self, tally: Tally) -> None:
-        self._books.count(tally, self._finish(tally).bill.energy_j.mid)
+        if not tally.is_probe:
+            self._books.count(tally, self._finish(tally).bill.energy_j.mid)
 
     def _note_loaded(self, usage: Usage) -> None:
         self._outbox.put(PhaseRecord(usage.node_id, "delivery", usage.wall_s, (usage,), time_s=time.time()))

@@ -35,12 +35,14 @@ class Tally:
 
     Attributes:
         goes_on: another edge has begun it.
+        is_probe: as the request's.
     """
 
     edge_id: str
     cluster_id: str
     num_prompt: int
     goes_on: bool = False
+    is_probe: bool = False
     began_s: float = field(default_factory=time.perf_counter)
     num_reused: int = 0
     num_tokens: int = 0

@@ -9,7 +9,7 @@ import pytest
 
 from ecogen.config import Serving
 from ecogen.engines.books import begin_books, read_books
-from ecogen.engines.serving import launch_serving
+from ecogen.engines.serving import first_answer, launch_serving
 from ecogen.errors import RunError
 from ecogen.node.books import hand_in_books
 from ecogen.records import PhaseRecord, Record, ServedRecord, Usage, read_records
@@ -142,6 +142,19 @@ async def test_a_request_that_moves_is_counted_once(model: Path, tmp_path: Path)
     assert (second.num_requests, second.prompt_tokens, second.reused_tokens) == (0, 0, 0)
     assert second.completion_tokens > 0
     assert 40 <= read_books(tmp_path).completion_tokens < 80
+
+
+async def test_what_the_gateway_asks_itself_is_no_request(model: Path, tmp_path: Path) -> None:
+    """Also where the answer is one that was given before; what it took is in the total."""
+    spec = Serving(slots=2, max_tokens=64, answers=4)
+    recipe = tiny_recipe(model, serving=spec)
+    begin_books(tmp_path, recipe)
+    async with launch_serving(recipe, folder=tmp_path) as gateway:
+        await first_answer(gateway)
+        await first_answer(gateway)
+    books = read_books(tmp_path)
+    assert (books.num_requests, books.prompt_tokens, books.completion_tokens, books.share_j) == (0, 0, 0, 0)
+    assert books.total.cpu_s > 0
 
 
 def test_books_of_other_nodes_are_kept_apart(model: Path, tmp_path: Path) -> None:
