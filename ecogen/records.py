@@ -198,7 +198,8 @@ class ServedRecord(ServedCounts, frozen=True, tag="served", tag_field="type", kw
 
     Attributes:
         share_j: a part of the usages' energy; the rest is idle time, memory, and what requests took that go on.
-        usages: windows are contiguous, so that no time is in two records or in none.
+        usages: windows are contiguous, so that no time is in two records or in none; a node has several where it did
+            something else meanwhile, such as loading the model anew.
     """
 
     node_id: str

@@ -13,6 +13,7 @@ from ecogen import config as recipes
 from ecogen.accounting.constants import Constants
 from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError, ServingError
 from ecogen.models.folder import ModelFolder, open_folder, write_text_files
+from ecogen.node.books import HandedIn, ServingWindows
 from ecogen.node.context import BOOKS, OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
 from ecogen.records import PhaseRecord, Usage
@@ -52,6 +53,7 @@ class ServingEdge:
         self._assembly = Assembly()
         self._num_gateways, self._was_left = 0, asyncio.Event()
         self._writing = asyncio.Lock()
+        self._windows = ServingWindows(context.worker)
         self.methods = {
             **parent.methods(),
             **methods(Caller(OPERATOR), **{PREPARE: self._hold, DROP: self._forget, DRAIN: self._drain}),
@@ -105,7 +107,9 @@ class ServingEdge:
 
     async def _prepare(self, message: Message) -> Message:
         """Get ready to work as the cloud's welcome says; returns the answer to it."""
-        if not self._prepared.is_set():
+        if self._prepared.is_set():
+            self._windows.end()  # it served, and the cloud was away
+        else:
             await self._settle(message.read(Welcome))
             self._prepared.set()
         return Message.of("ready", Ready(self._context.worker.usage("delivery")))
@@ -257,14 +261,14 @@ class ServingEdge:
     async def _write_books(self) -> None:
         """Write down what was served since the last time, and what it took whom; a lost device's is lost with it."""
         async with self._writing:
-            found = await asyncio.gather(*map(self._usage_of, self._members.ready_ids), return_exceptions=True)
-            usages = [usage for usage in found if isinstance(usage, Usage)]
-            self._outbox.put(self._books.close([self._context.worker.usage("serving"), *usages]))
+            found = await asyncio.gather(*map(self._usages_of, self._members.ready_ids), return_exceptions=True)
+            usages = [usage for one in found if isinstance(one, HandedIn) for usage in one.usages]
+            self._outbox.put(self._books.close([*self._windows.take(), *usages]))
 
-    async def _usage_of(self, device_id: str) -> Usage:
+    async def _usages_of(self, device_id: str) -> HandedIn:
         ask = Message.of(BOOKS, counted=False)
         reply = await self._context.transport.call(device_id, ask, timeout_s=_ANSWER_S)
-        return reply.read(Ready).usage
+        return reply.read(HandedIn)
 
     async def _hand_in_books(self, peer: Peer, _: Message) -> Message:
         """Write the books now, and see that the cloud has them. Who leaves may be the last one who asks for it."""

@@ -104,6 +104,36 @@ def first_s(records: list[Record], node_id: str) -> float:
     return record.time_s - record.wall_s
 
 
+@pytest.mark.parametrize("what", ["a device is drained", "edge-0", "cloud"])
+async def test_delivery_ends_no_window_of_serving(what: str, model: Path, tmp_path: Path) -> None:
+    """Devices that load the model anew, and nodes that join again, had served before: no step of that is delivery."""
+    spec = Serving(slots=2, max_tokens=64, patience_s=20)
+    async with serving(tiny_recipe(model, devices=2, serving=spec), tmp_path) as (gateway, engine):
+        await whole_answer(gateway, PROMPTS[0], 10)
+        if what == "a device is drained":
+            await gateway.drain("edge-0.cluster-0.device-0")
+        else:
+            before = delivered_in(tmp_path)
+            await engine.kill(what)
+            await engine.start_node(what)
+            for _ in range(200):
+                await asyncio.sleep(0.1)
+                if delivered_in(tmp_path) != before:
+                    break
+        await whole_answer(gateway, PROMPTS[0], 10)
+        await hand_in_books(gateway._transport, ["edge-0"])
+    assert not [line for usage in delivered_in(tmp_path) for line in usage.traffic if line.kind == "activations"]
+    (served,) = served_in(tmp_path)
+    assert all(usage.phase == "serving" for usage in served.usages)
+    assert len(served.usages) > len({usage.node_id for usage in served.usages})
+
+
+def delivered_in(folder: Path) -> list[Usage]:
+    """What nodes took to join, and to load the model."""
+    phases = [record for record in records_of(folder) if isinstance(record, PhaseRecord) and record.phase == "delivery"]
+    return [usage for record in phases for usage in record.usages]
+
+
 async def test_the_edge_writes_when_it_is_time(model: Path, tmp_path: Path) -> None:
     """And not before anybody has asked."""
     spec = Serving(slots=2, max_tokens=64, books_s=0.2, patience_s=20)
