@@ -157,25 +157,52 @@ class RequestRecord(msgspec.Struct, frozen=True, tag="request", tag_field="type"
         return self.t_ul_s + self.t_inference_s + self.t_dl_s
 
 
-class ServedRecord(msgspec.Struct, frozen=True, tag="served", tag_field="type"):
-    """What an edge that serves has served in a while, and what the while took it and its devices.
+class ServedCounts(msgspec.Struct, frozen=True):
+    """Requests that have ended, answered or broken off, and what they were.
 
     Attributes:
-        num_requests: that ended in it, answered or broken off; and the tokens of these.
+        num_requests: an answer that went on at another edge is counted where it began, and its prompt with it.
+        prompt_tokens, completion_tokens: of these requests.
         reused_tokens: of the prompts' tokens, those that had been computed for another request.
-        inference_s: of all of them together, each from its arrival to its last token.
-        share_j: of the usages' energy what was computed and sent for these requests, modelled; the rest is idle time,
-            memory, and what requests took that have not ended.
-        usages: windows are contiguous, so that no time is in two records or in none.
+        inference_s: of all of them together, each from its arrival at the edge to its last token.
+        share_j: energy of what was computed and sent for them, modelled; no idle time, no memory.
     """
 
-    node_id: str
     num_requests: int
     prompt_tokens: int
     reused_tokens: int
     completion_tokens: int
     inference_s: float
     share_j: float
+
+    @classmethod
+    def zero(cls) -> ServedCounts:
+        """Of no request."""
+        return ServedCounts(0, 0, 0, 0, 0.0, 0.0)
+
+    def __add__(self, other: ServedCounts) -> ServedCounts:
+        """The counts of both together; of records, what else they hold is left out."""
+        return ServedCounts(
+            self.num_requests + other.num_requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.reused_tokens + other.reused_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.inference_s + other.inference_s,
+            self.share_j + other.share_j,
+        )
+
+
+# What has such counts inherits them, since in JSON they stand beside its own fields.
+class ServedRecord(ServedCounts, frozen=True, tag="served", tag_field="type", kw_only=True):
+    """What an edge that serves has served in a while, and what the while took it and its devices.
+
+    Attributes:
+        share_j: a part of the usages' energy; the rest is idle time, memory, and what requests took that go on.
+        usages: windows are contiguous, so that no time is in two records or in none; a node has several where it did
+            something else meanwhile, such as loading the model anew.
+    """
+
+    node_id: str
     wall_s: float
     usages: tuple[Usage, ...]
     time_s: float = 0.0

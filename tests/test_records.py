@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from ecogen.records import (
     Record,
     RequestRecord,
     RoundRecord,
+    ServedCounts,
+    ServedRecord,
     Traffic,
     Usage,
     from_line,
@@ -27,6 +30,7 @@ RECORDS: list[Record] = [
     PhaseRecord("cloud", "pretraining", 9.0, (USAGE,), "from a folder"),
     RequestRecord("r-1", "a", 1, 0.1, 0.2, 0.3, (Hop("d0", "blocks 0..1", 0.1, "d1", 10, 0.01),)),
     EventRecord("lost", "d0", 2, 'silent for "8 s"\nover', 4.0),
+    ServedRecord(2, 30, 10, 40, 0.5, 6.0, node_id="edge-0", wall_s=300.0, usages=(USAGE,), time_s=1.0),
 ]
 
 
@@ -63,3 +67,10 @@ def test_totals_hold_every_part() -> None:
     request = RECORDS[2]
     assert isinstance(request, RequestRecord)
     assert request.latency_s == pytest.approx(0.6)
+
+
+def test_what_was_served_adds_up_and_stands_beside_the_records_own_fields() -> None:
+    record = RECORDS[4]
+    assert isinstance(record, ServedRecord)
+    assert sum([record, record], ServedCounts.zero()) == ServedCounts(4, 60, 20, 80, 1.0, 12.0)
+    assert msgspec.json.decode(to_line(record)).keys() == {"type", *record.__struct_fields__}

@@ -1,29 +1,16 @@
-"""The books of what was served: handed in by edges, kept in the folder of `ecogen serve --out`, read again."""
+"""The books of what was served, in the folder of `ecogen serve --out`."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable
 from pathlib import Path
 
 from ecogen import config as recipes
 from ecogen.engines.run_folder import NODES, RECIPE, load_recipe, write_recipe
 from ecogen.engines.saving import RECORDS
 from ecogen.errors import RunError
-from ecogen.node.context import BOOKS
 from ecogen.records import read_records
 from ecogen.reports.served import ServedSummary, summarise_served
 from ecogen.storage import read_lines
-from ecogen.transport.base import Message, Transport
-
-_HAND_IN_S = 4.0
-
-
-async def hand_in_books(transport: Transport, edge_ids: Iterable[str]) -> None:
-    """Have every edge that answers write down what it has served since the last time."""
-    ask = Message.of(BOOKS, counted=False)
-    calls = [transport.call(edge_id, ask, timeout_s=_HAND_IN_S) for edge_id in edge_ids]
-    await asyncio.gather(*calls, return_exceptions=True)  # who is away does so when it is time
 
 
 def begin_books(folder: Path, recipe: recipes.Recipe) -> None:

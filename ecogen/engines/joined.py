@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ecogen import config as recipes
 from ecogen.engines.attached import operator_of
-from ecogen.engines.books import hand_in_books
 from ecogen.engines.served import Served, name_of
 from ecogen.errors import CheckpointError, RunError, TransportError
 from ecogen.models.folder import CONFIG, ModelFolder, open_folder, write_text_files
+from ecogen.node.books import hand_in_books
 from ecogen.node.context import DESCRIBE, LOCATE, Located, Welcome
 from ecogen.serving.gateway import Gateway
 from ecogen.serving.generation import ServedModel

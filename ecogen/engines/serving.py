@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ecogen import config as recipes
-from ecogen.engines.books import begin_books, hand_in_books
+from ecogen.engines.books import begin_books
 from ecogen.engines.joined import join_serving
 from ecogen.engines.launch import ENGINES
 from ecogen.engines.run_folder import locked
@@ -19,6 +19,7 @@ from ecogen.engines.served import Served, check_serving, serving_recipe
 from ecogen.engines.session import ended_in_order, remember
 from ecogen.errors import NodeLostError, ServingError
 from ecogen.models.mixed_lora import Adapter, open_adapter
+from ecogen.node.books import hand_in_books
 from ecogen.serving.gateway import Gateway
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.openai.app import build_app
@@ -130,7 +131,8 @@ async def serve_joined(
 
 async def first_answer(gateway: Gateway) -> None:
     """Wait until the model answers."""
-    async for _ in gateway.generate(GenerationRequest(gateway.models()[0].name, (0,), Sampling(temperature=0), 1)):
+    probe = GenerationRequest(gateway.models()[0].name, (0,), Sampling(temperature=0), 1, is_probe=True)
+    async for _ in gateway.generate(probe):
         pass
 
 

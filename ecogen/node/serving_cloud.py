@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,11 @@ from pathlib import Path
 import msgspec
 
 from ecogen import config as recipes
-from ecogen.errors import ProtocolError, TransportError
+from ecogen.errors import ProtocolError
 from ecogen.models.folder import open_folder, read_text_files
+from ecogen.node.books import hand_in_books
 from ecogen.node.cloud import Log
 from ecogen.node.context import (
-    BOOKS,
     DESCRIBE,
     LOCATE,
     OPERATOR,
@@ -34,10 +33,6 @@ from ecogen.records import PhaseRecord, ServedRecord, from_line
 from ecogen.runtime.membership import Members
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
-
-logger = logging.getLogger(__name__)
-
-_BOOKS_S = 4.0
 
 
 class ServingCloud:
@@ -78,16 +73,6 @@ class ServingCloud:
         welcome = Welcome(table, dict(folder.config), self._digest, names=names, files=files, nbytes=nbytes)
         return Message.of("join", welcome)
 
-    async def _collect_books(self) -> None:
-        """Have the edges that are here hand in what they have counted."""
-        asks = [
-            self._context.transport.call(edge_id, Message.of(BOOKS, counted=False), timeout_s=_BOOKS_S)
-            for edge_id in self._members.ready_ids
-        ]
-        for problem in await asyncio.gather(*asks, return_exceptions=True):
-            if isinstance(problem, TransportError):
-                logger.info("%s", problem)  # it hands them in later
-
     def _write_own_books(self) -> None:
         """As often as an edge writes its own."""
         usage = self._context.worker.usage("serving")
@@ -98,7 +83,7 @@ class ServingCloud:
         return replace(await self._welcome(OPERATOR), counted=False)
 
     async def _status(self, _: Peer, __: Message) -> Message:
-        await self._collect_books()
+        await hand_in_books(self._context.transport, self._members.ready_ids)
         edge_ids = self._members.expected
         progress = ProgressReport("serving", len(self._members.ready_ids), len(edge_ids), "edges are ready")
         own_id = self._context.node_id

@@ -12,6 +12,7 @@ from ecogen.models.folder import write_text_files
 from ecogen.models.mixed_lora import MixedLora
 from ecogen.models.packed import pack_weights
 from ecogen.models.quantize import held_bytes, quantize_weights
+from ecogen.node.books import HandedIn, ServingWindows
 from ecogen.node.context import BOOKS, Caller, Handler, NodeContext, Ready, methods
 from ecogen.placement import Segment, neighbours_of
 from ecogen.runtime.membership import attend
@@ -54,6 +55,7 @@ class ServingDevice:
         self._stages: StagesOfDevice | None = None
         self._neighbour_ids: frozenset[str] = frozenset()
         self._held_bytes = 0
+        self._windows = ServingWindows(context.worker)
         self._lora: MixedLora | None = None
         self._assembly = Assembly()
         self._neighbours = Neighbours(context.transport, self._deliver, self._lose)
@@ -81,6 +83,8 @@ class ServingDevice:
 
     async def _prepare(self, _: Message) -> Message:
         """Nothing is needed to be ready: what to hold, the edge says when it knows who is here."""
+        if self._stages is not None:  # it served, and the edge was away
+            self._windows.end(self._memory_bytes)
         return Message.of("ready", Ready(self._context.worker.usage("delivery")))
 
     async def _load(self, _: Peer, message: Message) -> Message:
@@ -105,9 +109,11 @@ class ServingDevice:
         return Message.of(UNLOAD)
 
     async def _drop(self) -> None:
+        memory_bytes = self._memory_bytes
         stages, self._stages = self._stages, None
         if stages is not None:
             await stages.close()
+            self._windows.end(memory_bytes)
         self._lora, self._held_bytes = None, 0
 
     def _open(self, folder: Path, visits: Mapping[int, Segment], load: Load) -> dict[int, DecoderStage]:
@@ -147,8 +153,12 @@ class ServingDevice:
 
     async def _books(self, _: Peer, __: Message) -> Message:
         """The usage that no other answer has reported; itself not in the books."""
-        held_bytes = self._held_bytes + (self._stages.cache_bytes if self._stages else 0)
-        return Message.of(BOOKS, Ready(self._context.worker.usage("serving", held_bytes)), counted=False)
+        return Message.of(BOOKS, HandedIn(self._windows.take(self._memory_bytes)), counted=False)
+
+    @property
+    def _memory_bytes(self) -> int:
+        """Weights and caches."""
+        return self._held_bytes + (self._stages.cache_bytes if self._stages else 0)
 
     def _deliver(self, _: str, message: Message) -> None:
         if self._stages is not None and message.method == STEP:

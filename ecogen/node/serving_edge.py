@@ -15,6 +15,7 @@ from ecogen.accounting.constants import Constants
 from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError, ServingError
 from ecogen.models.folder import ModelFolder, open_folder, write_text_files
 from ecogen.models.mixed_lora import Adapter
+from ecogen.node.books import HandedIn, ServingWindows
 from ecogen.node.context import BOOKS, OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
 from ecogen.records import PhaseRecord, Usage
@@ -66,6 +67,7 @@ class ServingEdge:
         self._early: dict[str, Adapter] = {}  # came before the clusters were known
         self._num_gateways, self._was_left = 0, asyncio.Event()
         self._writing = asyncio.Lock()
+        self._windows = ServingWindows(context.worker)
         self.methods = {
             **parent.methods(),
             **methods(Caller(OPERATOR), **{PREPARE: self._hold, HOLDS: self._is_held}),
@@ -120,7 +122,9 @@ class ServingEdge:
 
     async def _prepare(self, message: Message) -> Message:
         """Get ready to work as the cloud's welcome says; returns the answer to it."""
-        if not self._prepared.is_set():
+        if self._prepared.is_set():
+            self._windows.end()  # it served, and the cloud was away
+        else:
             await self._settle(message.read(Welcome))
             self._prepared.set()
         return Message.of("ready", Ready(self._context.worker.usage("delivery")))
@@ -186,7 +190,9 @@ class ServingEdge:
         known, taken = await self._known(wanted)
         if known:
             num_prompt = len(wanted.request.prompt)
-            tally = Tally(self._context.node_id, "", num_prompt, num_reused=num_prompt)
+            tally = Tally(
+                self._context.node_id, "", num_prompt, num_reused=num_prompt, is_probe=wanted.request.is_probe
+            )
             for chosen in known:
                 tally.num_tokens += 1
                 if (yield chosen):
@@ -263,7 +269,8 @@ class ServingEdge:
     # Books.
 
     def _count(self, tally: Tally) -> None:
-        self._books.count(tally, self._finish(tally).bill.energy_j.mid)
+        if not tally.is_probe:
+            self._books.count(tally, self._finish(tally).bill.energy_j.mid)
 
     def _note_loaded(self, usage: Usage) -> None:
         self._outbox.put(PhaseRecord(usage.node_id, "delivery", usage.wall_s, (usage,), time_s=time.time()))
@@ -278,14 +285,14 @@ class ServingEdge:
     async def _write_books(self) -> None:
         """Write down what was served since the last time, and what it took whom; a lost device's is lost with it."""
         async with self._writing:
-            found = await asyncio.gather(*map(self._usage_of, self._members.ready_ids), return_exceptions=True)
-            usages = [usage for usage in found if isinstance(usage, Usage)]
-            self._outbox.put(self._books.close([self._context.worker.usage("serving"), *usages]))
+            found = await asyncio.gather(*map(self._usages_of, self._members.ready_ids), return_exceptions=True)
+            usages = [usage for one in found if isinstance(one, HandedIn) for usage in one.usages]
+            self._outbox.put(self._books.close([*self._windows.take(), *usages]))
 
-    async def _usage_of(self, device_id: str) -> Usage:
+    async def _usages_of(self, device_id: str) -> HandedIn:
         ask = Message.of(BOOKS, counted=False)
         reply = await self._context.transport.call(device_id, ask, timeout_s=_ANSWER_S)
-        return reply.read(Ready).usage
+        return reply.read(HandedIn)
 
     async def _hand_in_books(self, peer: Peer, _: Message) -> Message:
         """Write the books now, and see that the cloud has them. Who leaves may be the last one who asks for it."""

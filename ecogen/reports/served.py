@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
+from msgspec.structs import asdict
 
 from ecogen.accounting.bill import Bill, Bounds
 from ecogen.accounting.ledger import Entry, settle
-from ecogen.records import Record, ServedRecord
+from ecogen.records import Record, ServedCounts, ServedRecord
 from ecogen.topology import Topology
 
 
@@ -27,21 +28,14 @@ class Cost(msgspec.Struct, frozen=True):
     emissions_g: tuple[float, float, float]
 
 
-class ServedSummary(msgspec.Struct, frozen=True):
+class ServedSummary(ServedCounts, frozen=True, kw_only=True):
     """All that the books hold.
 
     Attributes:
-        inference_s: of all requests together, each from its arrival at the edge to its last token.
-        share_j: for computing and sending what ended requests asked for, modelled; `total` has idle time too.
+        share_j: for computing and sending what ended requests asked for; `total` has idle time too.
         wall_s: of the edge whose books go on for longest.
     """
 
-    num_requests: int
-    prompt_tokens: int
-    reused_tokens: int
-    completion_tokens: int
-    inference_s: float
-    share_j: float
     wall_s: float
     total: Cost
     by_tier: dict[str, Cost]
@@ -60,17 +54,12 @@ def summarise_served(records: Sequence[Record], topology: Topology) -> ServedSum
     served = [record for record in records if isinstance(record, ServedRecord)]
     walls_s = [sum(r.wall_s for r in served if r.node_id == edge_id) for edge_id in topology.edge_ids]
     return ServedSummary(
-        sum(record.num_requests for record in served),
-        sum(record.prompt_tokens for record in served),
-        sum(record.reused_tokens for record in served),
-        sum(record.completion_tokens for record in served),
-        sum(record.inference_s for record in served),
-        sum(record.share_j for record in served),
-        max(walls_s),
-        _cost(entries),
-        _costs(entries, lambda entry: entry.tier.value),
-        _costs(entries, lambda entry: entry.site_id),
-        _costs(entries, lambda entry: entry.node_id),
+        **asdict(sum(served, ServedCounts.zero())),
+        wall_s=max(walls_s),
+        total=_cost(entries),
+        by_tier=_costs(entries, lambda entry: entry.tier.value),
+        by_site=_costs(entries, lambda entry: entry.site_id),
+        by_node=_costs(entries, lambda entry: entry.node_id),
     )
 
 

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ecogen.records import ServedRecord, Usage
+from msgspec.structs import asdict
+
+from ecogen.records import ServedCounts, ServedRecord, Usage
 from ecogen.serving.tally import Tally
 
 _REST_S = 3600.0
 """Where nobody asks anything, a record is written all the same after so long."""
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Of requests that have ended."""
-
-    num_requests: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    completion_tokens: int = 0
-    inference_s: float = 0.0
-    share_j: float = 0.0
 
 
 class Books:
@@ -34,22 +23,16 @@ class Books:
 
     def __init__(self, edge_id: str, every_s: float) -> None:
         self._edge_id, self._every_s = edge_id, every_s
-        self._counts, self._began_s = _Counts(), time.monotonic()
+        self._counts, self._began_s = ServedCounts.zero(), time.monotonic()
 
     def count(self, tally: Tally, energy_j: float) -> None:
         """A request has ended."""
-        counts = self._counts
-        counts.num_requests += 1
-        counts.prompt_tokens += tally.num_prompt
-        counts.reused_tokens += tally.num_reused
-        counts.completion_tokens += tally.num_tokens
-        counts.inference_s += time.perf_counter() - tally.began_s
-        counts.share_j += energy_j
+        self._counts += _counts_of(tally, energy_j)
 
     @property
     def has_news(self) -> bool:
         """Whether a request has ended since."""
-        return self._counts.num_requests > 0
+        return self._counts != ServedCounts.zero()
 
     @property
     def is_due(self) -> bool:
@@ -63,18 +46,15 @@ class Books:
         Args:
             usages: of the edge and its devices, since theirs were taken last.
         """
-        counts, self._counts = self._counts, _Counts()
+        counts, self._counts = self._counts, ServedCounts.zero()
         now_s = time.monotonic()
         wall_s, self._began_s = now_s - self._began_s, now_s
         return ServedRecord(
-            self._edge_id,
-            counts.num_requests,
-            counts.prompt_tokens,
-            counts.reused_tokens,
-            counts.completion_tokens,
-            counts.inference_s,
-            counts.share_j,
-            wall_s,
-            tuple(usages),
-            time.time(),
+            **asdict(counts), node_id=self._edge_id, wall_s=wall_s, usages=tuple(usages), time_s=time.time()
         )
+
+
+def _counts_of(tally: Tally, energy_j: float) -> ServedCounts:
+    """A request that another edge has begun is there, and so is its prompt; here are the tokens that it got here."""
+    asked = (0, 0, 0) if tally.goes_on else (1, tally.num_prompt, tally.num_reused)
+    return ServedCounts(*asked, tally.num_tokens, time.perf_counter() - tally.began_s, energy_j)

@@ -198,7 +198,8 @@ class ServedCluster:
         """
         if adapter_id and adapter_id not in self.adapters:
             raise ServingError(f"{self._cluster.cluster_id} has no adapter {adapter_id!r}")
-        tally = Tally(self._cluster.edge_id, self._cluster.cluster_id, len(request.prompt))
+        num_prompt, is_probe = len(request.prompt), request.is_probe
+        tally = Tally(self._cluster.edge_id, self.cluster_id, num_prompt, goes_on=bool(given), is_probe=is_probe)
         self._tallies[request_id] = tally
         prompt, sampling, max_new, ends = request.prompt, request.sampling, request.max_new, request.ends
         try:

@@ -47,6 +47,7 @@ class GenerationRequest:
         ends: token ids after which it is over; the ending one is given too.
         tenant: whose request it is, where there are tenants; an adapter of another's is not there for it.
         wording: of the prompt, for those who do not insist on an answer to just that.
+        is_probe: nobody asked; a gateway wants to see whether the model answers. Not counted as a request.
     """
 
     model: str
@@ -56,6 +57,7 @@ class GenerationRequest:
     ends: frozenset[int] = frozenset()
     tenant: str | None = None
     wording: Wording | None = None
+    is_probe: bool = False
 
 
 @dataclass(frozen=True)

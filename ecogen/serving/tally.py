@@ -31,11 +31,18 @@ class _Visit:
 
 @dataclass
 class Tally:
-    """One request's, from its arrival at the edge on."""
+    """One request's, from its arrival at the edge on.
+
+    Attributes:
+        goes_on: another edge has begun it.
+        is_probe: as the request's.
+    """
 
     edge_id: str
     cluster_id: str
     num_prompt: int
+    goes_on: bool = False
+    is_probe: bool = False
     began_s: float = field(default_factory=time.perf_counter)
     num_reused: int = 0
     num_tokens: int = 0

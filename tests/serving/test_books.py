@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ecogen.config import Serving
-from ecogen.engines.books import begin_books, hand_in_books, read_books
-from ecogen.engines.serving import launch_serving
+from ecogen.engines.books import begin_books, read_books
+from ecogen.engines.serving import first_answer, launch_serving
 from ecogen.errors import RunError
+from ecogen.node.books import hand_in_books
 from ecogen.records import PhaseRecord, Record, ServedRecord, Usage, read_records
 from ecogen.reports.served import Cost
 from ecogen.storage import read_lines
@@ -103,6 +104,36 @@ def first_s(records: list[Record], node_id: str) -> float:
     return record.time_s - record.wall_s
 
 
+@pytest.mark.parametrize("what", ["a device is drained", "edge-0", "cloud"])
+async def test_delivery_ends_no_window_of_serving(what: str, model: Path, tmp_path: Path) -> None:
+    """Devices that load the model anew, and nodes that join again, had served before: no step of that is delivery."""
+    spec = Serving(slots=2, max_tokens=64, patience_s=20)
+    async with serving(tiny_recipe(model, devices=2, serving=spec), tmp_path) as (gateway, engine):
+        await whole_answer(gateway, PROMPTS[0], 10)
+        if what == "a device is drained":
+            await gateway.drain("edge-0.cluster-0.device-0")
+        else:
+            before = delivered_in(tmp_path)
+            await engine.kill(what)
+            await engine.start_node(what)
+            for _ in range(200):
+                await asyncio.sleep(0.1)
+                if delivered_in(tmp_path) != before:
+                    break
+        await whole_answer(gateway, PROMPTS[0], 10)
+        await hand_in_books(gateway._transport, ["edge-0"])
+    assert not [line for usage in delivered_in(tmp_path) for line in usage.traffic if line.kind == "activations"]
+    (served,) = served_in(tmp_path)
+    assert all(usage.phase == "serving" for usage in served.usages)
+    assert len(served.usages) > len({usage.node_id for usage in served.usages})
+
+
+def delivered_in(folder: Path) -> list[Usage]:
+    """What nodes took to join, and to load the model."""
+    phases = [record for record in records_of(folder) if isinstance(record, PhaseRecord) and record.phase == "delivery"]
+    return [usage for record in phases for usage in record.usages]
+
+
 async def test_the_edge_writes_when_it_is_time(model: Path, tmp_path: Path) -> None:
     """And not before anybody has asked."""
     spec = Serving(slots=2, max_tokens=64, books_s=0.2, patience_s=20)
@@ -124,6 +155,36 @@ async def test_a_lost_device_does_not_keep_the_books_open(model: Path, tmp_path:
         await hand_in_books(gateway._transport, ["edge-0"])
     (record,) = served_in(tmp_path)
     assert {"edge-0", "edge-0.cluster-0.device-0"} <= {usage.node_id for usage in record.usages}
+
+
+async def test_a_request_that_moves_is_counted_once(model: Path, tmp_path: Path) -> None:
+    """With its prompt, although both edges write down what they did of it."""
+    recipe, prompt = tiny_recipe(model, devices=1, edges=2), list(range(5, 15))
+    begin_books(tmp_path, recipe)
+    async with launch_serving(recipe, folder=tmp_path) as gateway:
+        tokens = gateway.generate(request(gateway, prompt, 40))
+        begun = [await anext(tokens) for _ in range(3)]
+        await next(edge.stream for edge in gateway._edges if edge.answers and edge.stream).close()
+        rest = [one async for one in tokens]
+    first, second = sorted(served_in(tmp_path), key=lambda record: record.num_requests, reverse=True)
+    assert len(begun) + len(rest) == 40 + 1
+    assert (first.num_requests, first.prompt_tokens) == (1, len(prompt))
+    assert (second.num_requests, second.prompt_tokens, second.reused_tokens) == (0, 0, 0)
+    assert second.completion_tokens > 0
+    assert 40 <= read_books(tmp_path).completion_tokens < 80
+
+
+async def test_what_the_gateway_asks_itself_is_no_request(model: Path, tmp_path: Path) -> None:
+    """Also where the answer is one that was given before; what it took is in the total."""
+    spec = Serving(slots=2, max_tokens=64, answers=4)
+    recipe = tiny_recipe(model, serving=spec)
+    begin_books(tmp_path, recipe)
+    async with launch_serving(recipe, folder=tmp_path) as gateway:
+        await first_answer(gateway)
+        await first_answer(gateway)
+    books = read_books(tmp_path)
+    assert (books.num_requests, books.prompt_tokens, books.completion_tokens, books.share_j) == (0, 0, 0, 0)
+    assert books.total.cpu_s > 0
 
 
 def test_books_of_other_nodes_are_kept_apart(model: Path, tmp_path: Path) -> None:
