@@ -243,7 +243,7 @@ async def test_closing_a_node_ends_its_streams_in_order(connect: Connect) -> Non
     async with connect() as pair:
         stream = await pair.edge.open("end-1")
         await pair.edge.close()
-        await asyncio.wait_for(pair.service.ended.wait(), 2)
+        await asyncio.wait_for(pair.service.ended.wait(), 10)  # it has 2 s to end by itself before it is cancelled
 
 
 async def test_messages_beyond_the_limit_are_refused_by_name(connect: Connect) -> None:
