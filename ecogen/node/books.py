@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 
 import msgspec
 
 from ecogen.errors import TransportError
-from ecogen.node.context import BOOKS
+from ecogen.node.context import BOOKS, NodeContext
 from ecogen.records import Usage
+from ecogen.runtime.membership import Members
+from ecogen.runtime.outbox import Outbox
 from ecogen.runtime.worker import Worker
+from ecogen.serving.books import Books
+from ecogen.serving.tally import Tally
 from ecogen.transport.base import Message, Transport
 
 logger = logging.getLogger(__name__)
 
 _HAND_IN_S = 4.0
+_LOOK_S = 5.0
+_ANSWER_S = 2.0
 
 
 class HandedIn(msgspec.Struct, frozen=True):
@@ -45,6 +52,58 @@ class ServingWindows:
         self.end(held_bytes)
         ended, self._ended = self._ended, []
         return tuple(ended)
+
+
+class BooksOfEdge:
+    """What an edge and its devices served, written down when it is time; a lost device's is lost with it.
+
+    Args:
+        outbox: takes the records to the cloud.
+        every_s: for so long what is served is one record.
+    """
+
+    def __init__(self, context: NodeContext, members: Members, outbox: Outbox, every_s: float) -> None:
+        self._transport, self._members, self._outbox = context.transport, members, outbox
+        self._every_s = every_s
+        self._windows, self._books = ServingWindows(context.worker), Books(context.node_id, every_s)
+        self._writing = asyncio.Lock()
+
+    def count(self, tally: Tally, energy_j: float) -> None:
+        """A request has ended."""
+        self._books.count(tally, energy_j)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a request has ended since they were written last."""
+        return self._books.has_news
+
+    def end_window(self) -> None:
+        """Up to now the edge itself served; what it does next is something else."""
+        self._windows.end()
+
+    async def keep(self) -> None:
+        """Forever: write a record when it is time for one."""
+        while True:
+            await asyncio.sleep(min(_LOOK_S, self._every_s))
+            if self._books.is_due:
+                await self._write()
+
+    async def hand_in(self) -> None:
+        """Write a record now, and give the cloud a moment to have it."""
+        await self._write()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._outbox.flush(), _ANSWER_S)
+
+    async def _write(self) -> None:
+        async with self._writing:
+            found = await asyncio.gather(*map(self._usages_of, self._members.ready_ids), return_exceptions=True)
+            usages = [usage for one in found if isinstance(one, HandedIn) for usage in one.usages]
+            self._outbox.put(self._books.close([*self._windows.take(), *usages]))
+
+    async def _usages_of(self, device_id: str) -> HandedIn:
+        ask = Message.of(BOOKS, counted=False)
+        reply = await self._transport.call(device_id, ask, timeout_s=_ANSWER_S)
+        return reply.read(HandedIn)
 
 
 async def hand_in_books(transport: Transport, edge_ids: Iterable[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from ecogen.accounting.constants import Constants
 from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, ProtocolError, ServingError
 from ecogen.models.folder import ModelFolder, open_folder, write_text_files
 from ecogen.models.mixed_lora import Adapter
-from ecogen.node.books import HandedIn, ServingWindows
+from ecogen.node.books import BooksOfEdge
 from ecogen.node.context import BOOKS, OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
 from ecogen.records import PhaseRecord, Usage
@@ -23,7 +23,6 @@ from ecogen.runtime.membership import Members, attend
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.outbox import Outbox
 from ecogen.serving.answers import Answers
-from ecogen.serving.books import Books
 from ecogen.serving.cluster import Account, ServedCluster
 from ecogen.serving.desk import Desk, Generate
 from ecogen.serving.generation import Finish, Taken
@@ -47,9 +46,6 @@ from ecogen.serving.tally import Tally
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
 
-_LOOK_S = 5.0
-_ANSWER_S = 2.0
-
 
 class ServingEdge:
     """One edge site; which devices it has, the cloud's welcome says."""
@@ -66,8 +62,6 @@ class ServingEdge:
         self._assembly = Assembly()
         self._early: dict[str, Adapter] = {}  # came before the clusters were known
         self._num_gateways, self._was_left = 0, asyncio.Event()
-        self._writing = asyncio.Lock()
-        self._windows = ServingWindows(context.worker)
         self.methods = {
             **parent.methods(),
             **methods(Caller(OPERATOR), **{PREPARE: self._hold, HOLDS: self._is_held}),
@@ -85,7 +79,7 @@ class ServingEdge:
                 await self._prepared.wait()
                 group.create_task(self._replicas.run())
                 group.create_task(self._forget_all())
-                group.create_task(self._keep_books())
+                group.create_task(self._books.keep())
         finally:
             await self._neighbours.close()
 
@@ -123,7 +117,7 @@ class ServingEdge:
     async def _prepare(self, message: Message) -> Message:
         """Get ready to work as the cloud's welcome says; returns the answer to it."""
         if self._prepared.is_set():
-            self._windows.end()  # it served, and the cloud was away
+            self._books.end_window()  # it served, and the cloud was away
         else:
             await self._settle(message.read(Welcome))
             self._prepared.set()
@@ -136,7 +130,7 @@ class ServingEdge:
         self._folder = await self._obtain(welcome, Path(recipe.model.source))
         self._answers = Answers(recipe.serving.answers)
         self._semantic = await context.worker.compute(from_config, recipe.serving.semantic)
-        self._books = Books(context.node_id, recipe.serving.books_s)
+        self._books = BooksOfEdge(context, self._members, self._outbox, recipe.serving.books_s)
         clusters = self._topology.clusters_of(context.node_id)
         dtypes = {recipes.compute_of(recipe, node_id).dtype for cluster in clusters for node_id in cluster.node_ids}
         model = LanguageModel(self._folder, dtypes)
@@ -266,8 +260,6 @@ class ServingEdge:
     def _finish(self, tally: Tally) -> Finish:
         return tally.finish(self._topology, Constants())
 
-    # Books.
-
     def _count(self, tally: Tally) -> None:
         if not tally.is_probe:
             self._books.count(tally, self._finish(tally).bill.energy_j.mid)
@@ -275,31 +267,10 @@ class ServingEdge:
     def _note_loaded(self, usage: Usage) -> None:
         self._outbox.put(PhaseRecord(usage.node_id, "delivery", usage.wall_s, (usage,), time_s=time.time()))
 
-    async def _keep_books(self) -> None:
-        """Forever: write a record when it is time for one."""
-        while True:
-            await asyncio.sleep(min(_LOOK_S, self._recipe.serving.books_s))
-            if self._books.is_due:
-                await self._write_books()
-
-    async def _write_books(self) -> None:
-        """Write down what was served since the last time, and what it took whom; a lost device's is lost with it."""
-        async with self._writing:
-            found = await asyncio.gather(*map(self._usages_of, self._members.ready_ids), return_exceptions=True)
-            usages = [usage for one in found if isinstance(one, HandedIn) for usage in one.usages]
-            self._outbox.put(self._books.close([*self._windows.take(), *usages]))
-
-    async def _usages_of(self, device_id: str) -> HandedIn:
-        ask = Message.of(BOOKS, counted=False)
-        reply = await self._context.transport.call(device_id, ask, timeout_s=_ANSWER_S)
-        return reply.read(HandedIn)
-
     async def _hand_in_books(self, peer: Peer, _: Message) -> Message:
         """Write the books now, and see that the cloud has them. Who leaves may be the last one who asks for it."""
         if self._prepared.is_set() and (self._books.has_news or peer.tier == OPERATOR):
-            await self._write_books()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._outbox.flush(), _ANSWER_S)
+            await self._books.hand_in()
         return Message.of(BOOKS, counted=False)
 
     def _deliver(self, sender_id: str, message: Message) -> None:
