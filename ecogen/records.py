@@ -161,7 +161,8 @@ class ServedCounts(msgspec.Struct, frozen=True):
     """Requests that have ended, answered or broken off, and what they were.
 
     Attributes:
-        num_requests: an answer that went on at another edge is counted where it began, and its prompt with it.
+        num_requests: answers asked for, so that one with `n` counts as many; one that went on at another
+            edge is counted where it began, and its prompt with it.
         prompt_tokens, completion_tokens: of these requests.
         reused_tokens: of the prompts' tokens, those that had been computed for another request.
         inference_s: of all of them together, each from its arrival at the edge to its last token.

@@ -21,9 +21,9 @@ from ecogen.transport.base import Message, Transport
 
 logger = logging.getLogger(__name__)
 
-_HAND_IN_S = 4.0
 _LOOK_S = 5.0
-_ANSWER_S = 2.0
+_ANSWER_S = 2.0  # of a device, and of the cloud
+_HAND_IN_S = 2 * _ANSWER_S + 2.0  # of an edge, which waits for both
 
 
 class HandedIn(msgspec.Struct, frozen=True):
@@ -97,6 +97,7 @@ class BooksOfEdge:
     async def _write(self) -> None:
         async with self._writing:
             found = await asyncio.gather(*map(self._usages_of, self._members.ready_ids), return_exceptions=True)
+            _log_lost(found)
             usages = [usage for one in found if isinstance(one, HandedIn) for usage in one.usages]
             self._outbox.put(self._books.close([*self._windows.take(), *usages]))
 
@@ -110,6 +111,13 @@ async def hand_in_books(transport: Transport, edge_ids: Iterable[str]) -> None:
     """Have every edge that answers write down what it has served since the last time."""
     ask = Message.of(BOOKS, counted=False)
     calls = [transport.call(edge_id, ask, timeout_s=_HAND_IN_S) for edge_id in edge_ids]
-    for problem in await asyncio.gather(*calls, return_exceptions=True):
+    _log_lost(await asyncio.gather(*calls, return_exceptions=True))  # who is away does so when it is time
+
+
+def _log_lost(found: Iterable[object]) -> None:
+    """Say who did not answer; what is no such thing is a mistake of ours."""
+    for problem in found:
         if isinstance(problem, TransportError):
-            logger.info("%s", problem)  # who is away does so when it is time
+            logger.info("its books are not here: %s", problem)
+        elif isinstance(problem, BaseException):
+            logger.error("books could not be handed in", exc_info=problem)
