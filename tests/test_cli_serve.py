@@ -121,7 +121,7 @@ def test_what_cannot_be_served(model: Path, tmp_path: Path, ecogen: EcoGen) -> N
         (tmp_path / "bare",): "holds no tokenizer that can be read",
         (model, "--adapter", "poems"): "'poems' is not NAME=DIR",
         (model, "--adapter", f"poems={tmp_path}"): "is no adapter: adapter_config.json cannot be read",
-        (model, "--adapter", f"poems={adapter}"): "DoRA cannot share a batch with others; merge it",
+        (model, "--adapter", f"poems={adapter}"): "use_dora is true, which cannot share a batch with others; merge it",
         (model, "--keys", tmp_path / "none"): "none",
         (model, "--set", "topology.end.memory_gib=0.0001"): "add a device, or set serving.slots",
         (model, "--set", "serving.slotz=3"): "did you mean 'slots'",

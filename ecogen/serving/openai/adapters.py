@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,7 +95,7 @@ def _unpacked(body: bytes, most: int) -> Adapter:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             found = {name.rpartition("/")[2]: name for name in archive.namelist()}
             config, tensors = (_read(archive, found[name], most) for name in _FILES)
-        return adapter_of(json.loads(config), tensors_of(tensors, "the adapter"), "the adapter")
+        return adapter_of(config, tensors_of(tensors, "the adapter"), "the adapter")
     except KeyError as problem:
         raise CheckpointError(f"the zip file has no {problem.args[0]}; zip the directory that PEFT saved") from problem
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as problem:
