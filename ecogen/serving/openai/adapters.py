@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import lzma
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -28,6 +30,10 @@ from ecogen.serving.openai.limits import Limits
 from ecogen.serving.openai.refusals import Refusal, too_many, wrong
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, EOFError, RuntimeError)
+"""What `zipfile` raises of other people's files; RuntimeError, of which NotImplementedError is one, if it is encrypted
+or of a kind that it does not know."""
 
 
 class Shelves(Protocol):
@@ -54,7 +60,7 @@ def adapter_routes(shelves: Shelves, keys: Keys, limits: Limits) -> list[Route]:
             raise too_many(f"A tenant has {limits.adapters} adapters at most; delete one")
         body = await read_body(request, replace(limits, body_bytes=limits.adapter_bytes))
         try:
-            adapter = await asyncio.to_thread(_unpacked, body, limits.adapter_bytes)
+            adapter = await asyncio.to_thread(unpacked, body, limits.adapter_bytes)
             await shelves.put_adapter(name, adapter, tenant)
         except CheckpointError as problem:
             raise wrong("body", str(problem), "invalid_adapter") from problem
@@ -85,7 +91,7 @@ def _tenant(keys: Keys, request: Request) -> str:
     return tenant
 
 
-def _unpacked(body: bytes, most: int) -> Adapter:
+def unpacked(body: bytes, most: int) -> Adapter:
     """The adapter in a zip file.
 
     Raises:
@@ -98,7 +104,7 @@ def _unpacked(body: bytes, most: int) -> Adapter:
         return adapter_of(config, tensors_of(tensors, "the adapter"), "the adapter")
     except KeyError as problem:
         raise CheckpointError(f"the zip file has no {problem.args[0]}; zip the directory that PEFT saved") from problem
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as problem:
+    except _UNREADABLE as problem:
         raise CheckpointError(f"the body is no zip file of an adapter: {problem}") from problem
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from ecogen.errors import CheckpointError
 from ecogen.models.folder import open_folder
+from ecogen.serving.openai.adapters import unpacked
 from ecogen.serving.openai.app import build_app
 from ecogen.serving.openai.keys import Keys
 from ecogen.serving.openai.limits import Limits
@@ -103,6 +105,52 @@ async def test_who_may_not(model: Path, adapters: list[Path], tmp_path: Path) ->
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_keys")
 
 
+def spoilt(folder: Path, *, compression: int = zipfile.ZIP_DEFLATED, **files: bytes) -> bytes:
+    """A zip file with other files instead."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        for path in folder.iterdir():
+            archive.writestr(path.name, files.get(path.stem, path.read_bytes()))
+    return packed.getvalue()
+
+
+def corrupt(folder: Path, compression: int) -> bytes:
+    """With compressed bytes that are none."""
+    content = bytearray(spoilt(folder, compression=compression))
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for entry in archive.infolist():
+            start = entry.header_offset + 30 + len(entry.filename)
+            content[start : start + entry.compress_size] = b"\xff" * entry.compress_size
+    return bytes(content)
+
+
+def encrypted(folder: Path) -> bytes:
+    """As far as the flags say."""
+    content = bytearray(spoilt(folder))
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = content.find(signature)
+        while start >= 0:
+            content[start + place] |= 1
+            start = content.find(signature, start + 1)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_file_that_is_corrupt(adapters: list[Path], compression: int) -> None:
+    with pytest.raises(CheckpointError, match="the body is no zip file of an adapter"):
+        unpacked(corrupt(adapters[0], compression), 10**6)
+
+
+def test_a_zip_file_that_cannot_be_read(adapters: list[Path]) -> None:
+    for content, told in {
+        encrypted(adapters[0]): "the body is no zip file of an adapter: .* is encrypted",
+        spoilt(adapters[0], adapter_config=b"[" * 10**5): "adapter_config.json cannot be read",
+        spoilt(adapters[0], adapter_config=b'{"peft_type": "LORA", "rank_pattern": [1]}'): "rank_pattern",
+    }.items():
+        with pytest.raises(CheckpointError, match=told):
+            unpacked(content, 10**6)
+
+
 async def test_what_is_no_adapter(model: Path, adapters: list[Path], tmp_path: Path) -> None:
     shutil.copytree(adapters[0], tmp_path / "half", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(adapters[0], tmp_path / "broken")
@@ -119,6 +167,8 @@ async def test_what_is_no_adapter(model: Path, adapters: list[Path], tmp_path: P
             zipped(tmp_path / "half"): "has no adapter_model.safetensors; zip the directory that PEFT saved",
             zipped(tmp_path / "broken"): "the adapter is corrupt",
             zipped(other): "does not fit the model",
+            corrupt(adapters[0], zipfile.ZIP_DEFLATED): "no zip file of an adapter",
+            spoilt(adapters[0], adapter_config=b'{"peft_type": "LORA", "rank_pattern": [1]}'): "`$.rank_pattern`",
             bomb.getvalue(): "larger than 1000000 bytes unpacked",
         }.items():
             refused = await client.put("/adapters/mine", content=content, headers=key_of("anna"))
