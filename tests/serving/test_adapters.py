@@ -357,6 +357,22 @@ async def test_a_tenants_adapter_is_not_there_for_others(
             await gateway.put_adapter("tiny", open_adapter(adapters["two"]))
 
 
+async def test_a_tenant_whose_adapter_waits_for_devices_holds_up_no_other(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, engine):
+        await gateway.put_adapter("hers", open_adapter(adapters["one"]), tenant="her")
+        await engine.kill("edge-0.cluster-0.device-0")
+        bringing = asyncio.create_task(gateway.put_adapter("his", open_adapter(adapters["two"]), tenant="him"))
+        await asyncio.sleep(0.5)
+        async with asyncio.timeout(5):
+            await gateway.remove_adapter("hers", "her")
+        assert not bringing.done()
+        await engine.start_node("edge-0.cluster-0.device-0")
+        await bringing
+        assert await asked(gateway, "his", [5, 6], 3, "him") == wanted(model, adapters["two"], [5, 6], 3)
+
+
 async def test_an_adapter_of_another_model_changes_nothing(
     model: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
