@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import shutil
 import zipfile
@@ -14,6 +15,8 @@ import pytest
 
 from ecogen.errors import CheckpointError
 from ecogen.models.folder import open_folder
+from ecogen.models.mixed_lora import Adapter
+from ecogen.serving.generation import ServedModel
 from ecogen.serving.openai.adapters import unpacked
 from ecogen.serving.openai.app import build_app
 from ecogen.serving.openai.keys import Keys
@@ -22,8 +25,8 @@ from ecogen.serving.openai.listening import listening
 from ecogen.serving.openai.text import load_text
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
-from tests.serving.federations import serving, tiny_recipe
-from tests.serving.openai.served import byte_level, wrapped
+from tests.serving.federations import serving, tiny_recipe, until
+from tests.serving.openai.served import ScriptedServing, byte_level, text_model, wrapped
 from tests.serving.test_adapters import wanted
 
 KEYS = {"key-of-anna": "anna", "key-of-ben": "ben"}
@@ -56,7 +59,7 @@ def zipped(folder: Path, *, under: str = "") -> bytes:
 async def api(model: Path, folder: Path, *, keys: bool = True, **limits: int) -> AsyncIterator[httpx.AsyncClient]:
     async with serving(tiny_recipe(model, devices=2), folder) as (gateway, _):
         known = Keys(KEYS if keys else {})
-        app = build_app(gateway, load_text(model), keys=known, limits=Limits(**limits), shelves=gateway)
+        app = build_app(gateway, load_text(model), keys=known, limits=Limits(**limits), store=gateway)
         async with listening(app) as (address, _), httpx.AsyncClient(base_url=f"{address}/v1", timeout=30) as client:
             yield client
 
@@ -103,6 +106,73 @@ async def test_who_may_not(model: Path, adapters: list[Path], tmp_path: Path) ->
     async with api(model, tmp_path / "b", keys=False) as client:
         refused = await client.put("/adapters/mine", content=content)
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_keys")
+
+
+class SlowStore(ScriptedServing):
+    """Adapters come when `resume` is set."""
+
+    def __init__(self) -> None:
+        super().__init__([1])
+        self.brought: dict[tuple[str | None, str], ServedModel] = {}
+        self.num_waiting = 0
+
+    def models(self, tenant: str | None = None) -> list[ServedModel]:
+        own = [served for (owner, _), served in self.brought.items() if owner == tenant]
+        return [ServedModel("model", 0.0, 64), *own]
+
+    async def put_adapter(self, name: str, adapter: Adapter, tenant: str | None = None) -> None:
+        self.num_waiting += 1
+        self.stalled.set()
+        await self.resume.wait()
+        self.brought[tenant, name] = ServedModel(name, 0.0, 64, "model", tenant)
+
+    async def remove_adapter(self, name: str, tenant: str | None = None) -> None:
+        del self.brought[tenant, name]
+
+
+@asynccontextmanager
+async def slow_api(store: SlowStore, **limits: int) -> AsyncIterator[httpx.AsyncClient]:
+    app = build_app(store, text_model(), keys=Keys(KEYS), limits=Limits(**limits), store=store)
+    async with listening(app) as (address, _), httpx.AsyncClient(base_url=f"{address}/v1", timeout=30) as client:
+        yield client
+
+
+async def test_many_at_once_are_no_more_than_a_tenant_may_have(adapters: list[Path]) -> None:
+    store, content = SlowStore(), zipped(adapters[0])
+    async with slow_api(store, adapters=3) as client:
+        puts = [
+            asyncio.create_task(client.put(f"/adapters/{number % 8}", content=content, headers=key_of("anna")))
+            for number in range(24)
+        ]
+        await until(lambda: sum(put.done() for put in puts) == 15)
+        store.resume.set()
+        answers = await asyncio.gather(*puts)
+        assert sorted(answer.status_code for answer in answers) == [200] * 9 + [429] * 15
+        assert "3 adapters at most" in next(one for one in answers if one.status_code == 429).text
+        assert len(store.brought) == 3
+        [first, *_] = [name for _, name in store.brought]
+        assert (await client.delete(f"/adapters/{first}", headers=key_of("anna"))).status_code == 200
+        for name, status in (("another", 200), ("one-more", 429)):
+            put = await client.put(f"/adapters/{name}", content=content, headers=key_of("anna"))
+            assert put.status_code == status
+
+
+async def test_adapters_pass_the_gate_too(adapters: list[Path]) -> None:
+    store, content = SlowStore(), zipped(adapters[0])
+    async with slow_api(store, requests_at_once=1, requests_per_minute=4) as client:
+        first = asyncio.create_task(client.put("/adapters/a", content=content, headers=key_of("anna")))
+        await store.stalled.wait()
+        for call in (client.put("/adapters/b", content=content, headers=key_of("anna")), said(client, "model", "anna")):
+            refused = await call
+            assert (refused.status_code, "1 requests running" in refused.text) == (429, True)
+        refused = await client.delete("/adapters/a", headers=key_of("anna"))
+        assert (refused.status_code, "1 requests running" in refused.text) == (429, True)
+        store.resume.set()
+        assert (await first).status_code == 200
+        for status in (200, 200, 200, 429):
+            put = await client.put("/adapters/a", content=content, headers=key_of("anna"))
+            assert put.status_code == status
+        assert "4 times a minute" in (await client.delete("/adapters/a", headers=key_of("anna"))).text
 
 
 def spoilt(folder: Path, *, compression: int = zipfile.ZIP_DEFLATED, **files: bytes) -> bytes:
