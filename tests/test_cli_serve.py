@@ -120,6 +120,8 @@ def test_what_cannot_be_served(model: Path, tmp_path: Path, ecogen: EcoGen) -> N
         (tmp_path,): "holds no model: give a folder that save_pretrained wrote, or a finished run",
         (tmp_path / "bare",): "holds no tokenizer that can be read",
         (model, "--adapter", "poems"): "'poems' is not NAME=DIR",
+        (model, "--adapter", "a=ad1", "--adapter", "a=ad2"): "the name 'a' is given twice",
+        (model, "--adapter", f"{model.name}=ad1"): f"the name '{model.name}' is given twice",
         (model, "--adapter", f"poems={tmp_path}"): "is no adapter: adapter_config.json cannot be read",
         (model, "--adapter", f"poems={adapter}"): "use_dora is true, which cannot share a batch with others; merge it",
         (model, "--keys", tmp_path / "none"): "none",
