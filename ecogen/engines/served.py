@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,12 @@ class Served:
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
     def beside(self, adapters: Mapping[str, Path]) -> Served:
-        """With more adapters."""
+        """With more adapters.
+
+        Raises:
+            CheckpointError: if one has a name that is there already.
+        """
+        _check_once([self.name, *self.adapters, *adapters])
         return replace(self, adapters={**self.adapters, **adapters})
 
 
@@ -68,12 +74,18 @@ def adapters_of(named: Sequence[str]) -> dict[str, Path]:
     """Adapters by name, of `NAME=DIR` each.
 
     Raises:
-        CheckpointError: if one is not written so.
+        CheckpointError: if one is not written so, or two have the same name.
     """
     pairs = [text.partition("=") for text in named]
     if wrong := [text for text, (name, _, folder) in zip(named, pairs, strict=True) if not (name and folder)]:
         raise CheckpointError(f"{wrong[0]!r} is not NAME=DIR, for example --adapter poems=adapters/poems")
+    _check_once([name for name, _, _ in pairs])
     return {name: Path(folder) for name, _, folder in pairs}
+
+
+def _check_once(names: Sequence[str]) -> None:
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise CheckpointError(f"the name {twice[0]!r} is given twice; give each adapter a name of its own")
 
 
 def serving_recipe(model: Path, recipe: recipes.Recipe | None = None, **sections: object) -> recipes.Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import warnings
@@ -12,31 +11,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ecogen.errors import CheckpointError
 from ecogen.models.checkpoint import load_tensors
 from ecogen.models.decoder import SegmentedDecoder, block_index
+from ecogen.models.lora_config import read_settings
 
 logger = logging.getLogger(__name__)
 
 _PREFIX, _BASE = "base_model.model.", "__base__"
+_HALVES = ("lora_A", "lora_B")
 _ROW = re.compile(r"\.lora_[AB]\.weight$")
+_LONGEST = 256
+"""Of names that others give."""
+
+_WHOLE = "whole"
+
+_MISFITS = (ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter as PEFT saves it.
+    """A LoRA adapter.
 
     Attributes:
-        config: what adapter_config.json says.
+        scalings: by how much the product of each module's two tensors counts.
         tensors: by the whole model's names.
     """
 
-    config: Mapping[str, Any]
+    scalings: Mapping[str, float]
     tensors: Mapping[str, Tensor]
 
     @property
@@ -46,7 +53,8 @@ class Adapter:
 
     def of_blocks(self, blocks: Sequence[int]) -> Adapter:
         """The part of some blocks."""
-        return Adapter(self.config, {n: t for n, t in self.tensors.items() if block_index(n) in blocks})
+        scalings = {name: scaling for name, scaling in self.scalings.items() if block_index(f"{name}.") in blocks}
+        return Adapter(scalings, {n: t for n, t in self.tensors.items() if block_index(n) in blocks})
 
 
 def open_adapter(folder: Path) -> Adapter:
@@ -56,37 +64,47 @@ def open_adapter(folder: Path) -> Adapter:
         CheckpointError: if it is none, or of a kind that cannot share a batch with others.
     """
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as problem:
+        config = (folder / "adapter_config.json").read_bytes()
+    except OSError as problem:
         raise CheckpointError(f"{folder} is no adapter: adapter_config.json cannot be read ({problem})") from problem
     return adapter_of(config, load_tensors(folder / "adapter_model.safetensors"), str(folder))
 
 
-def adapter_of(config: object, tensors: Mapping[str, Tensor], source: str) -> Adapter:
+def adapter_of(config: bytes, tensors: Mapping[str, Tensor], source: str) -> Adapter:
     """The adapter of what PEFT's two files hold.
 
     Args:
+        config: adapter_config.json.
         source: what errors call it.
 
     Raises:
         CheckpointError: if it is none, or of a kind that cannot share a batch with others.
     """
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{source} is no adapter: its configuration is no object")
-    adapter = Adapter(config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
-    if reason := _refusal(adapter):
-        raise CheckpointError(f"{source} cannot be served: {reason}; merge it into its model and serve that")
-    return adapter
+    named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    try:
+        return Adapter(read_settings(config).scalings(_ranks(named)), named)
+    except CheckpointError as problem:
+        raise CheckpointError(f"{source} cannot be served: {problem}") from problem
 
 
-def _refusal(adapter: Adapter) -> str | None:
-    """Why an adapter cannot share a batch with others; None where it can."""
-    if (kind := adapter.config.get("peft_type")) != "LORA":
-        return f"it is {kind}, and only LoRA can share a batch with others"
-    if adapter.config.get("use_dora"):
-        return "DoRA cannot share a batch with others"
-    strange = sorted(name for name in adapter.tensors if not _ROW.search(name) or block_index(name) is None)
-    return f"{strange[0]!r} is no LoRA of a block" if strange else None
+def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of each module, as its two tensors have it.
+
+    Raises:
+        CheckpointError: if there is a tensor that cannot share a batch with others, or one lacks its other.
+    """
+    for name, tensor in tensors.items():
+        if len(name) > _LONGEST or not _ROW.search(name) or block_index(name) is None:
+            raise CheckpointError(f"{name[:_LONGEST]!r} is no LoRA of a block; merge it into its model and serve that")
+        if tensor.ndim != 2 or not tensor.numel() or not tensor.is_floating_point():
+            raise CheckpointError(f"{name!r} is no matrix of floating-point numbers")
+    ranks = {}
+    for module in sorted({_ROW.sub("", name) for name in tensors}):
+        a, b = (tensors.get(f"{module}.{half}.weight") for half in _HALVES)
+        if a is None or b is None or a.shape[0] != b.shape[1]:
+            raise CheckpointError(f"the two tensors of {module!r} are not there or of unlike ranks")
+        ranks[module] = a.shape[0]
+    return ranks
 
 
 class MixedLora:
@@ -113,17 +131,16 @@ class MixedLora:
             return  # none of it is in this node's blocks
         layers = set(self._layers())
         try:
-            with warnings.catch_warnings(action="ignore"):
-                inject_adapter_in_model(_config(adapter), self._model.whole, adapter_id)
-            self._fill(adapter_id, adapter)
-        except (ValueError, KeyError, RuntimeError, TypeError) as problem:
+            self._add(adapter_id, adapter)
+        except BaseException as problem:
             self._forget(adapter_id)
+            if not isinstance(problem, _MISFITS):
+                raise
             raise CheckpointError(f"the adapter does not fit the model: {problem}") from problem
         finally:
             for layer in self._layers():
                 if layer not in layers:
                     layer.register_forward_pre_hook(self._tell, with_kwargs=True)
-        self._model.whole.requires_grad_(False)
         self._ids.add(adapter_id)
 
     def drop(self, adapter_id: str) -> None:
@@ -150,24 +167,40 @@ class MixedLora:
 
     def _forget(self, adapter_id: str) -> None:
         for layer in self._layers():
-            layer._active_adapter = []  # without rows, none is on
+            layer._active_adapter = []
             layer.delete_adapter(adapter_id)
 
-    @torch.no_grad()
-    def _fill(self, adapter_id: str, adapter: Adapter) -> None:
-        parameters = dict(self._model.whole.named_parameters())
-        for name, tensor in adapter.tensors.items():
-            parameters.pop(name.replace(".weight", f".{adapter_id}.weight")).copy_(tensor)
-        lacking = [name for name in parameters if name.endswith(f".{adapter_id}.weight")]
-        if lacking:
-            raise ValueError(f"it has nothing for {lacking[0]!r}")
-        for layer in self._layers():
-            layer._active_adapter = []
+    def _add(self, adapter_id: str, adapter: Adapter) -> None:
+        self._check_places(adapter)
+        # PEFT makes the layers and nothing else: of rank one, with what it is told by us alone, and in a plain module,
+        # in which it does not take names for those of an older transformers
+        names = [f"{_WHOLE}.{module}" for module in adapter.scalings]
+        config = LoraConfig(r=1, target_modules=names, init_lora_weights=False, inference_mode=True)
+        with warnings.catch_warnings(action="ignore"):
+            inject_adapter_in_model(config, nn.ModuleDict({_WHOLE: self._model.whole}), adapter_id)
+        self._model.whole.requires_grad_(False)
+        for module, scaling in adapter.scalings.items():
+            layer = self._model.whole.get_submodule(module)
+            assert isinstance(layer, LoraLayer)
+            layer._active_adapter = []  # without rows, none is on
+            self._fill(layer, adapter_id, [adapter.tensors[f"{module}.{half}.weight"] for half in _HALVES], module)
+            layer.scaling[adapter_id] = scaling
 
+    def _check_places(self, adapter: Adapter) -> None:
+        """Before anything is changed."""
+        modules = dict(self._model.whole.named_modules())
+        for module in adapter.scalings:
+            found = modules.get(module)
+            found = found.base_layer if isinstance(found, LoraLayer) else found
+            if not isinstance(found, (nn.Linear, Conv1D)):
+                raise ValueError(f"it has no linear layer {module!r}")
 
-def _config(adapter: Adapter) -> LoraConfig:
-    """As it was saved, but for exactly the modules that it has tensors for."""
-    values = {key: value for key, value in adapter.config.items() if key in LoraConfig.__dataclass_fields__}
-    targets = sorted({_ROW.sub("", name) for name in adapter.tensors})
-    values |= {"target_modules": targets, "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None}
-    return LoraConfig(**(values | {"exclude_modules": None, "inference_mode": True}))
+    def _fill(self, layer: LoraLayer, adapter_id: str, tensors: Sequence[Tensor], module: str) -> None:
+        a, b = (getattr(layer, half)[adapter_id].weight for half in _HALVES)
+        own_a, own_b = tensors
+        rank = own_a.shape[0]
+        if own_a.shape != (rank, a.shape[1]) or own_b.shape != (b.shape[0], rank):
+            shapes = f"{tuple(own_a.shape)} and {tuple(own_b.shape)}"
+            raise ValueError(f"{module!r} takes {a.shape[1]} features and gives {b.shape[0]}, not as {shapes}")
+        a.data, b.data = own_a.to(a, copy=True), own_b.to(b, copy=True)
+        layer.r[adapter_id] = rank

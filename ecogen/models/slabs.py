@@ -9,7 +9,7 @@ Shapes: B rows that run together, T tokens of each, S the longest row's keys, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -114,6 +114,8 @@ class SlabCache(Cache):
                 f"slots up to {rows.stop} and {rows.length} tokens do not fit {self.num_slots} of {self.max_tokens}"
             )
         self._states.begin(rows)
+        for slab in self.layers if rows.fresh else ():
+            slab.begin(rows.fresh)
         self.rows = rows
         try:
             with masked(rows):
@@ -135,6 +137,7 @@ class _Slab(CacheLayerMixin):
         super().__init__()
         self._cache, self._size = cache, (num_slots, max_tokens)
         self.indexer_keys: Tensor | None = None
+        self._longest = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = self._make(key_states), self._make(value_states)
@@ -162,6 +165,7 @@ class _Slab(CacheLayerMixin):
 
     def _write(self, slab: Tensor, states: Tensor) -> Tensor:
         rows = self._rows
+        self._longest = max(self._longest, rows.length)
         if rows.begin is None:
             slab[rows.slots, :, rows.positions] = states.transpose(1, 2)
         else:
@@ -177,9 +181,15 @@ class _Slab(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self._size[1]
 
+    def begin(self, slots: Sequence[int]) -> None:
+        """Forget what these slots held before: nobody looks at it, but nothing times what is no number is no number."""
+        for slab in self._slabs:
+            slab[slots, :, : self._longest] = 0
+
     def move(self, source: int, target: int, num_tokens: int) -> None:
         for slab in self._slabs:
             slab[target, :, :num_tokens] = slab[source, :, :num_tokens]
+            slab[target, :, num_tokens : self._longest] = 0
 
     @property
     def nbytes(self) -> int:

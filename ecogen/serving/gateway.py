@@ -11,6 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -92,8 +93,8 @@ class Gateway:
         self._backbone = _Version(model)
         self._versions: dict[tuple[str | None, str], _Version] = {(None, model.name): self._backbone}
         self._retired: set[_Version] = set()
-        self._publishing = asyncio.Lock()
-        self._coming: _Version | None = None
+        self._publishing: defaultdict[str | None, asyncio.Lock] = defaultdict(asyncio.Lock)  # of each tenant
+        self._coming: set[_Version] = set()
         self._balancer: Balancer[int] = Balancer()
         self._name, self._numbers = secrets.token_hex(4), count()
         self._drops: set[asyncio.Task[None]] = set()
@@ -118,21 +119,21 @@ class Gateway:
             NodeLostError: if no edge is here; then too.
             UnavailableError: if none has devices that hold the model, so that nobody sees whether it fits; then too.
         """
-        async with self._publishing:
+        async with self._publishing[tenant]:
             backbone = self._backbone.served
             if name == backbone.name:
                 raise ServingError(f"the name {name!r} is the backbone's; choose another")
             old = self._versions.get((tenant, name))
             served = ServedModel(name, time.time(), backbone.max_tokens, backbone.name, tenant, adapter.nbytes)
             version = _Version(served, tenant, f"{self._name}-{next(self._numbers)}", adapter)
-            self._coming = version
+            self._coming.add(version)
             try:
                 await self._give_all(version)
             except Exception:
                 await self._drop(version)
                 raise
             finally:
-                self._coming = None
+                self._coming.discard(version)
             self._versions[tenant, name] = version
             if old is not None:
                 self._retire(old)
@@ -143,7 +144,7 @@ class Gateway:
         Raises:
             UnknownModelError: if the tenant has no such adapter.
         """
-        async with self._publishing:
+        async with self._publishing[tenant]:
             version = self._versions.get((tenant, name))
             if version is None or version is self._backbone:
                 raise UnknownModelError(f"there is no adapter {name!r}")
@@ -342,13 +343,13 @@ class Gateway:
 
     async def _give_known(self, edge: _Edge) -> None:
         """Bring an edge what it may be asked for now, and soon; whether the latter fits, whoever brings it is told."""
-        known, coming = [*self._versions.values(), *self._retired], self._coming
+        known, coming = [*self._versions.values(), *self._retired], [*self._coming]
         for version in known:
             if version.adapter is not None:
                 await self._give(edge, version)
-        if coming is not None:
+        for version in coming:
             with suppress(CheckpointError):
-                await self._give(edge, coming)
+                await self._give(edge, version)
 
     async def _pump(self, edge: _Edge, stream: Stream) -> None:
         """Give each answer its news, until the stream ends."""

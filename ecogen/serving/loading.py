@@ -72,13 +72,13 @@ class Prepare(msgspec.Struct, frozen=True):
 
     Attributes:
         adapter_id: of this version; no other version ever has it.
-        config: as PEFT saves it.
+        scalings: by how much each module's product counts.
         part: the number of this one.
         is_last: whether the adapter is complete with it.
     """
 
     adapter_id: str
-    config: dict[str, Any]
+    scalings: dict[str, float]
     part: int
     is_last: bool
 
@@ -129,7 +129,7 @@ class Assembly:
             raise ProtocolError(f"adapter {prepare.adapter_id!r} has more than {_MAX_PARTS} parts")
         if not prepare.is_last:
             return prepare.adapter_id, None
-        return prepare.adapter_id, Adapter(prepare.config, self._parts.pop(prepare.adapter_id))
+        return prepare.adapter_id, Adapter(prepare.scalings, self._parts.pop(prepare.adapter_id))
 
 
 def parts_of(adapter_id: str, adapter: Adapter) -> Iterator[Message]:
@@ -143,7 +143,7 @@ def parts_of(adapter_id: str, adapter: Adapter) -> Iterator[Message]:
         parts[-1][name] = tensor
         room -= tensor.nbytes
     for index, tensors in enumerate(parts):
-        prepare = Prepare(adapter_id, dict(adapter.config), index, index == len(parts) - 1)
+        prepare = Prepare(adapter_id, dict(adapter.scalings), index, index == len(parts) - 1)
         yield Message.of(PREPARE, prepare, kind="tunables", tensors=tensors)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -355,6 +356,40 @@ async def test_a_tenants_adapter_is_not_there_for_others(
         assert await asked(gateway, "hers", [5, 6], 3, "her") == wanted(model, adapters["one"], [5, 6], 3)
         with pytest.raises(ServingError, match="the name 'tiny' is the backbone's"):
             await gateway.put_adapter("tiny", open_adapter(adapters["two"]))
+
+
+async def test_an_adapter_that_computes_no_numbers_harms_nobody_else(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Neither who is answered beside it nor who gets its slot after it."""
+    good, prompt = open_adapter(adapters["one"]), [5, 6]
+    bad = Adapter(good.scalings, {name: torch.full_like(tensor, torch.nan) for name, tensor in good.tensors.items()})
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, _):
+        await gateway.put_adapter("bad", bad)
+        for names in (["tiny", "bad", "bad", "tiny"], ["tiny"] * 4):
+            answers = await asyncio.gather(*(asked(gateway, name, prompt * 3, 8) for name in names))
+            answers += await asyncio.gather(
+                *(asked(gateway, name, prompt[: 1 + i % 2], 8) for i, name in enumerate(names))
+            )
+            asked_for = [prompt * 3] * 4 + [prompt[: 1 + i % 2] for i in range(4)]
+            for name, own, answer in zip(names * 2, asked_for, answers, strict=True):
+                assert name == "bad" or answer == wanted(model, None, own, 8)
+
+
+async def test_a_tenant_whose_adapter_waits_for_devices_holds_up_no_other(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, engine):
+        await gateway.put_adapter("hers", open_adapter(adapters["one"]), tenant="her")
+        await engine.kill("edge-0.cluster-0.device-0")
+        bringing = asyncio.create_task(gateway.put_adapter("his", open_adapter(adapters["two"]), tenant="him"))
+        await asyncio.sleep(0.5)
+        async with asyncio.timeout(5):
+            await gateway.remove_adapter("hers", "her")
+        assert not bringing.done()
+        await engine.start_node("edge-0.cluster-0.device-0")
+        await bringing
+        assert await asked(gateway, "his", [5, 6], 3, "him") == wanted(model, adapters["two"], [5, 6], 3)
 
 
 async def test_an_adapter_of_another_model_changes_nothing(

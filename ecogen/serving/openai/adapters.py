@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
+import lzma
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,14 +27,18 @@ from ecogen.models.checkpoint import tensors_of
 from ecogen.models.mixed_lora import Adapter, adapter_of
 from ecogen.serving.generation import ServedModel
 from ecogen.serving.openai.connection import read_body
-from ecogen.serving.openai.keys import Keys
-from ecogen.serving.openai.limits import Limits
+from ecogen.serving.openai.keys import Caller, Keys
+from ecogen.serving.openai.limits import Gate, Limits
 from ecogen.serving.openai.refusals import Refusal, too_many, wrong
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, EOFError, RuntimeError)
+"""What `zipfile` raises of other people's files; RuntimeError, of which NotImplementedError is one, if it is encrypted
+or of a kind that it does not know."""
 
-class Shelves(Protocol):
+
+class AdapterStore(Protocol):
     """What holds adapters of tenants beside a model."""
 
     def models(self, tenant: str | None = None) -> Sequence[ServedModel]:
@@ -44,28 +51,58 @@ class Shelves(Protocol):
         """Take one away."""
 
 
-def adapter_routes(shelves: Shelves, keys: Keys, limits: Limits) -> list[Route]:
+class _Names:
+    """The names of tenants' adapters, those included that are on their way.
+
+    Args:
+        most: that one tenant may have.
+    """
+
+    def __init__(self, store: AdapterStore, most: int) -> None:
+        self._store, self._most = store, most
+        self._coming: Counter[tuple[str, str]] = Counter()
+
+    @contextmanager
+    def reserved(self, tenant: str, name: str) -> Iterator[None]:
+        """While an adapter comes; counted before anything is awaited, so that many at once are no more than may be.
+
+        Raises:
+            Refusal: 429, if the tenant has as many as it may.
+        """
+        own = {model.name for model in self._store.models(tenant) if model.tenant == tenant}
+        own |= {coming for owner, coming in self._coming if owner == tenant}
+        if name not in own and len(own) >= self._most:
+            raise too_many(f"A tenant has {self._most} adapters at most; delete one")
+        self._coming[tenant, name] += 1
+        try:
+            yield
+        finally:
+            self._coming -= Counter({(tenant, name): 1})
+
+
+def adapter_routes(store: AdapterStore, keys: Keys, gate: Gate, limits: Limits) -> list[Route]:
     """Where adapters come and go."""
+    names, sizes = _Names(store, limits.adapters), replace(limits, body_bytes=limits.adapter_bytes)
 
     async def put(request: Request) -> Response:
-        tenant = _tenant(keys, request)
+        caller, tenant = _owner(keys, request)
         name = request.path_params["name"]
-        own = {model.name for model in shelves.models(tenant) if model.tenant == tenant}
-        if name not in own and len(own) >= limits.adapters:
-            raise too_many(f"A tenant has {limits.adapters} adapters at most; delete one")
-        body = await read_body(request, replace(limits, body_bytes=limits.adapter_bytes))
-        try:
-            adapter = await asyncio.to_thread(_unpacked, body, limits.adapter_bytes)
-            await shelves.put_adapter(name, adapter, tenant)
-        except CheckpointError as problem:
-            raise wrong("body", str(problem), "invalid_adapter") from problem
-        backbone = shelves.models(tenant)[0]
+        with gate.admitted(caller), names.reserved(tenant, name):
+            body = await read_body(request, sizes)
+            try:
+                adapter = await asyncio.to_thread(unpacked, body, limits.adapter_bytes)
+                await store.put_adapter(name, adapter, tenant)
+            except CheckpointError as problem:
+                raise wrong("body", str(problem), "invalid_adapter") from problem
+        backbone = store.models(tenant)[0]
         told = {"id": name, "object": "adapter", "bytes": adapter.nbytes, "backbone_bytes": backbone.nbytes}
         return _json(told | {"parent": backbone.name})
 
     async def delete(request: Request) -> Response:
-        tenant, name = _tenant(keys, request), request.path_params["name"]
-        await shelves.remove_adapter(name, tenant)
+        caller, tenant = _owner(keys, request)
+        name = request.path_params["name"]
+        with gate.admitted(caller):
+            await store.remove_adapter(name, tenant)
         return _json({"id": name, "object": "adapter", "deleted": True})
 
     return [
@@ -74,19 +111,19 @@ def adapter_routes(shelves: Shelves, keys: Keys, limits: Limits) -> list[Route]:
     ]
 
 
-def _tenant(keys: Keys, request: Request) -> str:
-    """Whose adapter it is.
+def _owner(keys: Keys, request: Request) -> tuple[Caller, str]:
+    """Who asks, and the tenant whose adapter it is.
 
     Raises:
         Refusal: 401 for an unknown key; 403 where there are no keys, and so nobody who could own one.
     """
-    tenant = keys.caller(request.headers.get("authorization")).tenant
-    if tenant is None:
+    caller = keys.caller(request.headers.get("authorization"))
+    if caller.tenant is None:
         raise Refusal(403, "Without API keys adapters have no owner; start the server with --keys", code="no_keys")
-    return tenant
+    return caller, caller.tenant
 
 
-def _unpacked(body: bytes, most: int) -> Adapter:
+def unpacked(body: bytes, most: int) -> Adapter:
     """The adapter in a zip file.
 
     Raises:
@@ -96,10 +133,10 @@ def _unpacked(body: bytes, most: int) -> Adapter:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             found = {name.rpartition("/")[2]: name for name in archive.namelist()}
             config, tensors = (_read(archive, found[name], most) for name in _FILES)
-        return adapter_of(json.loads(config), tensors_of(tensors, "the adapter"), "the adapter")
+        return adapter_of(config, tensors_of(tensors, "the adapter"), "the adapter")
     except KeyError as problem:
         raise CheckpointError(f"the zip file has no {problem.args[0]}; zip the directory that PEFT saved") from problem
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as problem:
+    except _UNREADABLE as problem:
         raise CheckpointError(f"the body is no zip file of an adapter: {problem}") from problem
 
 

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from ecogen.errors import ServingError, TransportError
 from ecogen.serving.generation import Finish, ServedModel, Serving
-from ecogen.serving.openai.adapters import Shelves, adapter_routes
+from ecogen.serving.openai.adapters import AdapterStore, adapter_routes
 from ecogen.serving.openai.choices import Piece, Telling, choice, merged
 from ecogen.serving.openai.connection import Reply, SlowReader, read_body, while_connected
 from ecogen.serving.openai.keys import Keys
@@ -45,14 +45,14 @@ def build_app(
     *,
     keys: Keys | None = None,
     limits: Limits | None = None,
-    shelves: Shelves | None = None,
+    store: AdapterStore | None = None,
 ) -> Starlette:
     """The API server of what serves.
 
     Args:
         text: of all models that are served; adapters share their backbone's.
         keys: none lets everybody in.
-        shelves: where tenants' adapters are put; None for nowhere.
+        store: where tenants' adapters are put; None for nowhere.
     """
     keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics()
     asking, gate = Asking(serving, text, limits), Gate(limits)
@@ -72,7 +72,7 @@ def build_app(
             Route("/v1/completions", Endpoint(completion, answering, keys, gate, limits), methods=["POST"]),
             Route("/v1/chat/completions", Endpoint(chat, answering, keys, gate, limits), methods=["POST"]),
             *_about(serving, keys, metrics),
-            *([] if shelves is None else adapter_routes(shelves, keys, limits)),
+            *([] if store is None else adapter_routes(store, keys, gate, limits)),
         ],
         middleware=[Middleware(Counted, metrics=metrics)],
         exception_handlers=dict.fromkeys((Refusal, HTTPException, ServingError, TransportError, Exception), _refuse),

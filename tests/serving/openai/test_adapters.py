@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import shutil
 import zipfile
@@ -12,7 +13,11 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from ecogen.errors import CheckpointError
 from ecogen.models.folder import open_folder
+from ecogen.models.mixed_lora import Adapter
+from ecogen.serving.generation import ServedModel
+from ecogen.serving.openai.adapters import unpacked
 from ecogen.serving.openai.app import build_app
 from ecogen.serving.openai.keys import Keys
 from ecogen.serving.openai.limits import Limits
@@ -20,8 +25,8 @@ from ecogen.serving.openai.listening import listening
 from ecogen.serving.openai.text import load_text
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
-from tests.serving.federations import serving, tiny_recipe
-from tests.serving.openai.served import byte_level, wrapped
+from tests.serving.federations import serving, tiny_recipe, until
+from tests.serving.openai.served import ScriptedServing, byte_level, text_model, wrapped
 from tests.serving.test_adapters import wanted
 
 KEYS = {"key-of-anna": "anna", "key-of-ben": "ben"}
@@ -54,7 +59,7 @@ def zipped(folder: Path, *, under: str = "") -> bytes:
 async def api(model: Path, folder: Path, *, keys: bool = True, **limits: int) -> AsyncIterator[httpx.AsyncClient]:
     async with serving(tiny_recipe(model, devices=2), folder) as (gateway, _):
         known = Keys(KEYS if keys else {})
-        app = build_app(gateway, load_text(model), keys=known, limits=Limits(**limits), shelves=gateway)
+        app = build_app(gateway, load_text(model), keys=known, limits=Limits(**limits), store=gateway)
         async with listening(app) as (address, _), httpx.AsyncClient(base_url=f"{address}/v1", timeout=30) as client:
             yield client
 
@@ -103,6 +108,119 @@ async def test_who_may_not(model: Path, adapters: list[Path], tmp_path: Path) ->
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_keys")
 
 
+class SlowStore(ScriptedServing):
+    """Adapters come when `resume` is set."""
+
+    def __init__(self) -> None:
+        super().__init__([1])
+        self.brought: dict[tuple[str | None, str], ServedModel] = {}
+        self.num_waiting = 0
+
+    def models(self, tenant: str | None = None) -> list[ServedModel]:
+        own = [served for (owner, _), served in self.brought.items() if owner == tenant]
+        return [ServedModel("model", 0.0, 64), *own]
+
+    async def put_adapter(self, name: str, adapter: Adapter, tenant: str | None = None) -> None:
+        self.num_waiting += 1
+        self.stalled.set()
+        await self.resume.wait()
+        self.brought[tenant, name] = ServedModel(name, 0.0, 64, "model", tenant)
+
+    async def remove_adapter(self, name: str, tenant: str | None = None) -> None:
+        del self.brought[tenant, name]
+
+
+@asynccontextmanager
+async def slow_api(store: SlowStore, **limits: int) -> AsyncIterator[httpx.AsyncClient]:
+    app = build_app(store, text_model(), keys=Keys(KEYS), limits=Limits(**limits), store=store)
+    async with listening(app) as (address, _), httpx.AsyncClient(base_url=f"{address}/v1", timeout=30) as client:
+        yield client
+
+
+async def test_many_at_once_are_no_more_than_a_tenant_may_have(adapters: list[Path]) -> None:
+    store, content = SlowStore(), zipped(adapters[0])
+    async with slow_api(store, adapters=3) as client:
+        puts = [
+            asyncio.create_task(client.put(f"/adapters/{number % 8}", content=content, headers=key_of("anna")))
+            for number in range(24)
+        ]
+        await until(lambda: sum(put.done() for put in puts) == 15)
+        store.resume.set()
+        answers = await asyncio.gather(*puts)
+        assert sorted(answer.status_code for answer in answers) == [200] * 9 + [429] * 15
+        assert "3 adapters at most" in next(one for one in answers if one.status_code == 429).text
+        assert len(store.brought) == 3
+        [first, *_] = [name for _, name in store.brought]
+        assert (await client.delete(f"/adapters/{first}", headers=key_of("anna"))).status_code == 200
+        for name, status in (("another", 200), ("one-more", 429)):
+            put = await client.put(f"/adapters/{name}", content=content, headers=key_of("anna"))
+            assert put.status_code == status
+
+
+async def test_adapters_pass_the_gate_too(adapters: list[Path]) -> None:
+    store, content = SlowStore(), zipped(adapters[0])
+    async with slow_api(store, requests_at_once=1, requests_per_minute=4) as client:
+        first = asyncio.create_task(client.put("/adapters/a", content=content, headers=key_of("anna")))
+        await store.stalled.wait()
+        for call in (client.put("/adapters/b", content=content, headers=key_of("anna")), said(client, "model", "anna")):
+            refused = await call
+            assert (refused.status_code, "1 requests running" in refused.text) == (429, True)
+        refused = await client.delete("/adapters/a", headers=key_of("anna"))
+        assert (refused.status_code, "1 requests running" in refused.text) == (429, True)
+        store.resume.set()
+        assert (await first).status_code == 200
+        for status in (200, 200, 200, 429):
+            put = await client.put("/adapters/a", content=content, headers=key_of("anna"))
+            assert put.status_code == status
+        assert "4 times a minute" in (await client.delete("/adapters/a", headers=key_of("anna"))).text
+
+
+def spoilt(folder: Path, *, compression: int = zipfile.ZIP_DEFLATED, **files: bytes) -> bytes:
+    """A zip file with other files instead."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        for path in folder.iterdir():
+            archive.writestr(path.name, files.get(path.stem, path.read_bytes()))
+    return packed.getvalue()
+
+
+def corrupt(folder: Path, compression: int) -> bytes:
+    """With compressed bytes that are none."""
+    content = bytearray(spoilt(folder, compression=compression))
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for entry in archive.infolist():
+            start = entry.header_offset + 30 + len(entry.filename)
+            content[start : start + entry.compress_size] = b"\xff" * entry.compress_size
+    return bytes(content)
+
+
+def encrypted(folder: Path) -> bytes:
+    """As far as the flags say."""
+    content = bytearray(spoilt(folder))
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = content.find(signature)
+        while start >= 0:
+            content[start + place] |= 1
+            start = content.find(signature, start + 1)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_file_that_is_corrupt(adapters: list[Path], compression: int) -> None:
+    with pytest.raises(CheckpointError, match="the body is no zip file of an adapter"):
+        unpacked(corrupt(adapters[0], compression), 10**6)
+
+
+def test_a_zip_file_that_cannot_be_read(adapters: list[Path]) -> None:
+    for content, told in {
+        encrypted(adapters[0]): "the body is no zip file of an adapter: .* is encrypted",
+        spoilt(adapters[0], adapter_config=b"[" * 10**5): "adapter_config.json cannot be read",
+        spoilt(adapters[0], adapter_config=b'{"peft_type": "LORA", "rank_pattern": [1]}'): "rank_pattern",
+    }.items():
+        with pytest.raises(CheckpointError, match=told):
+            unpacked(content, 10**6)
+
+
 async def test_what_is_no_adapter(model: Path, adapters: list[Path], tmp_path: Path) -> None:
     shutil.copytree(adapters[0], tmp_path / "half", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(adapters[0], tmp_path / "broken")
@@ -119,6 +237,8 @@ async def test_what_is_no_adapter(model: Path, adapters: list[Path], tmp_path: P
             zipped(tmp_path / "half"): "has no adapter_model.safetensors; zip the directory that PEFT saved",
             zipped(tmp_path / "broken"): "the adapter is corrupt",
             zipped(other): "does not fit the model",
+            corrupt(adapters[0], zipfile.ZIP_DEFLATED): "no zip file of an adapter",
+            spoilt(adapters[0], adapter_config=b'{"peft_type": "LORA", "rank_pattern": [1]}'): "`$.rank_pattern`",
             bomb.getvalue(): "larger than 1000000 bytes unpacked",
         }.items():
             refused = await client.put("/adapters/mine", content=content, headers=key_of("anna"))
