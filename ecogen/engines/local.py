@@ -7,10 +7,11 @@ is given up, which is logged; a run ends by it, and what serves goes on with the
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -72,6 +73,7 @@ class LocalEngine:
         self._certificates = prepare_certificates(folder, recipe)
         credentials = load_credentials(self._certificates / OPERATOR, node_id=OPERATOR, tier=OPERATOR)
         limits = Limits(message_bytes=recipe.transport.message_mib * MIB)
+        atexit.register(self._dismiss_all)  # where `stop` was broken off: or their ends would be waited for
         self.transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials, limits=limits)
 
     async def start(self) -> None:
@@ -131,6 +133,11 @@ class LocalEngine:
         nodes = self._topology.nodes
         for is_end in (False, True):
             await _end([c for id_, c in self._children.items() if (nodes[id_].tier == Tier.END) is is_end], deadline_s)
+        atexit.unregister(self._dismiss_all)
+
+    def _dismiss_all(self) -> None:
+        for child in self._children.values():
+            _dismiss(child)
 
     async def _keep(self, node_id: str, child: _Child) -> None:
         """Start a node again whenever it was killed, until it fails by itself or dies too often."""
@@ -279,11 +286,17 @@ async def _autopsy(child: _Child) -> str:
     return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
 
 
+def _dismiss(child: _Child) -> None:
+    """Tell a node to end. It does not heed SIGTERM, which a service's whole group of processes gets."""
+    with suppress(OSError):  # it has ended already
+        child.pipe.send(None)
+
+
 async def _end(children: Iterable[_Child], deadline_s: float) -> None:
     """End processes in order; hard those that have not ended by the deadline."""
     started = [child for child in children if child.process.pid is not None]
     for child in started:
-        child.process.terminate()
+        _dismiss(child)
     for child in started:
         await asyncio.to_thread(child.process.join, max(0.1, deadline_s - time.monotonic()))
         if child.process.is_alive():
