@@ -374,11 +374,17 @@ class Gateway:
             return edge.stream
 
     async def _give_known(self, edge: _Edge) -> None:
-        """Bring an edge what it may be asked for now, and soon; whether the latter fits, whoever brings it is told."""
+        """Bring an edge what it may be asked for now, and soon; whether the latter fits, whoever brings it is told.
+
+        What it cannot hold it says again to those who ask for it, and others do not wait for that.
+        """
         known, coming = [*self._versions.values(), *self._retired], self._coming
         for version in known:
             if version.adapter is not None:
-                await self._give(edge, version)
+                try:
+                    await self._give(edge, version)
+                except CheckpointError as problem:
+                    logger.warning("%s cannot hold %s: %s", edge.node_id, version.served.name, problem)
         if coming is not None:
             with suppress(CheckpointError):
                 await self._give(edge, coming)

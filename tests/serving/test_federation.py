@@ -19,6 +19,7 @@ from ecogen.errors import (
     ConfigError,
     PlacementError,
     ServingError,
+    StepError,
     UnavailableError,
     UnknownModelError,
 )
@@ -238,6 +239,25 @@ async def test_cuts_that_fail_when_they_are_tried_are_not_kept(
     monkeypatch.setattr(DecoderStage, "run", run)
     async with serving(tiny_recipe(model, devices=2), tmp_path) as (gateway, _):
         agree(await answer(gateway, [5, 6, 7], 4), alone(whole, [5, 6, 7], 4))
+
+
+async def test_a_stage_that_fails_is_no_fault_of_those_who_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, fails = DecoderStage.run, False
+
+    def run(stage: DecoderStage, *args: Any, **kwargs: Any) -> Any:
+        if fails:
+            raise RuntimeError("out of memory")
+        return given(stage, *args, **kwargs)
+
+    monkeypatch.setattr(DecoderStage, "run", run)
+    async with serving(tiny_recipe(model, devices=2), tmp_path) as (gateway, _):
+        before, fails = await answer(gateway, [5, 6, 7], 4), True
+        with pytest.raises(StepError, match=r"^a step through the model failed; the log says why$"):
+            await answer(gateway, [8, 9], 4)
+        fails = False
+        assert await answer(gateway, [5, 6, 7], 4) == before
 
 
 async def test_a_device_lost_while_its_chain_is_measured(

@@ -15,6 +15,7 @@ from ecogen.errors import (
     NodeLostError,
     OverloadedError,
     ServingError,
+    StepError,
     UnavailableError,
     UnknownModelError,
 )
@@ -191,6 +192,7 @@ PROBLEMS = [
     (UnavailableError("none of its devices is here"), 503, "none of its devices is here"),
     (NodeLostError("end-3", "no heartbeat for 4 s"), 503, "node 'end-3' is lost"),
     (CheckpointError("/secret/folder is broken"), 500, "its log says why"),
+    (StepError("a secret"), 500, "its log says why"),
     (RuntimeError("a secret"), 500, "its log says why"),
 ]
 
