@@ -144,6 +144,7 @@ def test_what_cannot_be_served(model: Path, tmp_path: Path, ecogen: EcoGen) -> N
         (model, "--adapter", f"poems={adapter}"): "DoRA cannot share a batch with others; merge it",
         (model, "--keys", tmp_path / "none"): "none",
         (model, "--set", "topology.end.memory_gib=0.0001"): "add a device, or set serving.slots",
+        (model, "--recipe", "digits"): '--recipe: digits tunes a model; give one with task = "serve"',
         (model, "--set", "serving.slotz=3"): "did you mean 'slots'",
     }.items():
         ran = ecogen("serve", *arguments, "--engine", "inproc")
