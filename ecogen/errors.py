@@ -11,7 +11,8 @@ EcoGenError
 ├── ServingError           a request or a model cannot be served
 │   ├── UnknownModelError  there is no such model, or not for this tenant
 │   ├── OverloadedError    as many requests wait as may
-│   └── UnavailableError   the devices that are here cannot serve
+│   ├── UnavailableError   the devices that are here cannot serve
+│   └── StepError          a step through the model failed, by nothing that was asked
 └── TransportError         something between two nodes
     ├── NodeLostError      the other node does not answer
     ├── ProtocolError      the other node speaks another version or sent nonsense
@@ -74,6 +75,10 @@ class OverloadedError(ServingError):
 
 class UnavailableError(ServingError):
     """The devices that are here cannot serve; others may come, or be started."""
+
+
+class StepError(ServingError):
+    """A step through the model failed, by nothing that was asked; a node's log says why."""
 
 
 class TransportError(EcoGenError):

@@ -68,7 +68,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise StorageError(f"cannot make the folder {path}: {problem.strerror}; choose another with --out") from problem
+        raise StorageError(f"cannot make the folder {path}: {problem.strerror}; choose another") from problem
     return path
 
 

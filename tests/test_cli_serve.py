@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,9 +31,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(*arguments: object, key: str = "none") -> Iterator[tuple[subprocess.Popen[str], OpenAI, str]]:
+def serving(
+    *arguments: object, key: str = "none", **settings: Any
+) -> Iterator[tuple[subprocess.Popen[str], OpenAI, str]]:
     """The process, a client, and the line that it printed."""
-    with started("serve", *arguments, "--port", 0) as process:
+    with started("serve", *arguments, "--port", 0, **settings) as process:
         assert process.stdout
         line = process.stdout.readline()
         found = re.match(r"ready: (http://127\.0\.0\.1:\d+/v1) serves ", line)
@@ -60,6 +64,22 @@ def test_a_device_is_killed_while_it_answers(model: Path, agree: Agree) -> None:
         family = relatives(process.pid)
         process.send_signal(signal.SIGINT)
         assert ended(process) == 0
+        _, alive = psutil.wait_procs(family, 10)
+        assert not alive
+
+
+def test_a_group_of_processes_that_is_told_to_end(model: Path) -> None:
+    """As services are: an answer that runs ends first, and nobody takes a node's end for its death."""
+    with serving(model, "--devices", 2, "--engine", "local", start_new_session=True) as (process, client, _):
+        answer = client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=400, stream=True)
+        next(answer)
+        family = relatives(process.pid)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert [chunk.choices[0].finish_reason for chunk in answer][-1]
+        _, said = process.communicate(timeout=45)
+        assert process.returncode == 0
+        assert "again" not in said
+        assert "lost" not in said
         _, alive = psutil.wait_procs(family, 10)
         assert not alive
 
@@ -126,6 +146,7 @@ def test_what_cannot_be_served(model: Path, tmp_path: Path, ecogen: EcoGen) -> N
         (model, "--adapter", f"poems={adapter}"): "use_dora is true, which cannot share a batch with others; merge it",
         (model, "--keys", tmp_path / "none"): "none",
         (model, "--set", "topology.end.memory_gib=0.0001"): "add a device, or set serving.slots",
+        (model, "--recipe", "digits"): '--recipe: digits tunes a model; give one with task = "serve"',
         (model, "--set", "serving.slotz=3"): "did you mean 'slots'",
     }.items():
         ran = ecogen("serve", *arguments, "--engine", "inproc")

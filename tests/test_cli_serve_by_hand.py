@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -122,8 +123,13 @@ def test_nodes_started_by_hand_serve(
     watched = ecogen("watch", nodes.at("cloud"), "--certs", certificates / "operator", "--out", tmp_path / "run")
     assert watched.code == 2
     assert "cloud serves and has no end to wait for" in watched.err
-    shown = ecogen("status", nodes.at("cloud"), "--certs", certificates / "operator").out
+    status = ("status", nodes.at("cloud"), "--certs", certificates / "operator")
+    ecogen(*status)
+    time.sleep(5)  # nothing is recorded meanwhile, but all are heard
+    shown = ecogen(*status).out
     assert "serving 1/1 edges are ready" in shown
+    for node_id in ("cloud", "edge-0", *DEVICES):
+        assert re.search(rf"{node_id} +\w+ +ready +\S+ +(now|[\d.]+ ms ago|[0-3]\.\d+ s ago) ", shown), shown
     nodes.end()
 
 
@@ -241,3 +247,9 @@ def test_a_cloud_that_cannot_serve(model: Path, certificates: Path, tmp_path: Pa
         assert ran.code == 2, settings
         assert said in ran.err, (settings, ran.err)
     assert not (tmp_path / "disk").exists()
+
+
+def test_asking_a_cloud_needs_a_certificate(ecogen: EcoGen) -> None:
+    ran = ecogen("status", "cloud@127.0.0.1:1")
+    assert ran.code == 2
+    assert "is no run folder; to ask a cloud, give an operator's certificate with --certs" in ran.err

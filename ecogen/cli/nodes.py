@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from ecogen import config as recipes
 from ecogen.cli.application import Settings, app, screen
 from ecogen.cli.runs import show_run
+from ecogen.errors import RunError
 
 
 @app.command()
@@ -33,11 +35,17 @@ def status(
     from ecogen.engines.by_hand import split_parent
 
     if certificates is None:
+        _check_is_folder(run)
         work = session.status(Path(run))
     else:
         work = session.status_of_cloud(*split_parent("RUN_OR_CLOUD", run), certificates)
     for line in asyncio.run(work):
         Console().print(line)
+
+
+def _check_is_folder(run: str) -> None:
+    if re.fullmatch(r"[^@/]+@.+:\d+", run) and not Path(run).exists():
+        raise RunError(f"{run} is no run folder; to ask a cloud, give an operator's certificate with --certs DIR")
 
 
 @app.command()

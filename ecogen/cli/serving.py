@@ -60,6 +60,9 @@ def serve(
     where = [*([recipe] if recipe else []), *([f"--out {out}"] if out else []), *overrides]
     _check_serving_options(model, join, certificates, where)
     resolved = recipes.load(recipe or "serve", overrides)
+    if resolved.task != "serve":
+        problem = f'--recipe: {recipe} tunes a model; give one with task = "serve", or none for the built-in one'
+        raise ConfigError([problem], "the command line")
     if resolved.engine == "local" and not join:
         from ecogen.engines.forking import fork_server
 

@@ -40,6 +40,10 @@ class _Elsewhere:
     def check(self) -> None:
         """Nothing: whoever started the nodes looks after them."""
 
+    def is_given_up(self, node_id: str) -> bool:
+        """Never, for the same reason."""
+        return False
+
     def address(self, node_id: str) -> str:
         """Where a node said that it is.
 

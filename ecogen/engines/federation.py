@@ -44,6 +44,9 @@ class Engine(Protocol):
     def check(self) -> None:
         """Raise what made a node fail for good, if one did."""
 
+    def is_given_up(self, node_id: str) -> bool:
+        """Whether a node has failed for good."""
+
     def address(self, node_id: str) -> str:
         """Let the operator's transport know where a node is."""
 
@@ -96,6 +99,10 @@ class Federation:
     def check(self) -> None:
         """Raise what made a node fail for good, if one did."""
         self._engine.check()
+
+    def is_given_up(self, node_id: str) -> bool:
+        """Whether a node has failed for good; others may go on without it."""
+        return self._engine.is_given_up(node_id)
 
     @property
     def cloud_address(self) -> str:

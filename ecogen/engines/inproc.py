@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from ecogen.transport.base import Peer
 from ecogen.transport.codec import Limits
 from ecogen.transport.memory import MemoryNetwork, MemoryTransport
 from ecogen.units import MIB
+
+logger = logging.getLogger(__name__)
 
 
 class InprocEngine:
@@ -55,7 +58,8 @@ class InprocEngine:
         node = Node(context, build_role(context, tier, parent_id, self._recipe, self._tuned, serves=serves))
         self.roles[node_id] = node.role
         address = await node.serve()
-        self._tasks[node_id] = asyncio.create_task(node.run(address), name=node_id)
+        task = self._tasks[node_id] = asyncio.create_task(node.run(address), name=node_id)
+        task.add_done_callback(_tell)
 
     async def kill(self, node_id: str) -> None:
         """Cut a node off abruptly, as if its process had died."""
@@ -76,13 +80,26 @@ class InprocEngine:
 
     def check(self) -> None:
         """Raise what made a node fail for good."""
-        for task in self._tasks.values():
-            if task.done() and not task.cancelled() and (problem := task.exception()):
-                raise problem
+        for problem in filter(None, map(_failure, self._tasks.values())):
+            raise problem
+
+    def is_given_up(self, node_id: str) -> bool:
+        """Whether a node has failed by itself; one that was killed may be started again."""
+        return node_id in self._tasks and _failure(self._tasks[node_id]) is not None
 
     def address(self, node_id: str) -> str:
         """Ids are addresses here."""
         return node_id
+
+
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    """What a node's task failed by; None for one that goes on or was stopped."""
+    return task.exception() if task.done() and not task.cancelled() else None
+
+
+def _tell(task: asyncio.Task[None]) -> None:
+    if problem := _failure(task):
+        logger.error("%s is given up: %s", task.get_name(), problem)
 
 
 @asynccontextmanager

@@ -1,16 +1,17 @@
 """One process a node on this machine: gRPC with mutual TLS on loopback, forked from a server that has imported all.
 
 A node whose process dies is started again at its old port, with its disk as it left it. One that dies again and again
-is given up.
+is given up, which is logged; a run ends by it, and what serves goes on with the others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -68,10 +69,11 @@ class LocalEngine:
         self._context = fork_server()
         self._children: dict[str, _Child] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
-        self._failure: EcoGenError | None = None
+        self._failures: dict[str, EcoGenError] = {}  # of nodes that are given up, in that order
         self._certificates = prepare_certificates(folder, recipe)
         credentials = load_credentials(self._certificates / OPERATOR, node_id=OPERATOR, tier=OPERATOR)
         limits = Limits(message_bytes=recipe.transport.message_mib * MIB)
+        atexit.register(self._dismiss_all)  # where `stop` was broken off: or their ends would be waited for
         self.transport = GrpcTransport(Peer(OPERATOR, OPERATOR), credentials=credentials, limits=limits)
 
     async def start(self) -> None:
@@ -105,8 +107,12 @@ class LocalEngine:
 
     def check(self) -> None:
         """Raise what made a node fail for good."""
-        if self._failure is not None:
-            raise self._failure
+        for problem in self._failures.values():
+            raise problem
+
+    def is_given_up(self, node_id: str) -> bool:
+        """Whether a node is not started again any more."""
+        return node_id in self._failures
 
     def address(self, node_id: str) -> str:
         """Where a node is; the operator's transport learns it."""
@@ -127,6 +133,11 @@ class LocalEngine:
         nodes = self._topology.nodes
         for is_end in (False, True):
             await _end([c for id_, c in self._children.items() if (nodes[id_].tier == Tier.END) is is_end], deadline_s)
+        atexit.unregister(self._dismiss_all)
+
+    def _dismiss_all(self) -> None:
+        for child in self._children.values():
+            _dismiss(child)
 
     async def _keep(self, node_id: str, child: _Child) -> None:
         """Start a node again whenever it was killed, until it fails by itself or dies too often."""
@@ -146,17 +157,26 @@ class LocalEngine:
                 child = await self._fork(node_id, child.address)
                 serves = await self._serves_again(node_id, child)
         except EcoGenError as problem:
-            self._failure = self._failure or problem
+            self._give_up(node_id, problem)
         except Exception as problem:
             logger.exception("%s cannot be kept alive", node_id)
-            self._failure = self._failure or EcoGenError(f"{node_id} cannot be started again: {problem!r}; --resume")
+            self._give_up(node_id, EcoGenError(f"{node_id} cannot be started again: {problem!r}; {self._remedy}"))
+
+    def _give_up(self, node_id: str, problem: EcoGenError) -> None:
+        self._failures[node_id] = problem
+        logger.error("%s is given up: %s", node_id, problem)
 
     def _given_up(self, node_id: str, death: str) -> RunError:
         log = self._folder / NODES / node_id / LOG
         return RunError(
             f"{node_id} {death}, for the {_MAX_DEATHS}th time and soon after its start; "
-            f"look into {log} and at the machine's memory, then --resume"
+            f"look into {log} and at the machine's memory, then {self._remedy}"
         )
+
+    @property
+    def _remedy(self) -> str:
+        """What a person does once a node is mended."""
+        return "serve anew" if self._recipe.task == "serve" else "--resume"
 
     async def _fork(self, node_id: str, address: str = "") -> _Child:
         """A node's process at a free port, or at the port that its last life had."""
@@ -266,11 +286,17 @@ async def _autopsy(child: _Child) -> str:
     return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
 
 
+def _dismiss(child: _Child) -> None:
+    """Tell a node to end. It does not heed SIGTERM, which a service's whole group of processes gets."""
+    with suppress(OSError):  # it has ended already
+        child.pipe.send(None)
+
+
 async def _end(children: Iterable[_Child], deadline_s: float) -> None:
     """End processes in order; hard those that have not ended by the deadline."""
     started = [child for child in children if child.process.pid is not None]
     for child in started:
-        child.process.terminate()
+        _dismiss(child)
     for child in started:
         await asyncio.to_thread(child.process.join, max(0.1, deadline_s - time.monotonic()))
         if child.process.is_alive():

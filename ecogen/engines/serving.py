@@ -59,11 +59,14 @@ async def launch_serving(
     with tempfile.TemporaryDirectory(prefix="ecogen-") as temporary:
         async with ENGINES[recipe.engine](recipe, folder or Path(temporary)) as federation:
             edge_ids, patience_s = federation.topology.edge_ids, recipe.serving.patience_s
-            gateway = Gateway(federation.transport, edge_ids, served, patience_s, federation.check)
+            gateway = Gateway(federation.transport, edge_ids, served, patience_s, federation.is_given_up)
             if folder is not None:
                 remember(folder, federation.cloud_address)
             try:
                 yield gateway
+            except (ServingError, NodeLostError):
+                federation.check()  # why a node failed says more than that nobody answers
+                raise
             finally:
                 await hand_in_books(federation.transport, edge_ids)
                 await gateway.close()

@@ -30,7 +30,7 @@ from ecogen import config as recipes
 from ecogen.engines import detached
 from ecogen.engines.background import why
 from ecogen.engines.check import check_recipe
-from ecogen.engines.forking import fork_server
+from ecogen.engines.forking import fork_server, heed_sigterm
 from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, is_running, locked
 from ecogen.engines.saving import REPORT
 from ecogen.engines.session import ended_in_order
@@ -185,6 +185,7 @@ async def _run_apart(run: Run, name: str) -> None:
 
 def _be_the_run(arguments: list[str], log: Path) -> None:
     """The main function of a run's process."""
+    heed_sigterm()
     log.unlink(missing_ok=True)
     log_to(log)
     sys.exit(detached.main(arguments))

@@ -35,7 +35,7 @@ from ecogen.node.context import (
     methods,
 )
 from ecogen.node.parent import Parent
-from ecogen.node.status import status_of
+from ecogen.node.status import ask_heard, status_of
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord, from_line, read_records, to_line
 from ecogen.runtime.membership import Members
@@ -254,8 +254,9 @@ class CloudRole:
         return self._context.node_id in _finished(self._log.records)
 
     async def _status(self, _: Peer, __: Message) -> Message:
-        records, own_id = self._log.records, self._context.node_id
-        status = status_of(self._recipe, self._progress, records, self._members, own_id, finished=self._has_finished)
+        heard_s = await ask_heard(self._context.transport, self._members)
+        records, addresses = self._log.records, self._members.addresses
+        status = status_of(self._recipe, self._progress, records, addresses, heard_s, finished=self._has_finished)
         return Message.of(STATUS, status, counted=False)
 
     async def _describe(self, _: Peer, __: Message) -> Message:

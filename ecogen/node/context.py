@@ -14,7 +14,7 @@ from ecogen.runtime.cpu import avoid_trapped_instructions
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, Stream, Transport
 
-INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT, DESCRIBE, LOCATE = (
+INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT, DESCRIBE, LOCATE, HEARD = (
     "install",
     "books",
     "publish",
@@ -26,6 +26,7 @@ INSTALL, BOOKS, PUBLISH, WATCH, RECORD, PROGRESS, END, STATUS, RESULT, DESCRIBE,
     "result",
     "describe",
     "locate",
+    "heard",
 )
 
 OPERATOR = "operator"

@@ -19,6 +19,7 @@ from ecogen.models.profile import shape_of
 from ecogen.models.tunables import get_tunables, tunables_of
 from ecogen.node.context import (
     BOOKS,
+    HEARD,
     INSTALL,
     OPERATOR,
     PUBLISH,
@@ -31,6 +32,7 @@ from ecogen.node.context import (
 )
 from ecogen.node.device import ASK, Ask, Asked, Install
 from ecogen.node.parent import Parent
+from ecogen.node.status import tell_heard
 from ecogen.placement import Placement, neighbours_of, segments_held
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventKind, EventRecord, PhaseRecord
@@ -64,7 +66,11 @@ class EdgeRole:
         self._incarnation = _next_incarnation(context.folder / "incarnation")
         self._work: asyncio.Task[None] | None = None
         parent = Parent(Tier.END, context, self._members, self._welcome, self._read, self._outbox.put)
-        self.methods = {**parent.methods(), **methods(Caller(OPERATOR), **{RESULT: self._result})}
+        self.methods = {
+            **parent.methods(),
+            **methods(Caller(OPERATOR), **{RESULT: self._result}),
+            **methods(Caller(Tier.CLOUD, cloud_id), **{HEARD: tell_heard(self._members)}),
+        }
 
     async def run(self, address: str) -> None:
         """Stay a member of the cloud and do what it is there for; the rounds go on while the cloud is away."""

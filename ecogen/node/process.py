@@ -122,9 +122,13 @@ def _node(settings: NodeSettings, context: NodeContext, serves: bool) -> Node:
 
 
 def main_of_child(settings: NodeSettings, pipe: Connection, log_level: int) -> None:
-    """The main function of a forked node: reports its address, or its error, and ends with whoever forked it."""
-    for name in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)  # the terminal's are for the launcher, which ends its nodes in order
+    """The main function of a forked node: reports its address, or its error, and ends when or with whoever forked it.
+
+    Args:
+        pipe: to whoever forked it; anything that is said there ends the node.
+    """
+    for name in (signal.SIGINT, signal.SIGHUP):  # and SIGTERM is blocked, see engines/forking.py
+        signal.signal(name, signal.SIG_IGN)  # a group's are for the launcher, which ends its nodes in order
     log_to(settings.folder / LOG)
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(message)s")
     try:
@@ -159,7 +163,7 @@ def log_to(path: Path) -> None:
 async def _run_until_orphaned(settings: NodeSettings, pipe: Connection) -> None:
     loop = asyncio.get_running_loop()
     task = asyncio.create_task(run_node(settings, lambda address: pipe.send({"address": address})))
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    loop.add_reader(pipe.fileno(), _be_told, pipe, task)
     parent = multiprocessing.parent_process()
     if parent is not None:
         loop.add_reader(parent.sentinel, _orphan, parent.sentinel, settings.tier, task)
@@ -167,6 +171,14 @@ async def _run_until_orphaned(settings: NodeSettings, pipe: Connection) -> None:
         await task
     except asyncio.CancelledError:
         logger.info("%s stops", settings.node_id)
+
+
+def _be_told(pipe: Connection, task: asyncio.Task[None]) -> None:
+    """The launcher said that this node should end; or it is gone, and `_orphan` knows what to do."""
+    asyncio.get_running_loop().remove_reader(pipe.fileno())
+    with contextlib.suppress(EOFError, ConnectionError):
+        pipe.recv()
+        task.cancel()
 
 
 def _orphan(sentinel: int, tier: str, task: asyncio.Task[None]) -> None:

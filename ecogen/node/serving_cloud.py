@@ -28,7 +28,7 @@ from ecogen.node.context import (
     methods,
 )
 from ecogen.node.parent import Parent
-from ecogen.node.status import status_of
+from ecogen.node.status import ask_heard, status_of
 from ecogen.records import PhaseRecord, ServedRecord, from_line
 from ecogen.runtime.membership import Members
 from ecogen.topology import Tier
@@ -86,8 +86,8 @@ class ServingCloud:
         await hand_in_books(self._context.transport, self._members.ready_ids)
         edge_ids = self._members.expected
         progress = ProgressReport("serving", len(self._members.ready_ids), len(edge_ids), "edges are ready")
-        own_id = self._context.node_id
-        status = status_of(self._recipe, progress, self._log.records, self._members, own_id, finished=False)
+        heard_s = await ask_heard(self._context.transport, self._members)
+        status = status_of(self._recipe, progress, self._log.records, self._members.addresses, heard_s, finished=False)
         return Message.of(STATUS, status, counted=False)
 
     async def _locate(self, _: Peer, __: Message) -> Message:

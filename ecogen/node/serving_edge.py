@@ -16,8 +16,9 @@ from ecogen.errors import AuthenticationError, CheckpointError, NodeLostError, P
 from ecogen.models.folder import ModelFolder, open_folder, write_text_files
 from ecogen.models.mixed_lora import Adapter
 from ecogen.node.books import BooksOfEdge
-from ecogen.node.context import BOOKS, OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
+from ecogen.node.context import BOOKS, HEARD, OPERATOR, PUBLISH, Caller, NodeContext, Ready, Welcome, methods
 from ecogen.node.parent import Parent
+from ecogen.node.status import tell_heard
 from ecogen.records import PhaseRecord, Usage
 from ecogen.runtime.membership import Members, attend
 from ecogen.runtime.neighbours import Neighbours
@@ -67,6 +68,7 @@ class ServingEdge:
             **methods(Caller(OPERATOR), **{PREPARE: self._hold, HOLDS: self._is_held}),
             **methods(Caller(OPERATOR), **{DROP: self._forget, DRAIN: self._drain}),
             **methods(Caller(OPERATOR), Caller(Tier.CLOUD, cloud_id), **{BOOKS: self._hand_in_books}),
+            **methods(Caller(Tier.CLOUD, cloud_id), **{HEARD: tell_heard(self._members)}),
         }
 
     async def run(self, address: str) -> None:

@@ -143,8 +143,9 @@ def show_served(summary: ServedSummary) -> RenderableType:
 
 
 def _served_line(summary: ServedSummary) -> str:
+    took = f" in {format_seconds(summary.wall_s)}" if summary.wall_s else ""  # no time before the first books
     return (
-        f"served {plural(summary.num_requests, 'request')} in {format_seconds(summary.wall_s)}: "
+        f"served {plural(summary.num_requests, 'request')}{took}: "
         f"{plural(summary.prompt_tokens, 'token')} of prompts, {format_count(summary.reused_tokens)} of them known; "
         f"{plural(summary.completion_tokens, 'token')} of answers, for which {format_joules(summary.share_j)} were used"
     )

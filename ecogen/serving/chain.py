@@ -33,9 +33,11 @@ class ServedChain:
 
         Raises:
             NodeLostError: if a device is lost meanwhile.
+            ServingError: if a stage fails.
         """
         result, received_bytes = await self._pass(order)
         self._count(order, result, received_bytes)
+        self._check(result)
         return result.chosen
 
     async def visits_of(self, order: Order) -> Sequence[Visited]:
@@ -46,9 +48,12 @@ class ServedChain:
             ServingError: if a stage fails.
         """
         result, _ = await self._pass(order)
+        self._check(result)
+        return result.visits
+
+    def _check(self, result: StepResult) -> None:
         if len(result.visits) < len(self.placement):
             raise ServingError("; ".join(sorted({str(problem) for problem in result.chosen})))
-        return result.visits
 
     async def _pass(self, order: Order) -> tuple[StepResult, int]:
         if self.lost.done():

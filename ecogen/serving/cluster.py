@@ -155,9 +155,24 @@ class ServedCluster:
         async with self._turn:
             yield self.chain
 
+    def takes(self, adapter_id: str) -> bool:
+        """Whether requests may name an adapter, or none, here."""
+        return not adapter_id or adapter_id in self.adapters
+
+    def _check_taken(self, adapter_id: str) -> None:
+        try:
+            self.adapters.check(adapter_id)
+        except EcoGenError as problem:
+            raise self._refusal(problem) from problem
+        if not self.takes(adapter_id):
+            raise UnavailableError(f"{self.cluster_id} has no adapter {adapter_id!r}")
+
     def _refuse(self, adapter_id: str, problem: EcoGenError) -> None:
         """Requests that wait for an adapter end: the chain that comes serves without it."""
-        self.engine.fail(UnavailableError(f"{self.cluster_id} cannot hold the adapter: {problem}"), adapter_id)
+        self.engine.fail(self._refusal(problem), adapter_id)
+
+    def _refusal(self, problem: EcoGenError) -> UnavailableError:
+        return UnavailableError(f"{self.cluster_id} cannot hold the adapter: {problem}")
 
     @property
     def cluster_id(self) -> str:
@@ -194,10 +209,10 @@ class ServedCluster:
         """The answer's tokens, and what it took.
 
         Raises:
-            ServingError: as `Engine.generate`; or if it has no such adapter.
+            ServingError: as `Engine.generate`.
+            UnavailableError: if it has no such adapter.
         """
-        if adapter_id and adapter_id not in self.adapters:
-            raise ServingError(f"{self._cluster.cluster_id} has no adapter {adapter_id!r}")
+        self._check_taken(adapter_id)
         num_prompt, is_probe = len(request.prompt), request.is_probe
         tally = Tally(self._cluster.edge_id, self.cluster_id, num_prompt, goes_on=bool(given), is_probe=is_probe)
         self._tallies[request_id] = tally

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Seq
 from contextlib import suppress
 from dataclasses import replace
 
-from ecogen.errors import NodeLostError, OverloadedError, ServingError
+from ecogen.errors import NodeLostError, OverloadedError, ServingError, StepError
 from ecogen.serving.sampling import Chosen, Sampling
 from ecogen.serving.scheduler import Scheduler, Step
 from ecogen.serving.steps import Order, Start
@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 RunStep = Callable[[Order], Awaitable[Sequence[Chosen | str]]]
 """Sends a step through all stages; gives the token of each row that has one, or why not; on failure of every row."""
+
+
+_Given = Chosen | str | StepError
+"""What a step gave for one request: its token, why it has none, or that the whole step failed."""
 
 
 class _Answer:
@@ -36,14 +40,14 @@ class _Answer:
         self.num_reused = 0
         self.news: asyncio.Queue[Chosen | Exception | None] = asyncio.Queue()
 
-    def take(self, chosen: Chosen | str) -> tuple[int, bool]:
+    def take(self, chosen: _Given) -> tuple[int, bool]:
         """The next token, and whether it is the last; without one this answer ends, and no other."""
-        if isinstance(chosen, str):
+        if not isinstance(chosen, Chosen):
             return _NOBODY_WAITS
         self.given.append(chosen.token)
         return chosen.token, len(self.given) >= self.max_new or chosen.token in self.ends
 
-    def tell(self, chosen: Chosen | str, is_last: bool) -> None:
+    def tell(self, chosen: _Given, is_last: bool) -> None:
         """Let the reader know what was taken."""
         self.news.put_nowait(ServingError(chosen) if isinstance(chosen, str) else chosen)
         if is_last:
@@ -142,6 +146,7 @@ class Engine:
 
         Raises:
             ServingError: if the request is empty or longer than there is room for, or is broken off.
+            StepError: if a step that it was part of failed.
             OverloadedError: if as many wait as may.
         """
         self._check(prompt, max_new)
@@ -185,22 +190,23 @@ class Engine:
                 chosen = await run_step(self._order(step))
             except NodeLostError:
                 return  # whoever attached the chain learns it too
-            except Exception as problem:
+            except Exception:
                 logger.exception("a step failed")
-                chosen = [f"a step failed: {problem}"] * len(step.requests)
-            self._end(step, chosen)
+                self._end(step, [StepError("a step through the model failed; the log says why")] * len(step.requests))
+            else:
+                self._end(step, chosen)
             if self._scheduler.num_waiting:
                 self._wake()  # the emptiest group may be another one now
 
-    def _end(self, step: Step, chosen: Sequence[Chosen | str]) -> None:
+    def _end(self, step: Step, chosen: Sequence[_Given]) -> None:
         """Hand out what a step gave."""
         given = list(zip(step.requests, chosen, strict=False))  # the rows that have no token come last
         taken = [self._take(name, one) for name, one in given]
         finished = [name for (name, _), (_, is_last) in zip(given, taken, strict=True) if is_last]
-        failed = [name for name, one in given if isinstance(one, str)]
+        failed = [name for name, one in given if not isinstance(one, Chosen)]
         self._scheduler.end(step.group, [token for token, _ in taken], finished, failed)
 
-    def _take(self, request_id: str, chosen: Chosen | str) -> tuple[int, bool]:
+    def _take(self, request_id: str, chosen: _Given) -> tuple[int, bool]:
         answer = self._answers.get(request_id)
         if answer is None:
             return _NOBODY_WAITS

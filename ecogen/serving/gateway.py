@@ -1,4 +1,5 @@
-"""The gateway: gives requests to edges, the one with the fewest first, and to another where one is lost meanwhile.
+"""The gateway: gives requests to edges, the one with the fewest first, and to another where one is lost meanwhile
+or cannot answer.
 
 It also says which version of an adapter a name means. A version is given to all edges first, and by them to all stages
 that there are; those that come later hold it before they serve. Only then does the name mean it, for requests that come
@@ -42,7 +43,7 @@ _AWAY_S = 2.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Edge:
     """One edge, and what it is answering."""
 
@@ -53,6 +54,7 @@ class _Edge:
     giving: asyncio.Lock = field(default_factory=asyncio.Lock)  # an adapter's parts come one after the other
     pump: asyncio.Task[None] | None = None
     lost_s: float = -1e9
+    unable_s: dict[str, float] = field(default_factory=dict)  # when it could not answer, by adapter
     is_away: bool = False  # as far as the cloud knows
     is_out: bool = False
     has_none: asyncio.Event = field(default_factory=asyncio.Event)  # no answers; set for those who wait for it
@@ -77,7 +79,7 @@ class Gateway:
         transport: the operator's, which knows where the edges are.
         model: what they serve.
         patience_s: how long a request waits for an edge.
-        check: raises what made a node fail for good, if one did.
+        is_given_up: whether an edge has failed for good.
     """
 
     def __init__(
@@ -86,9 +88,9 @@ class Gateway:
         edge_ids: Sequence[str],
         model: ServedModel,
         patience_s: float = 30.0,
-        check: Callable[[], None] = lambda: None,
+        is_given_up: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        self._transport, self._patience_s, self._check = transport, patience_s, check
+        self._transport, self._patience_s, self._is_given_up = transport, patience_s, is_given_up
         self._edges = [_Edge(edge_id) for edge_id in edge_ids]
         self._backbone = _Version(model)
         self._versions: dict[tuple[str | None, str], _Version] = {(None, model.name): self._backbone}
@@ -227,9 +229,10 @@ class Gateway:
         version = self._version(request.model, request.tenant)
         given: list[int] = []
         deadline_s, is_stopped = time.monotonic() + self._patience_s, None
+        unable: list[_Edge] = []
         with self._using(version):
             while not is_stopped:  # an edge that is lost after that cannot say any more what it took
-                edge = self._choose(request, version.adapter_id)
+                edge = self._choose(request, version.adapter_id, unable)
                 try:
                     async with aclosing(self._ask(edge, request, version.adapter_id, tuple(given))) as answer:
                         one = await anext(answer)
@@ -242,17 +245,47 @@ class Gateway:
                     return
                 except NodeLostError:
                     edge.lost_s = time.monotonic()
-                    self._check()
                     if time.monotonic() > deadline_s:
                         raise
                     await asyncio.sleep(_PAUSE_S)
+                except UnavailableError:
+                    edge.unable_s[version.adapter_id] = time.monotonic()
+                    unable.append(edge)
+                    if not any(other not in unable and not other.is_away for other in self._own()):
+                        raise
 
-    def _choose(self, request: GenerationRequest, adapter_id: str) -> _Edge:
-        """One that is not being drained, and was not lost a moment ago, where there is one."""
-        own = [index for index, edge in enumerate(self._edges) if not edge.is_out]
-        known = [index for index in own if not self._edges[index].is_away] or own
-        here = [index for index in known if time.monotonic() - self._edges[index].lost_s > _AWAY_S] or known
-        loads = {index: len(self._edges[index].answers) for index in here}
+    def _own(self) -> list[_Edge]:
+        """Those that requests may be given to.
+
+        Raises:
+            UnavailableError: if all others have failed for good.
+        """
+        kept = [edge for edge in self._edges if not self._is_given_up(edge.node_id)]
+        if not kept:
+            gone = ", ".join(edge.node_id for edge in self._edges)
+            raise UnavailableError(f"no edge is left: {gone} failed for good; the server's log says why")
+        return [edge for edge in kept if not edge.is_out] or kept
+
+    def _choose(self, request: GenerationRequest, adapter_id: str, unable: Collection[_Edge]) -> _Edge:
+        """One that is not being drained, and where nothing tells that it cannot answer now, where there is one.
+
+        Args:
+            unable: those that could not answer this request.
+
+        Raises:
+            UnavailableError: as `_own`.
+        """
+        now_s = time.monotonic()
+        signs: list[Callable[[_Edge], bool]] = [
+            lambda edge: not edge.is_away,
+            lambda edge: edge not in unable,
+            lambda edge: now_s - edge.lost_s > _AWAY_S,
+            lambda edge: now_s - edge.unable_s.get(adapter_id, -1e9) > self._patience_s,
+        ]
+        here = self._own()
+        for is_good in signs:
+            here = [edge for edge in here if is_good(edge)] or here
+        loads = {self._edges.index(edge): len(edge.answers) for edge in here}
         return self._edges[self._balancer.choose(loads, request.prompt, adapter_id)]
 
     def note_away(self, node_ids: Collection[str]) -> None:
@@ -342,11 +375,17 @@ class Gateway:
             return edge.stream
 
     async def _give_known(self, edge: _Edge) -> None:
-        """Bring an edge what it may be asked for now, and soon; whether the latter fits, whoever brings it is told."""
+        """Bring an edge what it may be asked for now, and soon; whether the latter fits, whoever brings it is told.
+
+        What it cannot hold it says again to those who ask for it, and others do not wait for that.
+        """
         known, coming = [*self._versions.values(), *self._retired], [*self._coming]
         for version in known:
             if version.adapter is not None:
-                await self._give(edge, version)
+                try:
+                    await self._give(edge, version)
+                except CheckpointError as problem:
+                    logger.warning("%s cannot hold %s: %s", edge.node_id, version.served.name, problem)
         for version in coming:
             with suppress(CheckpointError):
                 await self._give(edge, version)

@@ -38,9 +38,10 @@ class Replicas:
         return len(self._tasks) - len(self._draining)
 
     def choose(self, request: GenerationRequest, adapter_id: str) -> ServedCluster:
-        """Who answers a request: one that holds the model, where there is one."""
+        """Who answers a request: one that takes its adapter, and of these one that holds the model, if there is one."""
         own = [index for index in self._tasks if index not in self._draining] or [0]  # which is about to
-        ready = [index for index in own if self._clusters[index].chain is not None] or own
+        able = [index for index in own if self._clusters[index].takes(adapter_id)] or own
+        ready = [index for index in able if self._clusters[index].chain is not None] or able
         loads = {index: self._clusters[index].engine.num_requests for index in ready}
         return self._clusters[self._balancer.choose(loads, request.prompt, adapter_id)]
 

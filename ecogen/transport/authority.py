@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ecogen.errors import AuthenticationError
-from ecogen.storage import write_atomically
+from ecogen.storage import make_folder, write_atomically
 from ecogen.transport.credentials import (
     AUTHORITY_CERTIFICATE,
     NODE_CERTIFICATE,
@@ -84,6 +84,7 @@ def create_authority(directory: Path, federation: str, *, valid_days: int = 3650
 
     Raises:
         AuthenticationError: if there is one already, or the federation's name cannot be part of a URI.
+        StorageError: if the directory cannot be made.
     """
     _check_name("federation", federation)
     if (directory / AUTHORITY_KEY).exists():
@@ -94,7 +95,7 @@ def create_authority(directory: Path, federation: str, *, valid_days: int = 3650
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
     authority = Authority(directory, builder.sign(key, hashes.SHA256()), key)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     write_atomically(directory / AUTHORITY_KEY, key_pem(key), mode=0o600)
     write_atomically(directory / AUTHORITY_CERTIFICATE, authority.certificate_pem)
     _write_revoked(authority, set())
@@ -118,10 +119,11 @@ def issue(authority: Authority, node_id: str, tier: str, directory: Path, *, val
 
     Raises:
         AuthenticationError: as `sign`.
+        StorageError: if the directory cannot be made; then nothing is issued.
     """
+    make_folder(directory)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate_pem = sign(authority, key.public_key(), node_id, tier, valid_days=valid_days)
-    directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / NODE_KEY, key_pem(key), mode=0o600)
     write_atomically(directory / NODE_CERTIFICATE, certificate_pem)
     write_atomically(directory / AUTHORITY_CERTIFICATE, authority.certificate_pem)

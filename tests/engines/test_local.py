@@ -120,7 +120,7 @@ async def test_a_killed_edge_or_cloud_goes_on_to_the_same_end(
 
 
 async def test_a_node_that_keeps_dying_is_given_up(
-    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(local, "_PAUSE_S", 0.01)
     recipe = recipe_of(tuning={"rounds": 1000, "local_epochs": 5})
@@ -138,6 +138,7 @@ async def test_a_node_that_keeps_dying_is_given_up(
         with pytest.raises(RunError, match=rf"{DEVICE} was killed by signal 9, for the 5th time.*{LOG}.*--resume"):
             await finish(federation)
         killer.cancel()
+    assert f"{DEVICE} is given up: {DEVICE} was killed" in caplog.text
 
 
 async def test_a_nodes_own_error_reaches_the_launcher_as_that_error(recipe_of: RecipeOf, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from rich.console import Console, RenderableType
 from ecogen.accounting.ledger import Ledger, settle
 from ecogen.config import Recipe
 from ecogen.records import Record, RequestRecord, RoundRecord
-from ecogen.reports.console import NodeStatus, round_line, show_request, show_status, show_summary
+from ecogen.reports.console import NodeStatus, round_line, show_request, show_served, show_status, show_summary
+from ecogen.reports.served import summarise_served
 from ecogen.reports.summary import RunFacts, summarise
 from ecogen.topology import Tier, Topology
 
@@ -69,3 +70,7 @@ def test_status_says_who_is_lost() -> None:
     assert "ready" in text
     assert "lost" in text
     assert "400.0 ms ago" in text
+
+
+def test_before_the_first_books_no_time_is_told(topology: Topology) -> None:
+    assert "served 0 requests: 0 tokens of prompts" in shown(show_served(summarise_served([], topology)))

@@ -36,7 +36,7 @@ async def serving(recipe: Recipe, folder: Path) -> AsyncIterator[tuple[Gateway, 
         engine = federation._engine
         assert isinstance(engine, InprocEngine)
         edge_ids, patience_s = federation.topology.edge_ids, recipe.serving.patience_s
-        gateway = Gateway(federation.transport, edge_ids, served, patience_s, federation.check)
+        gateway = Gateway(federation.transport, edge_ids, served, patience_s, federation.is_given_up)
         yield gateway, engine
         await gateway.close()
 

@@ -176,8 +176,26 @@ async def test_who_refuses_an_adapter_that_others_hold_answers_nobody_without_it
         with pytest.raises(UnavailableError, match=r"edge-1\.cluster-0 cannot hold the adapter: int8 cannot have it"):
             await asking[0]
         assert await asking[1] == wanted(model, None, [5, 6], 4)
-        with pytest.raises(ServingError, match=r"edge-1\.cluster-0 has no adapter"):
+        with pytest.raises(UnavailableError, match=r"edge-1\.cluster-0 cannot hold the adapter: int8 cannot have it"):
             await asked(gateway, "one", [5, 6], 4)
+        refuses = False
+        await gateway.drain("edge-0", is_out=False)
+        for _ in range(4):
+            assert await asked(gateway, "one", [5, 6], 4) == wanted(model, adapters["one"], [5, 6], 4)
+
+
+async def test_a_cluster_that_takes_an_adapter_answers_for_one_that_does_not(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    async with serving(tiny_recipe(model, devices=1, clusters=2), tmp_path) as (gateway, engine):
+        await gateway.put_adapter("one", open_adapter(adapters["one"]))
+        await until(lambda: all(cluster.chain for cluster in clusters_of(engine)))
+        [refusing, other] = clusters_of(engine)
+        [adapter_id] = refusing.adapters
+        refusing.adapters._refused[adapter_id] = CheckpointError("int8 cannot have it")
+        answers = await asyncio.gather(*(asked(gateway, "one", [5, 6], 4) for _ in range(4)))
+        assert answers == [wanted(model, adapters["one"], [5, 6], 4)] * 4
+        assert other.takes(adapter_id)
 
 
 async def test_where_nobody_sees_whether_an_adapter_fits(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ecogen.errors import NodeLostError, OverloadedError, ServingError
+from ecogen.errors import NodeLostError, OverloadedError, ServingError, StepError
 from ecogen.models.decoder import load_decoder
 from ecogen.placement import Segment
 from ecogen.serving.decoder_stage import DecoderStage
@@ -131,12 +131,13 @@ async def test_who_leaves_early_frees_the_slot(folder: Path, whole: PreTrainedMo
 
 
 async def test_a_step_that_fails_is_told_to_its_requests_only(
-    folder: Path, whole: PreTrainedModel, agree: Agree
+    folder: Path, whole: PreTrainedModel, agree: Agree, caplog: pytest.LogCaptureFixture
 ) -> None:
     [prompt] = prompts(1)
     async with engine_of(fail_once(chain_of(folder), RuntimeError("a stage burned down"))) as engine:
-        with pytest.raises(ServingError, match="a step failed: a stage burned down"):
+        with pytest.raises(StepError, match=r"^a step through the model failed; the log says why$"):
             await answer(engine, prompt, 4)
+        assert "a stage burned down" in caplog.text
         agree(await answer(engine, prompt, 4), alone(whole, prompt, 4))
 
 

@@ -14,7 +14,15 @@ from ecogen.config import Compute, DeviceProfile, PlacementRecipe, Recipe, Servi
 from ecogen.engines.inproc import InprocEngine
 from ecogen.engines.served import check_serving
 from ecogen.engines.serving import launch_serving
-from ecogen.errors import CheckpointError, ConfigError, PlacementError, ServingError, UnknownModelError
+from ecogen.errors import (
+    CheckpointError,
+    ConfigError,
+    PlacementError,
+    ServingError,
+    StepError,
+    UnavailableError,
+    UnknownModelError,
+)
 from ecogen.models.folder import open_folder
 from ecogen.models.mixed_lora import open_adapter
 from ecogen.node.serving_device import ServingDevice
@@ -120,6 +128,29 @@ async def test_an_edge_lost_in_mid_generation(model: Path, tmp_path: Path) -> No
         assert [one.token for one in [*begun, *rest] if isinstance(one, Chosen)] == wanted
 
 
+async def test_an_edge_that_cannot_hold_the_model_leaves_answers_to_another(
+    model: Path, whole: PreTrainedModel, tmp_path: Path, agree: Agree
+) -> None:
+    """Those that it had begun too, and from then on it is asked no more than is needed to see whether it can again."""
+    spec = Serving(slots=2, max_tokens=64, patience_s=1)
+    async with serving(tiny_recipe(model, devices=1, edges=2, serving=spec), tmp_path) as (gateway, engine):
+        await asyncio.gather(*(answer(gateway, prompt, 2) for prompt in prompts(4)))
+        asked = [(prompt, 30) for prompt in prompts(4)]
+        answering = [asyncio.create_task(answer(gateway, *one)) for one in asked]
+        await asyncio.sleep(0.05)
+        await engine.kill(DEVICES[0])
+        for given, one in zip(await asyncio.gather(*answering), asked, strict=True):
+            agree(given, alone(whole, *one))
+        gateway._patience_s = 60
+        began_s = time.monotonic()
+        for prompt in prompts(4):
+            agree(await answer(gateway, prompt, 2), alone(whole, prompt, 2))
+        assert time.monotonic() - began_s < 1
+        await engine.kill("edge-1.cluster-0.device-0")
+        with pytest.raises(UnavailableError, match="none of its devices is here"):
+            await answer(gateway, [5, 6, 7], 2)
+
+
 async def test_without_a_spare_readers_are_told(model: Path, tmp_path: Path) -> None:
     """Two devices that hold half of the model each."""
     spec = Serving(slots=1, shelf=0, max_tokens=64, patience_s=1)
@@ -208,6 +239,25 @@ async def test_cuts_that_fail_when_they_are_tried_are_not_kept(
     monkeypatch.setattr(DecoderStage, "run", run)
     async with serving(tiny_recipe(model, devices=2), tmp_path) as (gateway, _):
         agree(await answer(gateway, [5, 6, 7], 4), alone(whole, [5, 6, 7], 4))
+
+
+async def test_a_stage_that_fails_is_no_fault_of_those_who_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, fails = DecoderStage.run, False
+
+    def run(stage: DecoderStage, *args: Any, **kwargs: Any) -> Any:
+        if fails:
+            raise RuntimeError("out of memory")
+        return given(stage, *args, **kwargs)
+
+    monkeypatch.setattr(DecoderStage, "run", run)
+    async with serving(tiny_recipe(model, devices=2), tmp_path) as (gateway, _):
+        before, fails = await answer(gateway, [5, 6, 7], 4), True
+        with pytest.raises(StepError, match=r"^a step through the model failed; the log says why$"):
+            await answer(gateway, [8, 9], 4)
+        fails = False
+        assert await answer(gateway, [5, 6, 7], 4) == before
 
 
 async def test_a_device_lost_while_its_chain_is_measured(

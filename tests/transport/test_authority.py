@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from ecogen.errors import AuthenticationError
+from ecogen.errors import AuthenticationError, StorageError
 from ecogen.transport.authority import Authority, create_authority, issue, issued, load_authority, revoke, sign
 from ecogen.transport.credentials import Revocations, identity_of, load_credentials, load_revocations
 
@@ -36,6 +36,17 @@ def test_keys_are_not_in_what_is_logged(lab: Authority, tmp_path: Path) -> None:
 def test_an_authority_is_not_overwritten(lab: Authority) -> None:
     with pytest.raises(AuthenticationError, match="already holds an authority"):
         create_authority(lab.directory, "lab")
+
+
+def test_where_no_folder_can_be_nothing_is_made_or_issued(lab: Authority, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    before = issued(lab)
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(StorageError, match="cannot make the folder"):
+            create_authority(folder, "lab")
+        with pytest.raises(StorageError, match="cannot make the folder"):
+            issue(lab, "end-2", "end", folder)
+    assert issued(lab) == before
 
 
 @pytest.mark.parametrize("name", ["", "Edge", "a..b", "a.-b", "-a", "a" * 64, "a/b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -18,6 +19,8 @@ from ecogen.serving.openai.connection import ABORT
 
 GRACE_S = 10.0
 """How long answers may take to end when the server is told to."""
+
+_UVICORN = logging.getLogger("uvicorn.error")
 
 # The system's own buffer grows to some MB, many thousand tokens: who reads none of them would not be noticed.
 _SEND_BUFFER_BYTES = 2**17
@@ -85,7 +88,17 @@ async def listening(
     try:
         yield Address(*listener.getsockname()[:2]), serving
     finally:
-        await _stop(server, serving)
+        _UVICORN.addFilter(_is_news)
+        try:
+            await _stop(server, serving)
+        finally:
+            _UVICORN.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether uvicorn logs more than that it breaks off what takes too long to end, which is how ending goes."""
+    problem = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(problem, asyncio.CancelledError) or str(record.msg).startswith("Cancel %s running task"))
 
 
 class _Server(uvicorn.Server):

@@ -69,6 +69,7 @@ class Asking:
         if asked.echo and asked.logprobs is not None:
             raise wrong("echo", "'echo' with 'logprobs' is not supported: a prompt's log-probabilities are not kept")
         model = self._model(asked.model, tenant)
+        _check_room("max_tokens", asked.max_tokens, model)
         texts = self._prompts(asked)
         prompts = [await self._prompt_tokens(prompt) for prompt in texts]
         echoes = [self._text.decode(prompt) if asked.echo else "" for prompt in prompts]
@@ -87,6 +88,8 @@ class Asking:
         if asked.top_logprobs and not asked.logprobs:
             raise wrong("top_logprobs", "'top_logprobs' needs 'logprobs': true")
         model = self._model(asked.model, tenant)
+        _check_room("max_completion_tokens", asked.max_completion_tokens, model)
+        _check_room("max_tokens", asked.max_tokens, model)
         messages = [_plain(message, index) for index, message in enumerate(asked.messages)]
         try:
             num_chars = sum(map(len, _contents(messages)))
@@ -212,6 +215,16 @@ class Asking:
         if not all(0 < len(stop) <= self._limits.stop_chars for stop in stops):
             raise wrong("stop", f"stop: a stop string has 1 to {self._limits.stop_chars} characters")
         return tuple(stops)
+
+
+def _check_room(param: str, max_new: int | None, model: ServedModel) -> None:
+    if max_new is not None and max_new >= model.max_tokens:
+        raise wrong(
+            param,
+            f"{param}: an answer of {max_new} tokens does not fit this model, which has room for {model.max_tokens} "
+            "with the prompt; ask for fewer, or leave it out to use what room there is",
+            "context_length_exceeded",
+        )
 
 
 def _choice(request: GenerationRequest, index: int) -> GenerationRequest:

@@ -12,6 +12,7 @@ from ecogen.errors import (
     NodeLostError,
     OverloadedError,
     ServingError,
+    StepError,
     TransportError,
     UnavailableError,
     UnknownModelError,
@@ -85,7 +86,7 @@ def refusal_of(problem: BaseException) -> Refusal:
         return too_many(str(problem))
     if isinstance(problem, (TransportError, UnavailableError)) or isinstance(problem.__cause__, NodeLostError):
         return Refusal(503, str(problem), code="node_lost", headers={"Retry-After": str(RETRY_S)})
-    if isinstance(problem, ServingError):
+    if isinstance(problem, ServingError) and not isinstance(problem, StepError):
         return Refusal(400, str(problem))
     return Refusal(500, "The server failed; its log says why", code="internal_error")
 

@@ -129,6 +129,26 @@ async def test_a_request_that_does_not_end_is_told(streams: bool) -> None:
     assert serving.running == 0
 
 
+async def test_what_has_to_be_broken_off_is_no_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Not of paths either that have nothing to say to it."""
+    begun = asyncio.Event()
+
+    async def hang(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    app = Starlette(routes=[Mount("/hang", hang)])
+    app.state.is_open = False
+    async with openai.AsyncOpenAI(base_url="http://x", api_key="x", max_retries=0) as client:
+        async with listening(app, grace_s=1) as (address, _):
+            hung = client.with_options(base_url=f"{address}/hang")
+            asking = asyncio.create_task(hung.get("/x", cast_to=object))
+            await begun.wait()
+        with pytest.raises(openai.APIError):
+            await asking
+    assert not caplog.records
+
+
 async def test_serving_until_cancelled() -> None:
     """It says where it listens, and leaves the port when it is cancelled."""
     ready: asyncio.Future[Address] = asyncio.get_running_loop().create_future()

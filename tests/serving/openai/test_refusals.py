@@ -15,6 +15,7 @@ from ecogen.errors import (
     NodeLostError,
     OverloadedError,
     ServingError,
+    StepError,
     UnavailableError,
     UnknownModelError,
 )
@@ -69,6 +70,7 @@ COMPLETIONS = [
     ({"prompt": [5, 99999]}, "prompt", "there is no token 99999"),
     ({"prompt": [5] * 31}, "prompt", "31 tokens, and at most 30"),
     ({"prompt": [5] * 20, "max_tokens": 60}, "prompt", "at most 4 are taken before an answer of up to 60"),
+    ({"max_tokens": 100000}, "max_tokens", "an answer of 100000 tokens does not fit this model, which has room for 64"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "Invalid enum value 'xml'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "'json_schema' goes with the type"),
 ]
@@ -101,6 +103,8 @@ CHATS = [
         "of type 'image_url'",
     ),
     ({"messages": [{"role": "user", "content": "x" * 99}]}, "messages", "tokens, and at most 30"),
+    ({"max_tokens": 64}, "max_tokens", "an answer of 64 tokens does not fit this model"),
+    ({"max_completion_tokens": 64}, "max_completion_tokens", "an answer of 64 tokens does not fit this model"),
     ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs'"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "<= 20"),
     ({"logprobs": 3}, "logprobs", "Expected 'bool', got 'int'"),
@@ -191,6 +195,7 @@ PROBLEMS = [
     (UnavailableError("none of its devices is here"), 503, "none of its devices is here"),
     (NodeLostError("end-3", "no heartbeat for 4 s"), 503, "node 'end-3' is lost"),
     (CheckpointError("/secret/folder is broken"), 500, "its log says why"),
+    (StepError("a secret"), 500, "its log says why"),
     (RuntimeError("a secret"), 500, "its log says why"),
 ]
 
