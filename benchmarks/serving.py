@@ -110,7 +110,7 @@ async def federation(model: Path, devices: int, **compute: Any) -> AsyncIterator
         async with ENGINES["local"](recipe, Path(folder)) as launched:
             engine = launched._engine
             assert isinstance(engine, LocalEngine)
-            gateway = Gateway(launched.transport, launched.topology.edge_ids, served, check=launched.check)
+            gateway = Gateway(launched.transport, launched.topology.edge_ids, served, is_given_up=launched.is_given_up)
             contender = Federation(gateway, engine)
             await contender.ask(2)
             yield contender
