@@ -20,6 +20,7 @@ from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_al
 from torch import Tensor
 
 from ecogen import config as recipes
+from ecogen.config.nodes import cluster_counts
 from ecogen.models.adapters import classification_config, load_whole
 from ecogen.models.checkpoint import open_foundation, save_tensors
 from ecogen.models.vit import whole_segment
@@ -54,7 +55,7 @@ def data_of(path: str, client_index: int) -> LocalData:
     """What one client owns: what the device of the cluster with that index owns."""
     recipe = recipe_at(path)
     train = load_splits(recipe.data, recipe.model.image_size, recipe.seed).train
-    [parts] = partition_examples(train.labels, recipe.data.partition, [recipe.topology.clusters_per_edge], recipe.seed)
+    [parts] = partition_examples(train.labels, recipe.data.partition, cluster_counts(recipe.topology), recipe.seed)
     data = LocalData(train[parts[client_index]], recipe.seed, client_index)
     return data.with_views(recipe.tuning, None)
 
@@ -79,7 +80,7 @@ def train(message: Message, context: Context) -> Message:
     for epoch in range(tuning.local_epochs):
         for number, batch in enumerate(data.batches(tuning, round_index, epoch)):
             key = MicrobatchKey(number, 0, 0)
-            stage.loss(key, segment, batch.images, batch.labels, len(batch), input_grads=False)
+            stage.loss(key, segment, batch.inputs, batch.labels, len(batch), input_grads=False)
             stage.backward(key, None)
             stage.step(stage.squared_norm(segment))
     arrays = ArrayRecord(OrderedDict(stage.tunables))
@@ -115,7 +116,7 @@ def main(grid: Grid, context: Context) -> None:
     """All rounds; writes a line of JSON when the average of a round has been evaluated, and the tunables at the end."""
     path, out = str(context.run_config["recipe"]), Path(str(context.run_config["out"]))
     recipe, (stage, segment), test = recipe_at(path), stage_of(path), test_of(path)
-    strategy = CountedFedAvg(recipe.topology.clusters_per_edge)
+    strategy = CountedFedAvg(sum(cluster_counts(recipe.topology)))
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round == 0:

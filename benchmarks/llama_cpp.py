@@ -78,7 +78,7 @@ class LlamaCpp:
         size, room = f"{at_once},{at_once}", str(at_once * (PROMPT + ANSWER))
         work = ["-npp", str(PROMPT), "-ntg", str(ANSWER - 1), "-npl", size, "-c", room, "--output-format", "jsonl"]
         alike = ["-t", "1", "-tb", "1", "-ctk", "f32", "-ctv", "f32"]
-        command = [self.programs / "llama-batched-bench", "-m", self.model, *work, *alike, *self.place, *more]
+        command = [str(self.programs / "llama-batched-bench"), "-m", str(self.model), *work, *alike, *self.place, *more]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
         out, log = [part.decode() for part in await process.communicate()]
@@ -93,7 +93,7 @@ def rpc_server(programs: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [programs / "ggml-rpc-server", "--threads", "1", "--port", str(port)]
+    command = [str(programs / "ggml-rpc-server"), "--threads", "1", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             _wait_until_open(port)

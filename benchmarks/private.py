@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.common import circumstances, cpu_pressure, write_result
 from ecogen import config as recipes
+from ecogen.config.nodes import cluster_counts
 from ecogen.engines.launch import launch
 from ecogen.records import RoundRecord
 
@@ -56,7 +57,7 @@ def carry_out(seed: int, overrides: list[str]) -> Run:
     took = time.perf_counter() - began_s, time.process_time() - began_cpu_s
     accuracies = [record.accuracy for record in records if record.accuracy is not None]
     memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return Run(accuracies, records[-1].epsilon, recipe.topology.clusters_per_edge, *took, memory_mib)
+    return Run(accuracies, records[-1].epsilon, sum(cluster_counts(recipe.topology)), *took, memory_mib)
 
 
 def summary(runs: list[Run]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 import peft
 import torch
 import torch.distributed
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -180,7 +180,7 @@ def replica(rank: int, run: Run, folder: Path) -> None:
 
 def data_parallel_rates(run: Run, folder: Path) -> list[float]:
     """As `central_rates`, of two processes with half of each batch."""
-    torch.multiprocessing.spawn(replica, (run, folder), CORES)
+    spawn(replica, (run, folder), CORES)
     rates: list[float] = json.loads((folder / "rates.json").read_text())
     return rates
 
@@ -283,7 +283,7 @@ def goals(figures: dict[str, dict[str, Any]]) -> dict[str, bool]:
 def main(
     turns: int = 3, rounds: int = 2, models: Sequence[str] = tuple(MODELS), microbatches: Sequence[int] = MICROBATCHES
 ) -> dict[str, Any]:
-    """Measure, write benchmarks/results/split_lora.json, and return it."""
+    """Measure, and return what was written to benchmarks/results/split_lora.json, after every turn from the second."""
     others = wait_until_quiet()
     rates: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     apart = 0.0
@@ -296,10 +296,27 @@ def main(
                 rates[name].append(own)
                 apart = max(apart, furthest)
                 print(name, {key: round(rate) for key, rate in own.items()}, f"{furthest:.1e} apart", flush=True)
+            if index:  # a spread takes two
+                result = result_of(rates, apart, others)
+                write_result("split_lora", result)
+    return result
+
+
+def result_of(
+    rates: dict[str, list[dict[str, float]]], apart: float, others: dict[str, float | None]
+) -> dict[str, Any]:
+    """What the turns so far show.
+
+    Args:
+        rates: of each turn, by model.
+        apart: the furthest that tunables of two contenders are.
+        others: what else the machine did before.
+    """
     figures = {name: compare(of_model) for name, of_model in rates.items()}
-    result = circumstances(("torch", "transformers", "peft", "grpcio")) | {
+    return circumstances(("torch", "transformers", "peft", "grpcio")) | {
+        "turns": min(map(len, rates.values())),
         "others_before": others,
-        "models": {name: MODELS[name][0] for name in models},
+        "models": {name: MODELS[name][0] for name in rates},
         "batch": f"{BATCH} passages of {TOKENS} tokens",
         "lora_rank": RANK,
         "stages": STAGES,
@@ -307,8 +324,6 @@ def main(
         "same_work": {"furthest_apart": apart, "at_most": SAME, "reached": apart <= SAME},
         "goals": goals(figures),
     }
-    write_result("split_lora", result)
-    return result
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.blank import save_blank
 from benchmarks.common import Spread, circumstances, median_of_worker, wait_until_quiet, write_result
@@ -133,7 +133,7 @@ def replica(rank: int, recipe: recipes.Recipe, at_once: int, folder: Path) -> No
 def data_parallel_rates(recipe: recipes.Recipe, at_once: int, folder: Path) -> list[float]:
     """As `central_rates`, of two processes with half of each batch."""
     folder.mkdir()
-    torch.multiprocessing.spawn(replica, (recipe, at_once, folder), CORES)
+    spawn(replica, (recipe, at_once, folder), CORES)
     rates: list[float] = json.loads((folder / "rates.json").read_text())
     return rates
 

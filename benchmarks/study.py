@@ -40,9 +40,11 @@ def carry_out(name: str, goals: Goals, arguments: list[str]) -> dict[str, Any]:
         done = subprocess.run([*command, *(["--resume"] if options.resume else [])], stdout=subprocess.PIPE, check=True)
         shutil.copy(folder / "report.html", RESULTS / f"{name.replace('-', '_')}.html")
     summary = json.loads(done.stdout)
-    took = {"wall_s": round(time.perf_counter() - began_s, 1), "cpu_s": round(_cpu_s() - began_cpu_s, 1)}
+    took: dict[str, float | None] = {"wall_s": None, "cpu_s": None}
     if options.resume:  # only what was left of it was timed
-        took, others = dict.fromkeys(took), [*others, "--resume"]
+        others = [*others, "--resume"]
+    else:
+        took = {"wall_s": round(time.perf_counter() - began_s, 1), "cpu_s": round(_cpu_s() - began_cpu_s, 1)}
     result = {**circumstances(["torch", "transformers", "peft"]), "others_before": quiet, **took}
     result["command"] = " ".join(["python -m", f"benchmarks.{name.replace('-', '_')}", *others])
     result |= {"study": summary, "goals": goals(summary)}

@@ -186,7 +186,7 @@ async def another_gateway_answers(certificates: Path, nodes: Nodes, model: Path,
         assert finish.node_ids == (DEVICES[1],)
         await gateway.drain(DEVICES[0], is_out=False)
         alone = await answer(gateway, [5, 6, 7], 24)
-        await gateway.put_adapter("poems", open_adapter(adapter))
+        await gateway.versions.put_adapter("poems", open_adapter(adapter))
         poems = GenerationRequest("poems", (5, 6, 7), GREEDY, 24)
         assert alone != [one.token async for one in gateway.generate(poems) if isinstance(one, Chosen)]
 

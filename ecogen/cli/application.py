@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -33,7 +32,6 @@ screen = Console(stderr=True)
 
 EngineName = Literal["inproc", "local"]
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `ecogen run` wrote it.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, say tuning.rounds=4; repeatable."),

@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 
 from ecogen import config as recipes
-from ecogen.cli.application import EngineName, RunFolder, Settings, app, plain, screen
+from ecogen.cli.application import EngineName, Settings, app, plain, screen
 from ecogen.errors import RunError
 
 if TYPE_CHECKING:
     from ecogen.reports.summary import Summary
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `ecogen run` wrote it.")]
 
 
 @app.command()

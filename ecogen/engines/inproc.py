@@ -80,8 +80,8 @@ class InprocEngine:
 
     def check(self) -> None:
         """Raise what made a node fail for good."""
-        for problem in filter(None, map(_failure, self._tasks.values())):
-            raise problem
+        if problems := [*filter(None, map(_failure, self._tasks.values()))]:
+            raise problems[0]
 
     def is_given_up(self, node_id: str) -> bool:
         """Whether a node has failed by itself; one that was killed may be started again."""

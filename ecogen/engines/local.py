@@ -85,8 +85,8 @@ class LocalEngine:
         topology = self._topology
         for tier in ([topology.cloud_id], topology.edge_ids, topology.end_ids):
             outcomes = await asyncio.gather(*map(self.start_node, tier), return_exceptions=True)
-            for problem in filter(None, outcomes):
-                raise problem
+            if problems := [*filter(None, outcomes)]:
+                raise problems[0]
         self.address(topology.cloud_id)
 
     async def start_node(self, node_id: str) -> None:
@@ -107,8 +107,8 @@ class LocalEngine:
 
     def check(self) -> None:
         """Raise what made a node fail for good."""
-        for problem in self._failures.values():
-            raise problem
+        if self._failures:
+            raise next(iter(self._failures.values()))
 
     def is_given_up(self, node_id: str) -> bool:
         """Whether a node is not started again any more."""

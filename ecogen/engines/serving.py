@@ -163,7 +163,7 @@ async def _opened(served: Served) -> tuple[TextModel, dict[str, Adapter]]:
 
 async def _answer(gateway: Gateway, text: TextModel, adapters: Mapping[str, Adapter], door: Door) -> None:
     for name, adapter in adapters.items():
-        await gateway.put_adapter(name, adapter)
-    app = build_app(gateway, text, keys=door.keys, limits=Limits(), store=gateway)
+        await gateway.versions.put_adapter(name, adapter)
+    app = build_app(gateway, text, keys=door.keys, limits=Limits(), store=gateway.versions)
     ready = lambda address: door.on_ready(address, gateway)  # noqa: E731
     await serve_http(app, door.host, door.port, on_ready=ready, allow_open=door.allow_open)

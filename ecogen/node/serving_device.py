@@ -137,7 +137,9 @@ class ServingDevice:
         return Message.of(PREPARE)
 
     async def _forget(self, _: Peer, message: Message) -> Message:
-        await self._context.worker.compute(self._loaded.drop, message.read(Drop).adapter_id)
+        adapter_id = message.read(Drop).adapter_id
+        self._assembly.forget(adapter_id)
+        await self._context.worker.compute(self._loaded.drop, adapter_id)
         return Message.of(DROP)
 
     @property

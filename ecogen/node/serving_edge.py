@@ -243,6 +243,7 @@ class ServingEdge:
     async def _forget(self, _: Peer, message: Message) -> Message:
         adapter_id = message.read(Drop).adapter_id
         self._early.pop(adapter_id, None)
+        self._assembly.forget(adapter_id)
         await asyncio.gather(*(cluster.drop(adapter_id) for cluster in self._clusters))
         return Message.of(DROP)
 

@@ -1,9 +1,5 @@
 """The gateway: gives requests to edges, the one with the fewest first, and to another where one is lost meanwhile
-or cannot answer.
-
-It also says which version of an adapter a name means. A version is given to all edges first, and by them to all stages
-that there are; those that come later hold it before they serve. Only then does the name mean it, for requests that come
-from then on. Those before it end on theirs.
+or cannot answer. What the names of models mean is in `versions`.
 """
 
 from __future__ import annotations
@@ -12,26 +8,18 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from itertools import count
 
-from ecogen.errors import (
-    CheckpointError,
-    NodeLostError,
-    ServingError,
-    TransportError,
-    UnavailableError,
-    UnknownModelError,
-)
-from ecogen.models.mixed_lora import Adapter
+from ecogen.errors import NodeLostError, ServingError, TransportError, UnavailableError
 from ecogen.serving.balance import Balancer
 from ecogen.serving.desk import CANCEL, GENERATE, STOP, AllNews, Cancel, Generate, News, Stop
 from ecogen.serving.generation import Finish, GenerationRequest, ServedModel
-from ecogen.serving.loading import DRAIN, DROP, HOLDS, Drain, Drop, Held, Holds, parts_of
+from ecogen.serving.loading import DRAIN, Drain
 from ecogen.serving.sampling import Chosen
+from ecogen.serving.versions import Versions
 from ecogen.transport.base import Message, Stream, Transport
 from ecogen.transport.failures import rebuild
 
@@ -51,25 +39,12 @@ class _Edge:
     stream: Stream | None = None
     answers: dict[str, asyncio.Queue[News | NodeLostError]] = field(default_factory=dict)
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
-    giving: asyncio.Lock = field(default_factory=asyncio.Lock)  # an adapter's parts come one after the other
     pump: asyncio.Task[None] | None = None
     lost_s: float = -1e9
     unable_s: dict[str, float] = field(default_factory=dict)  # when it could not answer, by adapter
     is_away: bool = False  # as far as the cloud knows
     is_out: bool = False
     has_none: asyncio.Event = field(default_factory=asyncio.Event)  # no answers; set for those who wait for it
-
-
-@dataclass(eq=False)
-class _Version:
-    """What a name means, or meant: an adapter, or the backbone alone."""
-
-    served: ServedModel
-    tenant: str | None = None
-    adapter_id: str = ""
-    adapter: Adapter | None = None
-    num_users: int = 0
-    is_retired: bool = False
 
 
 class Gateway:
@@ -92,145 +67,21 @@ class Gateway:
     ) -> None:
         self._transport, self._patience_s, self._is_given_up = transport, patience_s, is_given_up
         self._edges = [_Edge(edge_id) for edge_id in edge_ids]
-        self._backbone = _Version(model)
-        self._versions: dict[tuple[str | None, str], _Version] = {(None, model.name): self._backbone}
-        self._retired: set[_Version] = set()
-        self._publishing: defaultdict[str | None, asyncio.Lock] = defaultdict(asyncio.Lock)  # of each tenant
-        self._coming: set[_Version] = set()
+        self.versions = Versions(transport, edge_ids, model, patience_s)
         self._balancer: Balancer[int] = Balancer()
         self._name, self._numbers = secrets.token_hex(4), count()
-        self._drops: set[asyncio.Task[None]] = set()
-
-    # Models.
 
     def models(self, tenant: str | None = None) -> Sequence[ServedModel]:
         """Those that a tenant may ask for, the backbone first."""
-        return [version.served for version in self._versions.values() if version.tenant in (None, tenant)]
-
-    async def put_adapter(self, name: str, adapter: Adapter, tenant: str | None = None) -> None:
-        """Add an adapter under a name, or replace the one that has it.
-
-        An edge that is lost gets it when it is back, and one whose devices are away keeps it for them.
-
-        Args:
-            tenant: who alone may ask for it; None for all.
-
-        Raises:
-            ServingError: if the name is the backbone's.
-            CheckpointError: if it does not fit the model; then all is as it was.
-            NodeLostError: if no edge is here; then too.
-            UnavailableError: if none has devices that hold the model, so that nobody sees whether it fits; then too.
-        """
-        async with self._publishing[tenant]:
-            backbone = self._backbone.served
-            if name == backbone.name:
-                raise ServingError(f"the name {name!r} is the backbone's; choose another")
-            old = self._versions.get((tenant, name))
-            served = ServedModel(name, time.time(), backbone.max_tokens, backbone.name, tenant, adapter.nbytes)
-            version = _Version(served, tenant, f"{self._name}-{next(self._numbers)}", adapter)
-            self._coming.add(version)
-            try:
-                await self._give_all(version)
-            except Exception:
-                await self._drop(version)
-                raise
-            finally:
-                self._coming.discard(version)
-            self._versions[tenant, name] = version
-            if old is not None:
-                self._retire(old)
-
-    async def remove_adapter(self, name: str, tenant: str | None = None) -> None:
-        """No request may name it any more; those that did end on it.
-
-        Raises:
-            UnknownModelError: if the tenant has no such adapter.
-        """
-        async with self._publishing[tenant]:
-            version = self._versions.get((tenant, name))
-            if version is None or version is self._backbone:
-                raise UnknownModelError(f"there is no adapter {name!r}")
-            self._retire(self._versions.pop((tenant, name)))
-
-    def _version(self, name: str, tenant: str | None) -> _Version:
-        """A tenant's own of that name, or else the one for all."""
-        version = self._versions.get((tenant, name)) or self._versions.get((None, name))
-        if version is None:
-            raise UnknownModelError(f"there is no model {name!r}; GET /v1/models lists those there are")
-        return version
-
-    async def _give_all(self, version: _Version) -> None:
-        """Bring an adapter to all edges that are here; devices of one at least must hold it, to see that it fits."""
-        deadline_s = time.monotonic() + self._patience_s
-        are_held = await self._ask_all(lambda edge: self._give(edge, version))
-        while not any(are_held):
-            if time.monotonic() > deadline_s:
-                raise UnavailableError("no devices hold the model now, to see whether the adapter fits; try again")
-            await asyncio.sleep(_PAUSE_S)
-            are_held = await self._ask_all(lambda edge: self._has(edge, version))
-
-    async def _ask_all(self, ask: Callable[[_Edge], Awaitable[bool]]) -> list[bool]:
-        """What the edges say that are here, one at least."""
-        told = await asyncio.gather(*map(ask, self._edges), return_exceptions=True)
-        problems = [one for one in told if isinstance(one, BaseException)]
-        others = [problem for problem in problems if not isinstance(problem, NodeLostError)]
-        if others or len(problems) == len(self._edges):
-            raise (others or problems)[0]
-        return [one for one in told if not isinstance(one, BaseException)]
-
-    async def _give(self, edge: _Edge, version: _Version) -> bool:
-        """Bring an adapter to an edge, which keeps it and brings it to its stages; whether some hold it."""
-        assert version.adapter is not None
-        is_held = False
-        async with edge.giving:
-            for message in parts_of(version.adapter_id, version.adapter):
-                is_held = (await self._transport.call(edge.node_id, message)).read(Held).is_held
-        return is_held
-
-    async def _has(self, edge: _Edge, version: _Version) -> bool:
-        """Whether devices of an edge that was given an adapter hold it by now."""
-        reply = await self._transport.call(edge.node_id, Message.of(HOLDS, Holds(version.adapter_id)))
-        return reply.read(Held).is_held
-
-    def _retire(self, version: _Version) -> None:
-        version.is_retired = True
-        if version.num_users:
-            self._retired.add(version)
-        else:
-            self._start_drop(version)
-
-    def _start_drop(self, version: _Version) -> None:
-        task = asyncio.create_task(self._drop(version))
-        self._drops.add(task)
-        task.add_done_callback(self._drops.discard)
-
-    async def _drop(self, version: _Version) -> None:
-        drop = Message.of(DROP, Drop(version.adapter_id))
-        drops = (self._transport.call(edge.node_id, drop) for edge in self._edges)
-        for problem in await asyncio.gather(*drops, return_exceptions=True):
-            if isinstance(problem, TransportError):
-                logger.warning("%s", problem)  # what it is when it comes back holds nothing
-
-    @contextmanager
-    def _using(self, version: _Version) -> Iterator[None]:
-        version.num_users += 1
-        try:
-            yield
-        finally:
-            version.num_users -= 1
-            if version in self._retired and not version.num_users:
-                self._retired.discard(version)
-                self._start_drop(version)
-
-    # Requests.
+        return self.versions.models(tenant)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chosen | Finish, bool | None]:
         """The answer's tokens and what it took, from whichever edge; see `Serving.generate`."""
-        version = self._version(request.model, request.tenant)
+        version = self.versions.find(request.model, request.tenant)
         given: list[int] = []
         deadline_s, is_stopped = time.monotonic() + self._patience_s, None
         unable: list[_Edge] = []
-        with self._using(version):
+        with self.versions.using(version):
             while not is_stopped:  # an edge that is lost after that cannot say any more what it took
                 edge = self._choose(request, version.adapter_id, unable)
                 try:
@@ -249,10 +100,16 @@ class Gateway:
                         raise
                     await asyncio.sleep(_PAUSE_S)
                 except UnavailableError:
-                    edge.unable_s[version.adapter_id] = time.monotonic()
+                    self._note_unable(edge, version.adapter_id)
                     unable.append(edge)
                     if not any(other not in unable and not other.is_away for other in self._own()):
                         raise
+
+    def _note_unable(self, edge: _Edge, adapter_id: str) -> None:
+        """Keep when an edge could not answer with an adapter, for as long as that tells anything."""
+        now_s = time.monotonic()
+        kept = {key: then_s for key, then_s in edge.unable_s.items() if now_s - then_s <= self._patience_s}
+        edge.unable_s = kept | {adapter_id: now_s}
 
     def _own(self) -> list[_Edge]:
         """Those that requests may be given to.
@@ -321,7 +178,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Leave all edges."""
-        for task in (*self._drops, *(edge.pump for edge in self._edges if edge.pump)):
+        self.versions.close()
+        for task in (edge.pump for edge in self._edges if edge.pump):
             task.cancel()
         for edge in self._edges:
             if edge.stream is not None:
@@ -367,28 +225,12 @@ class Gateway:
             if edge.stream is None:
                 stream = await self._transport.open(edge.node_id)
                 try:
-                    await self._give_known(edge)
+                    await self.versions.give_known(edge.node_id)
                 except BaseException:  # whoever asked may have left
                     await _close(stream)
                     raise
                 edge.stream, edge.pump = stream, asyncio.create_task(self._pump(edge, stream))
             return edge.stream
-
-    async def _give_known(self, edge: _Edge) -> None:
-        """Bring an edge what it may be asked for now, and soon; whether the latter fits, whoever brings it is told.
-
-        What it cannot hold it says again to those who ask for it, and others do not wait for that.
-        """
-        known, coming = [*self._versions.values(), *self._retired], [*self._coming]
-        for version in known:
-            if version.adapter is not None:
-                try:
-                    await self._give(edge, version)
-                except CheckpointError as problem:
-                    logger.warning("%s cannot hold %s: %s", edge.node_id, version.served.name, problem)
-        for version in coming:
-            with suppress(CheckpointError):
-                await self._give(edge, version)
 
     async def _pump(self, edge: _Edge, stream: Stream) -> None:
         """Give each answer its news, until the stream ends."""

@@ -131,6 +131,10 @@ class Assembly:
             return prepare.adapter_id, None
         return prepare.adapter_id, Adapter(prepare.scalings, self._parts.pop(prepare.adapter_id))
 
+    def forget(self, adapter_id: str) -> None:
+        """No more parts of it come."""
+        self._parts.pop(adapter_id, None)
+
 
 def parts_of(adapter_id: str, adapter: Adapter) -> Iterator[Message]:
     """The messages that bring an adapter, one at least."""

@@ -16,8 +16,8 @@ from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
+from tests.serving.adapters import asked, wanted
 from tests.serving.federations import request, serving, tiny_recipe, whole_answer
-from tests.serving.test_adapters import asked, wanted
 
 ASKED = Generate("a", GenerationRequest("m", (1, 2), Sampling(temperature=0.5, seed=3), 4, frozenset({9})), "v1")
 SAID = [Chosen(5, -0.1), Chosen(6, -0.2)]
@@ -101,6 +101,6 @@ async def test_at_an_edge(tmp_path: Path) -> None:
             one = await stopped.asend(True)
         assert len((await whole_answer(gateway, [8, 9], 12))[0]) == 12, "what was stopped early is not kept"
         for adapter in adapters:
-            await gateway.put_adapter("mine", open_adapter(adapter))
+            await gateway.versions.put_adapter("mine", open_adapter(adapter))
             for _ in range(2):
                 assert await asked(gateway, "mine", [5, 6, 7], 12) == wanted(model, adapter, [5, 6, 7], 12)

@@ -321,7 +321,7 @@ async def test_smaller_weights_say_nearly_the_same(dtype: str, share: float, tmp
     adapter = open_adapter(save_adapter(tmp_path / "tiny", tmp_path / "adapter", 1))
     recipe = tiny_recipe(tmp_path / "tiny", devices=2, compute=Compute(dtype=dtype))  # type: ignore[arg-type]
     async with serving(recipe, tmp_path) as (gateway, engine):
-        await gateway.put_adapter("tuned", adapter)
+        await gateway.versions.put_adapter("tuned", adapter)
         said = [await answer(gateway, prompt, 1) for prompt in prompts(40)]
         tuned = GenerationRequest("tuned", (5, 6), GREEDY, 4)
         assert len([one async for one in gateway.generate(tuned)]) == 5

@@ -40,7 +40,7 @@ async def answers(served: Served, prompt: tuple[int, ...]) -> dict[str, list[int
     """Of the backbone and of what was tuned."""
     said = {}
     async with launch_serving(serving_recipe(served.folder), name=served.name) as gateway:
-        await gateway.put_adapter("text", open_adapter(served.adapters["text"]))
+        await gateway.versions.put_adapter("text", open_adapter(served.adapters["text"]))
         for name in ("text/backbone", "text"):
             asked = gateway.generate(GenerationRequest(name, prompt, GREEDY, 20))
             said[name] = [one.token async for one in asked if isinstance(one, Chosen)]

@@ -34,8 +34,8 @@ from ecogen.serving.openai.refusals import Refusal, too_many, wrong
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, EOFError, RuntimeError)
-"""What `zipfile` raises of other people's files; RuntimeError, of which NotImplementedError is one, if it is encrypted
-or of a kind that it does not know."""
+"""What `zipfile` raises of other people's files; RuntimeError for those that are encrypted or packed in a way that it
+does not know."""
 
 
 class AdapterStore(Protocol):

@@ -25,9 +25,9 @@ from ecogen.serving.openai.listening import listening
 from ecogen.serving.openai.text import load_text
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
+from tests.serving.adapters import wanted
 from tests.serving.federations import serving, tiny_recipe, until
 from tests.serving.openai.served import ScriptedServing, byte_level, text_model, wrapped
-from tests.serving.test_adapters import wanted
 
 KEYS = {"key-of-anna": "anna", "key-of-ben": "ben"}
 PROMPT = [5, 6, 7]
@@ -59,7 +59,7 @@ def zipped(folder: Path, *, under: str = "") -> bytes:
 async def api(model: Path, folder: Path, *, keys: bool = True, **limits: int) -> AsyncIterator[httpx.AsyncClient]:
     async with serving(tiny_recipe(model, devices=2), folder) as (gateway, _):
         known = Keys(KEYS if keys else {})
-        app = build_app(gateway, load_text(model), keys=known, limits=Limits(**limits), store=gateway)
+        app = build_app(gateway, load_text(model), keys=known, limits=Limits(**limits), store=gateway.versions)
         async with listening(app) as (address, _), httpx.AsyncClient(base_url=f"{address}/v1", timeout=30) as client:
             yield client
 
