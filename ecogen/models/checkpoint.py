@@ -153,11 +153,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         content = path.read_bytes()
     except OSError as problem:
         raise CheckpointError(f"cannot read {path}: {problem.strerror}") from problem
-    return tensors_of(content, str(path))
+    return tensors_of(content, str(path), "; delete it and run again, or restore it")
 
 
-def tensors_of(content: bytes, source: str) -> dict[str, Tensor]:
+def tensors_of(content: bytes, source: str, advice: str = "") -> dict[str, Tensor]:
     """The tensors of a safetensors file that has been read.
+
+    Args:
+        source: what errors call it.
+        advice: what they end with.
 
     Raises:
         CheckpointError: if it is corrupt.
@@ -165,7 +169,7 @@ def tensors_of(content: bytes, source: str) -> dict[str, Tensor]:
     try:
         return load_safetensors(content)
     except safetensors.SafetensorError as problem:
-        raise CheckpointError(f"{source} is corrupt ({problem}); delete it and run again, or restore it") from problem
+        raise CheckpointError(f"{source} is corrupt ({problem}){advice}") from problem
 
 
 def load_metadata(path: Path) -> dict[str, str]:

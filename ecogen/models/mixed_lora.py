@@ -51,6 +51,11 @@ class Adapter:
         """What crosses a link to put it on one cluster."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def blocks(self) -> set[int]:
+        """Those that it is for."""
+        return {block for name in self.tensors if (block := block_index(name)) is not None}
+
     def of_blocks(self, blocks: Sequence[int]) -> Adapter:
         """The part of some blocks."""
         scalings = {name: scaling for name, scaling in self.scalings.items() if block_index(f"{name}.") in blocks}
@@ -81,6 +86,8 @@ def adapter_of(config: bytes, tensors: Mapping[str, Tensor], source: str) -> Ada
         CheckpointError: if it is none, or of a kind that cannot share a batch with others.
     """
     named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    if not named:
+        raise CheckpointError(f"{source} cannot be served: it has no tensors; save it again")
     try:
         return Adapter(read_settings(config).scalings(_ranks(named)), named)
     except CheckpointError as problem:

@@ -114,6 +114,8 @@ class ServingEdge:
             await self._was_left.wait()
             self._was_left.clear()
             if not self._num_gateways:
+                self._assembly.clear()
+                self._early.clear()
                 await asyncio.gather(*(cluster.drop_all() for cluster in self._clusters))
 
     async def _prepare(self, message: Message) -> Message:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 
-from ecogen.errors import EcoGenError, NodeLostError, ProtocolError, TransportError
+from ecogen.errors import CheckpointError, EcoGenError, NodeLostError, ProtocolError, TransportError
 from ecogen.models.mixed_lora import Adapter
 from ecogen.placement import Placement
 from ecogen.serving.loading import DROP, Drop, parts_of
@@ -55,6 +55,7 @@ class Adapters:
             NodeLostError: if one is lost, or holds no model any more.
             CheckpointError: if it does not fit the model.
         """
+        _check_blocks(adapter, placement)
         gives = (self._give_to(placement, node_id, adapter_id, adapter) for node_id in placement.node_ids)
         for problem in await asyncio.gather(*gives, return_exceptions=True):
             if problem is not None:
@@ -103,3 +104,12 @@ class Adapters:
                 await self._transport.call(node_id, message)
         except ProtocolError as problem:
             raise NodeLostError(node_id, str(problem)) from problem
+
+
+def _check_blocks(adapter: Adapter, placement: Placement) -> None:
+    """Refuse an adapter of a deeper model: no device would hold what is for blocks that are not here."""
+    segments = [segment for node_id in placement.node_ids for segment in placement.segments_of(node_id)]
+    here = {block for segment in segments for block in segment.blocks}
+    if strange := sorted(adapter.blocks - here):
+        said = f"it is for block {strange[0]} too, and the model has {len(here)} blocks"
+        raise CheckpointError(f"the adapter does not fit the model: {said}")

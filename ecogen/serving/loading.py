@@ -118,11 +118,14 @@ class Assembly:
         """Take one part; gives the adapter once it is complete.
 
         Raises:
-            ProtocolError: if it is too large.
+            ProtocolError: if it is too large, or its first parts are not here any more.
         """
         prepare = message.read(Prepare)
-        tensors = self._parts.setdefault(prepare.adapter_id, {}) if prepare.part else {}
-        self._parts[prepare.adapter_id] = tensors
+        if not prepare.part:
+            self._parts[prepare.adapter_id] = {}
+        elif prepare.adapter_id not in self._parts:
+            raise ProtocolError(f"part {prepare.part} of adapter {prepare.adapter_id!r} came without those before it")
+        tensors = self._parts[prepare.adapter_id]
         tensors |= message.tensors
         if prepare.part >= _MAX_PARTS:
             del self._parts[prepare.adapter_id]
@@ -134,6 +137,10 @@ class Assembly:
     def forget(self, adapter_id: str) -> None:
         """No more parts of it come."""
         self._parts.pop(adapter_id, None)
+
+    def clear(self) -> None:
+        """No more parts of any come."""
+        self._parts.clear()
 
 
 def parts_of(adapter_id: str, adapter: Adapter) -> Iterator[Message]:

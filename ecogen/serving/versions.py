@@ -115,6 +115,7 @@ class Versions:
             try:
                 await self._give_all(version)
             except BaseException:  # whoever brought it may have left
+                self._coming.discard(version)
                 await asyncio.shield(self._start_drop(version))
                 raise
             finally:
@@ -181,9 +182,15 @@ class Versions:
         assert version.adapter is not None
         is_held = False
         async with self._giving[edge_id]:
+            if not self._is_wanted(version):
+                return False
             for message in parts_of(version.adapter_id, version.adapter):
                 is_held = (await self._transport.call(edge_id, message)).read(Held).is_held
         return is_held
+
+    def _is_wanted(self, version: Version) -> bool:
+        """Whether edges are to hold it; one that was taken away meanwhile has been dropped already."""
+        return version in self._coming or version in self._retired or version in self._meant.values()
 
     async def _has(self, edge_id: str, version: Version) -> bool:
         """Whether devices of an edge that was given an adapter hold it by now."""
@@ -207,8 +214,11 @@ class Versions:
         return task
 
     async def _drop(self, version: Version) -> None:
-        drop = Message.of(DROP, Drop(version.adapter_id))
-        drops = (self._transport.call(edge_id, drop) for edge_id in self._edge_ids)
+        drops = (self._drop_at(edge_id, version) for edge_id in self._edge_ids)
         for problem in await asyncio.gather(*drops, return_exceptions=True):
             if isinstance(problem, TransportError):
                 logger.warning("%s", problem)  # what it is when it comes back holds nothing
+
+    async def _drop_at(self, edge_id: str, version: Version) -> None:
+        async with self._giving[edge_id]:  # not before what is being given
+            await self._transport.call(edge_id, Message.of(DROP, Drop(version.adapter_id)))

@@ -20,9 +20,9 @@ from ecogen.models.mixed_lora import Adapter, MixedLora, open_adapter
 from ecogen.node.serving_edge import ServingEdge
 from ecogen.serving.cluster import ServedCluster
 from ecogen.serving.generation import GenerationRequest
-from ecogen.serving.loading import Prepare
+from ecogen.serving.loading import Prepare, parts_of
 from ecogen.serving.sampling import Chosen
-from ecogen.serving.versions import Versions
+from ecogen.serving.versions import Version, Versions
 from ecogen.transport.base import Message, Peer
 from tests.serving.adapters import asked, clusters_of, held_by, wanted
 from tests.serving.federations import GREEDY, prompts, serving, tiny_recipe, until
@@ -268,3 +268,63 @@ async def test_who_leaves_while_an_adapter_comes_leaves_nothing(
         assert not held_by(engine)
         assert not edge._assembly._parts
         assert [served.name for served in gateway.models()] == ["tiny"]
+
+
+async def test_parts_go_with_the_last_gateway(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after them begins anew, or is refused."""
+    monkeypatch.setattr("ecogen.serving.loading._PART_BYTES", 1)
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, engine):
+        await asked(gateway, "tiny", [5, 6], 2)
+        edge = engine.roles["edge-0"]
+        assert isinstance(edge, ServingEdge)
+        first, second, *_ = parts_of("x-0", open_adapter(adapters["one"]))
+        await engine.transport.call("edge-0", first)
+        await gateway.close()
+        await until(lambda: not edge._assembly._parts)
+        with pytest.raises(ProtocolError, match="part 1 of adapter 'x-0' came without those before it"):
+            await engine.transport.call("edge-0", second)
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "coming"])
+async def test_what_goes_while_an_edge_is_given_what_it_missed(
+    is_known: bool, model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not given to it after it was dropped."""
+    give, reached, gate, is_slow = Versions._give, asyncio.Event(), asyncio.Event(), False
+
+    async def give_slowly(self: Versions, edge_id: str, version: Version) -> bool:
+        if is_slow and version.served.name == "one":
+            reached.set()
+            await gate.wait()
+        return await give(self, edge_id, version)
+
+    async def never(*_: object) -> bool:
+        return await asyncio.Event().wait()
+
+    monkeypatch.setattr(Versions, "_give", give_slowly)
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, engine):
+        await gateway.versions.put_adapter("one", open_adapter(adapters["one"]))
+        bring_two = gateway.versions.put_adapter("two", open_adapter(adapters["two"]))
+        if is_known:
+            await bring_two
+        await engine.kill("edge-0")
+        await engine.start_node("edge-0")
+        await until(lambda: gateway._edges[0].stream is None)
+        is_slow = True
+        if not is_known:  # nobody holds the model yet, to see whether it fits
+            monkeypatch.setattr(Versions, "_has", never)
+            bringing = asyncio.create_task(bring_two)
+            await until(lambda: gateway.versions._coming)
+        asking = asyncio.create_task(asked(gateway, "tiny", [5, 6], 4))
+        await reached.wait()
+        if is_known:
+            await gateway.versions.remove_adapter("two")
+        else:
+            bringing.cancel()
+            await asyncio.gather(bringing, return_exceptions=True)
+        await asyncio.gather(*gateway.versions._drops)
+        gate.set()
+        await asking
+        assert len(held_by(engine)) == 1

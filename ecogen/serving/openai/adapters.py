@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import lzma
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -30,6 +31,8 @@ from ecogen.serving.openai.connection import read_body
 from ecogen.serving.openai.keys import Caller, Keys
 from ecogen.serving.openai.limits import Gate, Limits
 from ecogen.serving.openai.refusals import Refusal, too_many, wrong
+
+_NAME = re.compile(r"[\w][\w.-]{0,63}", re.ASCII)
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -56,10 +59,11 @@ class _Names:
 
     Args:
         most: that one tenant may have.
+        at_once: that it may bring at once, since each is in memory as a whole.
     """
 
-    def __init__(self, store: AdapterStore, most: int) -> None:
-        self._store, self._most = store, most
+    def __init__(self, store: AdapterStore, most: int, at_once: int) -> None:
+        self._store, self._most, self._at_once = store, most, at_once
         self._coming: Counter[tuple[str, str]] = Counter()
 
     @contextmanager
@@ -67,12 +71,17 @@ class _Names:
         """While an adapter comes; counted before anything is awaited, so that many at once are no more than may be.
 
         Raises:
-            Refusal: 429, if the tenant has as many as it may.
+            Refusal: 400 for what is no name; 409, if the tenant has as many as it may; 429, if it brings as many at
+                once as it may.
         """
+        if not _NAME.fullmatch(name):
+            raise wrong("name", "An adapter's name is 1 to 64 letters, digits, '.', '_' and '-'", "invalid_name")
+        if sum(number for (owner, _), number in self._coming.items() if owner == tenant) >= self._at_once:
+            raise too_many(f"A tenant brings {self._at_once} adapters at once at most; wait for one to end")
         own = {model.name for model in self._store.models(tenant) if model.tenant == tenant}
         own |= {coming for owner, coming in self._coming if owner == tenant}
         if name not in own and len(own) >= self._most:
-            raise too_many(f"A tenant has {self._most} adapters at most; delete one")
+            raise Refusal(409, f"A tenant has {self._most} adapters at most; delete one", code="too_many_adapters")
         self._coming[tenant, name] += 1
         try:
             yield
@@ -82,7 +91,8 @@ class _Names:
 
 def adapter_routes(store: AdapterStore, keys: Keys, gate: Gate, limits: Limits) -> list[Route]:
     """Where adapters come and go."""
-    names, sizes = _Names(store, limits.adapters), replace(limits, body_bytes=limits.adapter_bytes)
+    names = _Names(store, limits.adapters, limits.adapters_at_once)
+    sizes = replace(limits, body_bytes=limits.adapter_bytes)
 
     async def put(request: Request) -> Response:
         caller, tenant = _owner(keys, request)

@@ -27,7 +27,7 @@ from ecogen.serving.openai.choices import Piece, Telling, choice, merged
 from ecogen.serving.openai.connection import Reply, SlowReader, read_body, while_connected
 from ecogen.serving.openai.keys import Keys
 from ecogen.serving.openai.limits import Gate, Limits
-from ecogen.serving.openai.metrics import Counted, Metrics
+from ecogen.serving.openai.metrics import CLIENT_GONE, Counted, Metrics
 from ecogen.serving.openai.parameters import ChatParameters, CompletionParameters, parse
 from ecogen.serving.openai.questions import Asking, Question
 from ecogen.serving.openai.refusals import Refusal, refusal_of, unknown_model
@@ -75,7 +75,8 @@ def build_app(
             *([] if store is None else adapter_routes(store, keys, gate, limits)),
         ],
         middleware=[Middleware(Counted, metrics=metrics)],
-        exception_handlers=dict.fromkeys((Refusal, HTTPException, ServingError, TransportError, Exception), _refuse),
+        exception_handlers=dict.fromkeys((Refusal, HTTPException, ServingError, TransportError, Exception), _refuse)
+        | {ClientDisconnect: _leave},
     )
     app.state.is_open = not len(keys)
     return app
@@ -129,6 +130,11 @@ def _json(content: object, status: int = 200, headers: dict[str, str] | None = N
 async def _refuse(_: Request, problem: Exception) -> Response:
     refusal = refusal_of(problem)
     return _json(refusal.body, refusal.status, refusal.headers)
+
+
+async def _leave(_: Request, __: Exception) -> Response:
+    """For nobody: the client is gone."""
+    return Response(status_code=CLIENT_GONE)
 
 
 class Answering:

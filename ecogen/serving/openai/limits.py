@@ -27,6 +27,7 @@ class Limits:
         requests_at_once: of one key.
         requests_per_minute: of one key, on average; as many may come at once.
         adapters: that one tenant may bring.
+        adapters_at_once: on their way, of one tenant.
         adapter_bytes: of each of them.
         write_s: how long a reader of a stream may take nothing.
     """
@@ -41,6 +42,7 @@ class Limits:
     requests_at_once: int | None = 64
     requests_per_minute: int | None = None
     adapters: int = 16
+    adapters_at_once: int = 4
     adapter_bytes: int = 256 * 2**20
     write_s: float = 20.0
 

@@ -16,7 +16,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _PATHS = ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 # nginx's status for a request whose client went away.
-_CLIENT_GONE = 499
+CLIENT_GONE = 499
 
 
 class Metrics:
@@ -84,7 +84,7 @@ class Counted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = _CLIENT_GONE
+        status = CLIENT_GONE
 
         async def send_and_look(message: Message) -> None:
             nonlocal status
@@ -104,6 +104,7 @@ class Counted:
 
 def _known(path: str) -> str:
     """A path as a label: whatever somebody may think of must not become one."""
-    if path.startswith("/v1/models/"):
-        return "/v1/models/{model}"
+    for known in ("/v1/models/", "/v1/adapters/"):
+        if path.startswith(known):
+            return f"{known}{{name}}"
     return path if path in _PATHS else "other"

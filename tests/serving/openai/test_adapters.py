@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from safetensors.torch import save as save_tensors
 
 from ecogen.errors import CheckpointError
 from ecogen.models.folder import open_folder
@@ -98,7 +99,7 @@ async def test_who_may_not(model: Path, adapters: list[Path], tmp_path: Path) ->
     async with api(model, tmp_path / "a", adapters=1) as client:
         assert (await client.put("/adapters/mine", content=content)).status_code == 401
         assert (await client.put("/adapters/mine", content=content, headers=key_of("eve"))).status_code == 401
-        for name, status in (("one", 200), ("one", 200), ("two", 429)):
+        for name, status in (("one", 200), ("one", 200), ("two", 409)):
             assert (
                 await client.put(f"/adapters/{name}", content=content, headers=key_of("anna"))
             ).status_code == status
@@ -139,7 +140,7 @@ async def slow_api(store: SlowStore, **limits: int) -> AsyncIterator[httpx.Async
 
 async def test_many_at_once_are_no_more_than_a_tenant_may_have(adapters: list[Path]) -> None:
     store, content = SlowStore(), zipped(adapters[0])
-    async with slow_api(store, adapters=3) as client:
+    async with slow_api(store, adapters=3, adapters_at_once=24) as client:
         puts = [
             asyncio.create_task(client.put(f"/adapters/{number % 8}", content=content, headers=key_of("anna")))
             for number in range(24)
@@ -147,14 +148,53 @@ async def test_many_at_once_are_no_more_than_a_tenant_may_have(adapters: list[Pa
         await until(lambda: sum(put.done() for put in puts) == 15)
         store.resume.set()
         answers = await asyncio.gather(*puts)
-        assert sorted(answer.status_code for answer in answers) == [200] * 9 + [429] * 15
-        assert "3 adapters at most" in next(one for one in answers if one.status_code == 429).text
+        assert sorted(answer.status_code for answer in answers) == [200] * 9 + [409] * 15
+        assert "3 adapters at most" in next(one for one in answers if one.status_code == 409).text
         assert len(store.brought) == 3
         [first, *_] = [name for _, name in store.brought]
         assert (await client.delete(f"/adapters/{first}", headers=key_of("anna"))).status_code == 200
-        for name, status in (("another", 200), ("one-more", 429)):
+        for name, status in (("another", 200), ("one-more", 409)):
             put = await client.put(f"/adapters/{name}", content=content, headers=key_of("anna"))
             assert put.status_code == status
+
+
+async def test_few_are_in_memory_at_once(adapters: list[Path]) -> None:
+    store, content = SlowStore(), zipped(adapters[0])
+    async with slow_api(store, adapters_at_once=2) as client:
+        puts = [asyncio.create_task(client.put("/adapters/a", content=content, headers=key_of("anna"))) for _ in "ab"]
+        await until(lambda: store.num_waiting == 2)
+        refused = await client.put("/adapters/b", content=content, headers=key_of("anna"))
+        assert (refused.status_code, "brings 2 adapters at once" in refused.text) == (429, True)
+        other = asyncio.create_task(client.put("/adapters/b", content=content, headers=key_of("ben")))
+        await until(lambda: store.num_waiting == 3)
+        store.resume.set()
+        assert {answer.status_code for answer in await asyncio.gather(*puts, other)} == {200}
+
+
+@pytest.mark.parametrize("name", ["%20", "a%00b", "a" * 65, "-", "a%20b", "%C3%A9"])
+async def test_what_is_no_name(name: str, adapters: list[Path]) -> None:
+    store = SlowStore()
+    async with slow_api(store) as client:
+        refused = await client.put(f"/adapters/{name}", content=zipped(adapters[0]), headers=key_of("anna"))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_name")
+        assert not store.num_waiting
+
+
+async def test_an_upload_that_is_broken_off_is_nobodys_mistake(caplog: pytest.LogCaptureFixture) -> None:
+    async with slow_api(SlowStore()) as client:
+        address = client.base_url
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        head = "PUT /v1/adapters/a HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-of-anna\r\nContent-Length: 1000"
+        writer.write(f"{head}\r\n\r\nsome".encode())
+        await writer.drain()
+        await asyncio.sleep(0.2)
+        writer.close()
+        wanted_line = 'ecogen_requests_total{path="/v1/adapters/{name}",status="499"} 1.0'
+        async with asyncio.timeout(5):
+            while wanted_line not in (await client.get(str(address.join("/metrics")), headers=key_of("anna"))).text:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert not reader.at_eof() or not await reader.read()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_adapters_pass_the_gate_too(adapters: list[Path]) -> None:
@@ -227,6 +267,8 @@ async def test_what_is_no_adapter(model: Path, adapters: list[Path], tmp_path: P
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"nothing")
     save_decoder("llama", tmp_path / "wider", hidden_size=128)
     other = save_adapter(tmp_path / "wider", tmp_path / "other", 1)
+    save_decoder("llama", tmp_path / "deeper", num_hidden_layers=8, vocab_size=byte_level().get_vocab_size())
+    deeper = save_adapter(tmp_path / "deeper", tmp_path / "deep", 1)
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("adapter_config.json", " " * 10**7)
@@ -237,6 +279,8 @@ async def test_what_is_no_adapter(model: Path, adapters: list[Path], tmp_path: P
             zipped(tmp_path / "half"): "has no adapter_model.safetensors; zip the directory that PEFT saved",
             zipped(tmp_path / "broken"): "the adapter is corrupt",
             zipped(other): "does not fit the model",
+            zipped(deeper): "it is for block 6 too, and the model has 6 blocks",
+            spoilt(adapters[0], adapter_model=save_tensors({})): "it has no tensors",
             corrupt(adapters[0], zipfile.ZIP_DEFLATED): "no zip file of an adapter",
             spoilt(adapters[0], adapter_config=b'{"peft_type": "LORA", "rank_pattern": [1]}'): "`$.rank_pattern`",
             bomb.getvalue(): "larger than 1000000 bytes unpacked",
