@@ -270,7 +270,8 @@ async def _report(child: _Child, timeout_s: float | None) -> dict[str, Any] | No
     loop, said = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(child.pipe.fileno(), said.set)
     try:
-        await asyncio.wait_for(said.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):  # `wait_for` would forget of being cancelled if the child says it now
+            await said.wait()
         report: dict[str, Any] = child.pipe.recv()
         return report
     except (EOFError, ConnectionError, TimeoutError):

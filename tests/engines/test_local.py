@@ -7,7 +7,9 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -179,3 +181,22 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_who_keeps_a_node_ends_even_as_the_node_says_that_it_serves(num_turns: int) -> None:
+    """Or an engine that is stopped while a node comes back would wait for its keeper for ever."""
+    ours, theirs = Pipe()
+    child = local._Child(cast(Any, None), ours, 0.0)
+    reporting = asyncio.create_task(local._report(child, 30))
+    await asyncio.sleep(0.01)
+    theirs.send({"address": "here"})
+    while not ours.poll():
+        pass
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    if reporting.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await reporting
+    else:
+        assert await reporting == {"address": "here"}

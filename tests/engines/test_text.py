@@ -189,7 +189,7 @@ def test_a_folder_without_a_tokenizer_is_an_error_before_anything_starts(foundat
         {"aggregation": {"buffer": 1}},
         {"tunables": {"cluster_ranks": {"edge-0.cluster-1": 1}}},
         {"wire": {"activations": "int8", "gradients": "bfloat16", "orders": "bfloat16", "updates": "int8"}},
-        {"privacy": {"noise_multiplier": 0.01, "clip_norm": 5.0, "delta": 0.1}},
+        {"privacy": {"noise_multiplier": 0.001, "clip_norm": 5.0, "delta": 0.1}},
         {"compute": {"dtype": "bfloat16"}},
         {"placement": {"labels": "end"}, "data": {"owners": 2}},
         {"tunables": {"lora_rank": 0, "ia3": True}, "tuning": {"learning_rate": 0.05}},
