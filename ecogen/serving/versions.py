@@ -40,7 +40,6 @@ class Version:
     """What a name means, or meant: an adapter, or the backbone alone."""
 
     served: ServedModel
-    tenant: str | None = None
     adapter_id: str = ""
     adapter: Adapter | None = None
     num_users: int = 0
@@ -68,7 +67,7 @@ class Versions:
 
     def models(self, tenant: str | None = None) -> Sequence[ServedModel]:
         """Those that a tenant may ask for, the backbone first."""
-        return [version.served for version in self._meant.values() if version.tenant in (None, tenant)]
+        return [version.served for version in self._meant.values() if version.served.tenant in (None, tenant)]
 
     def find(self, name: str, tenant: str | None) -> Version:
         """A tenant's own of that name, or else the one for all.
@@ -110,7 +109,7 @@ class Versions:
             if name == backbone.name:
                 raise ServingError(f"the name {name!r} is the backbone's; choose another")
             served = ServedModel(name, time.time(), backbone.max_tokens, backbone.name, tenant, adapter.nbytes)
-            version = Version(served, tenant, f"{self._name}-{next(self._numbers)}", adapter)
+            version = Version(served, f"{self._name}-{next(self._numbers)}", adapter)
             self._coming.add(version)
             try:
                 await self._give_all(version)
