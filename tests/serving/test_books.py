@@ -15,17 +15,9 @@ from ecogen.node.books import hand_in_books
 from ecogen.records import PhaseRecord, Record, ServedRecord, Usage, read_records
 from ecogen.reports.served import Cost
 from ecogen.storage import read_lines
-from tests.models.decoders import save_decoder
 from tests.serving.federations import prompts, request, serving, tiny_recipe, whole_answer
 
 PROMPTS = prompts(6)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_decoder("llama", folder)
-    return folder
 
 
 def records_of(folder: Path) -> list[Record]:

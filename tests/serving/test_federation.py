@@ -51,13 +51,6 @@ EDGE, DEVICES = "edge-0", [f"edge-0.cluster-0.device-{index}" for index in range
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_decoder("llama", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(model: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model).eval()
 
