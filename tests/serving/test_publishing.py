@@ -17,6 +17,7 @@ from ecogen.errors import (
     UnavailableError,
 )
 from ecogen.models.mixed_lora import Adapter, MixedLora, open_adapter
+from ecogen.node.serving_device import ServingDevice
 from ecogen.node.serving_edge import ServingEdge
 from ecogen.serving.cluster import ServedCluster
 from ecogen.serving.generation import GenerationRequest
@@ -239,34 +240,44 @@ async def test_a_device_that_fails_to_hold_an_adapter_answers_nobody_without_it(
         assert (after is not before) == is_lost
 
 
+@pytest.mark.parametrize("owner", [ServingEdge, ServingDevice], ids=["at the edge", "at the device"])
 @pytest.mark.parametrize("is_late", [False, True], ids=["after a part of it", "after all of it"])
 async def test_who_leaves_while_an_adapter_comes_leaves_nothing(
-    is_late: bool, model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_late: bool,
+    owner: type[ServingEdge | ServingDevice],
+    model: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ecogen.serving.loading._PART_BYTES", 1)
-    hold, has_come = ServingEdge._hold, asyncio.Event()
+    hold, has_come = owner._hold, asyncio.Event()
 
-    async def hold_and_wait(self: ServingEdge, peer: Peer, message: Message) -> Message:
+    async def hold_and_wait(self: Any, peer: Peer, message: Message) -> Message:
         reply = await hold(self, peer, message)
         if message.read(Prepare).is_last or not is_late:
             has_come.set()
             await asyncio.Event().wait()
         return reply
 
-    monkeypatch.setattr(ServingEdge, "_hold", hold_and_wait)
+    monkeypatch.setattr(owner, "_hold", hold_and_wait)
     async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, engine):
         await asked(gateway, "tiny", [5, 6], 2)
-        edge = engine.roles["edge-0"]
+        edge, device = engine.roles["edge-0"], engine.roles["edge-0.cluster-0.device-0"]
         assert isinstance(edge, ServingEdge)
+        assert isinstance(device, ServingDevice)
+        assembly = edge._assembly if owner is ServingEdge else device._assembly
         bringing = asyncio.create_task(gateway.versions.put_adapter("one", open_adapter(adapters["one"])))
         await has_come.wait()
-        assert bool(held_by(engine)) == is_late
-        assert bool(edge._assembly._parts) != is_late
+        assert bool(held_by(engine)) == (is_late or owner is ServingDevice)
+        assert bool(device._loaded._ids) == is_late
+        assert bool(assembly._parts) != is_late
         bringing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await bringing
         assert not held_by(engine)
-        assert not edge._assembly._parts
+        assert not device._loaded._ids
+        assert not assembly._parts
         assert [served.name for served in gateway.models()] == ["tiny"]
 
 
