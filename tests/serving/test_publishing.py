@@ -150,6 +150,25 @@ async def test_a_cluster_that_takes_an_adapter_answers_for_one_that_does_not(
         assert other.takes(adapter_id)
 
 
+async def test_that_an_edge_could_not_answer_is_kept_while_it_tells_anything(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each version has an id of its own, and a server lives long."""
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, engine):
+        [edge], refused = gateway._edges, []
+        await asked(gateway, "tiny", [5, 6], 2)
+        [cluster] = clusters_of(engine)
+        for patience_s in (20, 20, 0):
+            gateway._patience_s = patience_s
+            await gateway.versions.put_adapter("one", open_adapter(adapters["one"]))
+            adapter_id = gateway.versions.find("one", None).adapter_id
+            cluster.adapters._refused[adapter_id] = CheckpointError("int8 cannot have it")
+            with pytest.raises(UnavailableError, match="int8 cannot have it"):
+                await asked(gateway, "one", [5, 6], 4)
+            refused.append(adapter_id)
+            assert [*edge.unable_s] == (refused if patience_s else [adapter_id])
+
+
 async def test_where_nobody_sees_whether_an_adapter_fits(
     model: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
