@@ -75,7 +75,8 @@ class _Names:
                 once as it may.
         """
         if not _NAME.fullmatch(name):
-            raise wrong("name", "An adapter's name is 1 to 64 letters, digits, '.', '_' and '-'", "invalid_name")
+            said = "1 to 64 letters, digits, '.', '_' and '-', the first a letter, a digit or '_'"
+            raise wrong("name", f"An adapter's name is {said}", "invalid_name")
         if sum(number for (owner, _), number in self._coming.items() if owner == tenant) >= self._at_once:
             raise too_many(f"A tenant brings {self._at_once} adapters at once at most; wait for one to end")
         own = {model.name for model in self._store.models(tenant) if model.tenant == tenant}

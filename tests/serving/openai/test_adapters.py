@@ -171,12 +171,13 @@ async def test_few_are_in_memory_at_once(adapters: list[Path]) -> None:
         assert {answer.status_code for answer in await asyncio.gather(*puts, other)} == {200}
 
 
-@pytest.mark.parametrize("name", ["%20", "a%00b", "a" * 65, "-", "a%20b", "%C3%A9"])
+@pytest.mark.parametrize("name", ["%20", "a%00b", "a" * 65, "-", ".a", "a%20b", "%C3%A9"])
 async def test_what_is_no_name(name: str, adapters: list[Path]) -> None:
     store = SlowStore()
     async with slow_api(store) as client:
         refused = await client.put(f"/adapters/{name}", content=zipped(adapters[0]), headers=key_of("anna"))
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_name")
+        assert "the first a letter, a digit or '_'" in refused.json()["error"]["message"]
         assert not store.num_waiting
 
 
