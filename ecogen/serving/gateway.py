@@ -253,7 +253,8 @@ class Gateway:
 
 async def _close(stream: Stream) -> None:
     with suppress(TransportError, TimeoutError):
-        await asyncio.wait_for(stream.close(), _CLOSE_S)
+        async with asyncio.timeout(_CLOSE_S):  # `wait_for` would forget of being cancelled if it closes now
+            await stream.close()
 
 
 def _said(one: News | NodeLostError) -> Chosen | Finish:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,12 +19,13 @@ from ecogen.errors import (
 from ecogen.models.mixed_lora import Adapter, MixedLora, open_adapter
 from ecogen.node.serving_device import ServingDevice
 from ecogen.node.serving_edge import ServingEdge
+from ecogen.serving import gateway as gateway_module
 from ecogen.serving.cluster import ServedCluster
 from ecogen.serving.generation import GenerationRequest
 from ecogen.serving.loading import Prepare, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.versions import Version, Versions
-from ecogen.transport.base import Message, Peer
+from ecogen.transport.base import Message, Peer, Stream
 from tests.serving.adapters import asked, clusters_of, held_by, wanted
 from tests.serving.federations import GREEDY, prompts, serving, tiny_recipe, until
 
@@ -226,6 +227,27 @@ async def test_an_edge_that_cannot_be_given_the_adapters_is_left(
         fails = False
         assert await asked(gateway, "one", [5, 6], 4) == wanted(model, adapters["one"], [5, 6], 4)
         assert edge._num_gateways == 1
+
+
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_who_asks_may_leave_even_as_the_stream_to_such_an_edge_closes(num_turns: int) -> None:
+    """Or the answer would go on at another edge for nobody."""
+    is_closed = asyncio.Event()
+
+    class Closing:
+        async def close(self) -> None:
+            await is_closed.wait()
+
+    closing = asyncio.create_task(gateway_module._close(cast(Stream, Closing())))
+    await asyncio.sleep(0.01)
+    is_closed.set()
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    if closing.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+    else:
+        await closing
 
 
 @pytest.mark.parametrize(("problem", "is_lost"), [(ProtocolError("no model"), True), (RuntimeError("no room"), False)])
