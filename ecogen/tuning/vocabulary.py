@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ecogen.models.pair_tokens import image_marks
+
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
 
@@ -19,13 +21,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, num_image_codes: int = 0) -> PreTrainedTokenizerFast:
     """An ordinary tokenizer of transformers; the same for the same texts. Every text can be written in its tokens.
 
     Args:
         vocabulary_size: at most, marks and the 256 bytes included.
+        num_image_codes: of the image tokenizer, each of which is a mark too; 0 where there are no images.
     """
     marks = [PAD, BOS, EOS, *(f"<|{role}|>" for role in ROLES)]
+    marks += [*image_marks(num_image_codes)] if num_image_codes else []
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

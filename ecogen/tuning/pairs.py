@@ -1,0 +1,83 @@
+"""Images with captions as passages: the caption and then the image's codes, or the other way round.
+
+A model that learns both ways draws what a caption says, says what an image shows, and makes pairs of nothing.
+
+Shapes: N pairs, C channels, S side of an image, T tokens of a passage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ecogen.models.image_tokenizer import ImageTokenizer
+from ecogen.models.pair_tokens import PairTokens, pair_tokens
+from ecogen.tuning.passages import IGNORED, Passages
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images [N, C, S, S] in [0, 1], and what each shows."""
+
+    images: Tensor
+    captions: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, indices: Sequence[int] | NDArray[np.int64]) -> Pairs:
+        chosen = [int(index) for index in indices]
+        return Pairs(self.images[chosen], [self.captions[index] for index in chosen])
+
+
+class PairWriter:
+    """Writes pairs in a model's tokens.
+
+    Args:
+        length: T, to which passages are padded.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImageTokenizer, length: int) -> None:
+        self._tokenizer, self._images, self._length = tokenizer, images, length
+        self.tokens: PairTokens = pair_tokens(tokenizer, images.config)
+
+    def captioned(self, pairs: Pairs) -> Passages:
+        """Each pair with its caption before its image, for drawing."""
+        return self._passages(pairs, is_drawn=np.ones(len(pairs), dtype=bool))
+
+    def mixed(self, pairs: Pairs, is_drawn: NDArray[np.bool_]) -> Passages:
+        """Each pair either way.
+
+        Args:
+            is_drawn: whether the caption comes first [N].
+        """
+        return self._passages(pairs, is_drawn)
+
+    def both(self, pairs: Pairs) -> Passages:
+        """Each pair both ways, one behind the other [2 N]."""
+        twice = pairs[np.repeat(np.arange(len(pairs)), 2)]
+        return self._passages(twice, np.arange(len(twice)) % 2 == 0)
+
+    def _passages(self, pairs: Pairs, is_drawn: NDArray[np.bool_]) -> Passages:
+        written = self.tokens.written(self._images.encode(pairs.images)).tolist()
+        said = self._tokenizer(list(pairs.captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rows = [self._row(*pair) for pair in zip(said, written, is_drawn, strict=True)]
+        tokens = torch.tensor(rows, dtype=torch.int64).view(len(rows), self._length + 1)
+        following = tokens[:, 1:].masked_fill(tokens[:, 1:] == self._padding, IGNORED)
+        return Passages(tokens[:, :-1], following)
+
+    def _row(self, said: list[int], drawn: list[int], is_drawn: bool) -> list[int]:
+        content = [*said, *drawn] if is_drawn else [*drawn, *said]
+        row = [self._tokenizer.bos_token_id, *content, self._tokenizer.eos_token_id][: self._length + 1]
+        return row + [self._padding] * (self._length + 1 - len(row))
+
+    @property
+    def _padding(self) -> int:
+        padding: int = self._tokenizer.pad_token_id
+        return padding
