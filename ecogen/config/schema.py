@@ -61,7 +61,7 @@ class Model:
 
 @dataclass(frozen=True, config=STRICT)
 class Pretraining:
-    """How the cloud pre-trains the foundation model: arguments of `tuning.pretrain.pretrain`, or `pretrain_text`."""
+    """How the cloud pre-trains the foundation model: arguments of `tuning.pretrain.pretrain`, or `pretrain_decoder`."""
 
     seed: Seed = 0
     steps: Count = 700

@@ -15,7 +15,7 @@ from ecogen.models.profile import shape_of
 from ecogen.planning.clusters import place_clusters
 from ecogen.topology import Topology
 from ecogen.tuning.foundation import known_folder, of_kind, vit_config
-from ecogen.tuning.pretrain_text import llama_config
+from ecogen.tuning.pretrain_decoder import llama_config
 from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of
 from ecogen.tuning.task import task_of

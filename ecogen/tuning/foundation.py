@@ -27,7 +27,7 @@ from ecogen.tuning.documentation import cloud_topics
 from ecogen.tuning.documents import Document
 from ecogen.tuning.encoding import stream_of
 from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain, untrained
-from ecogen.tuning.pretrain_text import TEXT_VERSION, llama_config, new_llama, pretrain_text
+from ecogen.tuning.pretrain_decoder import TEXT_VERSION, llama_config, new_llama, pretrain_decoder, windows
 from ecogen.tuning.vocabulary import train_tokenizer
 
 Compute = Callable[..., Awaitable[Any]]
@@ -167,10 +167,9 @@ def _text_model(recipe: recipes.Recipe, on_step: OnStep) -> tuple[PreTrainedMode
     config = llama_config(recipe.model, tokenizer)
     if recipe.model.source == "untrained":
         return new_llama(config, spec.seed), tokenizer
-    model = pretrain_text(
+    model = pretrain_decoder(
         config,
-        torch.tensor(stream_of([Document(text) for text in texts], tokenizer)),
-        length=recipe.model.context_length,
+        windows(torch.tensor(stream_of([Document(text) for text in texts], tokenizer)), recipe.model.context_length),
         seed=spec.seed,
         on_step=on_step,
         steps=spec.steps,

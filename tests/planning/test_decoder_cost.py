@@ -21,7 +21,7 @@ from ecogen.placement import Segment
 from ecogen.planning import cost
 from ecogen.planning.clusters import plan_clusters
 from ecogen.planning.decoder_cost import DecoderShape
-from ecogen.tuning.pretrain_text import llama_config
+from ecogen.tuning.pretrain_decoder import llama_config
 
 TOKENS, BLOCKS, VOCABULARY = 24, 4, 300
 WHOLE = Segment(0, BLOCKS, has_embedding=True, has_head=True)

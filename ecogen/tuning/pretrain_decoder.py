@@ -1,8 +1,8 @@
 """Pre-training in the cloud: a small Llama learns to tell the next token of a corpus, in a minute or two of CPU time.
 
-Matrices of the blocks learn by Muon, all else by AdamW; batches are windows that begin anywhere in the corpus.
+Matrices of the blocks learn by Muon, all else by AdamW. Of text, batches are windows that begin anywhere in the corpus.
 
-Shapes: B windows a batch, T tokens of a window.
+Shapes: B passages a batch, T tokens of a passage.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ecogen.config import Model
 from ecogen.tuning.muon import Muon
+from ecogen.tuning.passages import IGNORED, Passages
 from ecogen.tuning.pretrain import schedule
 
 TEXT_VERSION = 1
 """Raise it with any change that makes the same arguments give another model: caches are keyed by it."""
 
 OnStep = Callable[[str, int, int, float], None]
+Batches = Callable[[int, torch.Generator], Passages]
+"""So many random passages."""
 
 _CLIP_NORM = 1.0
 _MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -52,11 +55,10 @@ def new_llama(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).eval()
 
 
-def pretrain_text(
+def pretrain_decoder(
     config: LlamaConfig,
-    stream: Tensor,
+    batches: Batches,
     *,
-    length: int,
     seed: int,
     on_step: OnStep,
     steps: int,
@@ -68,8 +70,7 @@ def pretrain_text(
     """A small Llama that was shown a corpus; the same for the same arguments and number of threads.
 
     Args:
-        stream: the corpus as one row of tokens.
-        length: T, of a window.
+        batches: so many passages, as a function of the generator.
         on_step: called after each step with phase, step, steps and loss.
         matrix_rate, learning_rate: peaks of Muon and of AdamW.
     """
@@ -79,21 +80,27 @@ def pretrain_text(
     for step in range(steps):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * schedule((step + 1) / steps)
-        loss = next_token_loss(model, _windows(stream, batch_size, length, generator))
+        loss = next_token_loss(model, batches(batch_size, generator))
         _descend(loss, model, optimizers)
         on_step("next token", step + 1, steps, loss.item())
     return model
 
 
-def next_token_loss(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of each token [B, T] after the first, given those before it."""
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+def next_token_loss(model: LlamaForCausalLM, passages: Passages) -> Tensor:
+    """Mean cross-entropy of the labels that count [B, T], each given the tokens before it."""
+    logits = model(input_ids=passages.tokens, use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1), passages.labels.flatten(), ignore_index=IGNORED)
 
 
-def _windows(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(max(1, len(stream) - length), (count, 1), generator=generator)
-    return stream[(starts + torch.arange(min(length + 1, len(stream)))).clamp(max=len(stream) - 1)]
+def windows(stream: Tensor, length: int) -> Batches:
+    """Passages of T tokens that begin anywhere in a corpus, which is one row of tokens."""
+
+    def drawn(count: int, generator: torch.Generator) -> Passages:
+        starts = torch.randint(max(1, len(stream) - length), (count, 1), generator=generator)
+        tokens = stream[(starts + torch.arange(min(length + 1, len(stream)))).clamp(max=len(stream) - 1)]
+        return Passages(tokens[:, :-1], tokens[:, 1:])
+
+    return drawn
 
 
 def _optimizers(
