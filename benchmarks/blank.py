@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ecogen.config import Model
-from ecogen.tuning.foundation import vit_config
+from ecogen.tuning.making import vit_config
 from ecogen.tuning.pretrain import new_model
 
 

@@ -56,6 +56,7 @@ class Model:
     patch_size: Count = 7
     num_channels: Count = 1
     vocabulary_size: Annotated[int, Field(ge=300)] = 2048  # of the tokenizer of a text model that is made here
+    codebook_size: Annotated[int, Field(ge=2, le=65_536)] = 256  # pairs: kinds of patches that images are told in
     context_length: Annotated[int, Field(ge=8)] = 128  # text: tokens of a passage, the most that the model is shown
 
 
@@ -72,6 +73,7 @@ class Pretraining:
     weight_decay: NonNegative = 0.05
     # Rendered from fonts; the images of the data set that no device owns; for text, topics of Python's documentation.
     corpus: Literal["glyphs", "data", "documentation"] = "glyphs"
+    image_steps: Count = 800  # pairs: of the image tokenizer, before the model's own
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,12 +88,15 @@ class Partition:
 
 @dataclass(frozen=True, config=STRICT)
 class Data:
-    """Which examples the devices own: labelled images, or text.
+    """Which examples the devices own: labelled images, text, or images with captions.
 
-    Of text, an example is a passage, and `train` (at most), `validation` and `test` are passages of each edge.
+    Of text, an example is a passage, and `train` (at most), `validation` and `test` are passages of each edge; of
+    images with captions they are pairs of each edge.
     """
 
-    name: Literal["digits", "mnist", "documentation", "text"] = "digits"
+    name: Literal["digits", "mnist", "documentation", "text", "pairs"] = "digits"
+    # Of pairs, by edge: "digits", "mnist", or a folder with captions.jsonl; digits where nothing is said.
+    sources: Mapping[str, str] = field(default_factory=dict)
     # On every node's machine. mnist: an npz file; empty: mnist/mnist.npz or mnist.npz below $ECOGEN_DATA. text: a text,
     # JSONL or Parquet file, a folder of these, or "hf:<repository>"; `tuning.documents` says what they hold.
     path: str = ""
@@ -107,7 +112,12 @@ class Data:
     @property
     def is_text(self) -> bool:
         """Whether examples are passages for a language model, not images for a vision transformer."""
-        return self.name in ("documentation", "text")
+        return self.name in ("documentation", "text", "pairs")
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether passages are images with captions."""
+        return self.name == "pairs"
 
 
 @dataclass(frozen=True, config=STRICT)

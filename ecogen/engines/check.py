@@ -14,7 +14,8 @@ from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import shape_of
 from ecogen.planning.clusters import place_clusters
 from ecogen.topology import Topology
-from ecogen.tuning.foundation import known_folder, of_kind, vit_config
+from ecogen.tuning.foundation import known_folder, of_kind
+from ecogen.tuning.making import vit_config
 from ecogen.tuning.pretrain_decoder import llama_config
 from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of

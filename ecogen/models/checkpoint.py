@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "generation_config.json",
+    "image_tokenizer.json",
+    "image_tokenizer.safetensors",
 )
 """What a text model's folder has besides its weights and configuration, as far as it has them."""
 

@@ -25,6 +25,8 @@ TEXT_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    "image_tokenizer.json",
+    "image_tokenizer.safetensors",
 )
 """What turns text into a model's tokens and back, and says which tokens end it."""
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ViTConfig, ViTModel
+from transformers import PreTrainedConfig
 
 from ecogen import config as recipes
 from ecogen.errors import CheckpointError, ConfigError, StorageError
@@ -22,21 +20,9 @@ from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors, 
 from ecogen.runtime.delivery import fetch_tensors
 from ecogen.storage import cache_folder, make_folder, write_atomically
 from ecogen.transport.base import Transport
-from ecogen.tuning.corpus import digest_of, open_corpus
-from ecogen.tuning.documentation import cloud_topics
-from ecogen.tuning.documents import Document
-from ecogen.tuning.encoding import stream_of
-from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain, untrained
-from ecogen.tuning.pretrain_decoder import TEXT_VERSION, llama_config, new_llama, pretrain_decoder, windows
-from ecogen.tuning.vocabulary import train_tokenizer
+from ecogen.tuning.making import OnStep, identity_of, make_model
 
 Compute = Callable[..., Awaitable[Any]]
-OnStep = Callable[[str, int, int, float], None]
-"""Called with the phase, the step, how many there are, and the loss."""
-
-_OF_TEXT = ("vocabulary_size", "context_length")
-_OF_IMAGES = ("image_size", "patch_size", "num_channels")
-"""Sizes of the model that the other kind has not, and which so are no part of what makes it what it is."""
 
 
 def obtain_foundation(recipe: recipes.Recipe, on_step: OnStep) -> tuple[Foundation, str]:
@@ -94,14 +80,7 @@ def foundation_folder(recipe: recipes.Recipe) -> Path:
     Raises:
         DataError: if the data set that it learns from is missing or damaged.
     """
-    is_text = recipe.data.is_text
-    sizes = recipes.section_table(recipe.model)
-    made_by: dict[str, Any] = {n: sizes[n] for n in sizes if n not in (_OF_IMAGES if is_text else _OF_TEXT)}
-    made_by |= {"pretraining": recipes.section_table(recipe.pretraining)}
-    made_by |= {"version": TEXT_VERSION if is_text else RECIPE_VERSION, "torch": torch.__version__}
-    made_by |= {"corpus": _text_digest() if is_text else digest_of(recipe.pretraining, recipe.data)}
-    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "foundation" / key
+    return cache_folder() / "foundation" / identity_of(recipe)
 
 
 def of_kind(foundation: Foundation, recipe: recipes.Recipe) -> Foundation:
@@ -135,55 +114,18 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)  # its small products gain nothing from more, and one gives the same model everywhere
     try:
-        model, tokenizer = _text_model(recipe, on_step) if recipe.data.is_text else (_model(recipe, on_step), None)
+        model = make_model(recipe, on_step)
     finally:
         torch.set_num_threads(threads)
     made = {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s, "time_s": time.time()}
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         try:
-            model.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+            model.save(Path(temporary))
         except OSError as problem:
             raise StorageError(f"cannot write to the cache {folder.parent}: {problem}; set XDG_CACHE_HOME") from problem
         write_atomically(Path(temporary) / "made.json", json.dumps(made))
         _put_in_place(Path(temporary), folder)
-
-
-def _model(recipe: recipes.Recipe, on_step: OnStep) -> ViTModel:
-    config, corpus = vit_config(recipe.model), open_corpus(recipe.pretraining, recipe.data)
-    if recipe.model.source == "untrained":
-        return untrained(config, corpus, recipe.pretraining.seed)
-    arguments = asdict(recipe.pretraining)
-    del arguments["corpus"]
-    return pretrain(config, corpus, on_step=on_step, **arguments)
-
-
-def _text_model(recipe: recipes.Recipe, on_step: OnStep) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A tokenizer of the corpus, and a small Llama that was shown it."""
-    texts, spec = cloud_topics(), recipe.pretraining
-    tokenizer = train_tokenizer(texts, recipe.model.vocabulary_size)
-    config = llama_config(recipe.model, tokenizer)
-    if recipe.model.source == "untrained":
-        return new_llama(config, spec.seed), tokenizer
-    model = pretrain_decoder(
-        config,
-        windows(torch.tensor(stream_of([Document(text) for text in texts], tokenizer)), recipe.model.context_length),
-        seed=spec.seed,
-        on_step=on_step,
-        steps=spec.steps,
-        batch_size=spec.batch_size,
-        matrix_rate=spec.matrix_rate,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-    )
-    return model, tokenizer
-
-
-def _text_digest() -> str:
-    """What tells this Python's documentation from others'."""
-    return hashlib.sha256("\0".join(cloud_topics()).encode()).hexdigest()
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -197,19 +139,6 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 def _how(folder: Path, verb: str) -> str:
     made = json.loads((folder / "made.json").read_text())
     return f"{verb} {made['wall_s']:.0f} s ({made['cpu_s']:.0f} CPU s)"
-
-
-def vit_config(model: recipes.Model) -> ViTConfig:
-    """The configuration of the model that a recipe has pre-trained."""
-    return ViTConfig(
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_blocks,
-        num_attention_heads=model.num_heads,
-        intermediate_size=model.intermediate_size,
-        image_size=model.image_size,
-        patch_size=model.patch_size,
-        num_channels=model.num_channels,
-    )
 
 
 def _download(repository: str) -> Path:

@@ -24,7 +24,7 @@ from ecogen.planning.clusters import place_clusters, plan_clusters
 from ecogen.records import RequestRecord
 from ecogen.reports.tables import links_table
 from ecogen.reports.toml import to_toml
-from ecogen.tuning.foundation import vit_config
+from ecogen.tuning.making import vit_config
 from ecogen.units import format_seconds
 from tests.command import Ran, save_recipe
 from tests.runs import finish, run

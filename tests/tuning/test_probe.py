@@ -9,7 +9,8 @@ import pytest
 from ecogen import config as recipes
 from ecogen.measurements import Probe
 from ecogen.models.checkpoint import Foundation
-from ecogen.tuning.foundation import obtain_foundation, vit_config
+from ecogen.tuning.foundation import obtain_foundation
+from ecogen.tuning.making import vit_config
 from ecogen.tuning.probe import probe_foundation
 
 

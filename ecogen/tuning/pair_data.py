@@ -1,0 +1,158 @@
+"""The pairs of each edge: handwritten digits with captions, or a folder of images that says what they show.
+
+Every node makes the same division from the seed. Several edges may have pairs of one source: each label's examples are
+dealt over those that know it, so that no two edges have the same.
+
+Shapes: N pairs, C channels, S side of an image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ecogen.config import NUM_LABELS, Data
+from ecogen.errors import DataError
+from ecogen.tuning.captions import digit_caption
+from ecogen.tuning.datasets import FOLDER_VARIABLE, open_data, resized
+from ecogen.tuning.pairs import Pairs
+
+CAPTIONS = "captions.jsonl"
+"""Beside the images of a folder: a line for each, such as {"file": "72x72/1f302.png", "caption": "closed umbrella"}."""
+
+WRITTEN = ("digits", "mnist")
+"""The sources that are handwritten digits."""
+
+_DEAL_KEY, _SPLIT_KEY = 10, 11  # so that the same seed draws different numbers for different purposes
+_MOST_PIXELS = 2**24  # of an image's file
+
+
+class _Line(msgspec.Struct):
+    file: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class PairSplits:
+    """An edge's pairs, disjoint."""
+
+    train: Pairs
+    validation: Pairs
+    test: Pairs
+
+
+def source_of(data: Data, edge_id: str) -> str:
+    """Where an edge's pairs are from: one of `WRITTEN`, or a folder's path."""
+    return data.sources.get(edge_id, "digits")
+
+
+def read_pairs(data: Data, edge_ids: Sequence[str], edge_id: str, size: tuple[int, int], seed: int) -> PairSplits:
+    """An edge's pairs.
+
+    Args:
+        size: C and S.
+
+    Raises:
+        DataError: if its source is missing or damaged, or has too few.
+    """
+    source = source_of(data, edge_id)
+    sharing = [name for name in edge_ids if source_of(data, name) == source]
+    if source in WRITTEN:
+        own = _written(data, source, sharing, edge_id, size, seed)
+    else:
+        pairs = _of_folder(_folder(source), size)
+        order = np.random.default_rng([seed, _DEAL_KEY]).permutation(len(pairs))
+        own = pairs[np.sort(order[sharing.index(edge_id) :: len(sharing)])]
+    return _split(own, data, edge_id, [seed, edge_ids.index(edge_id), _SPLIT_KEY])
+
+
+def _written(data: Data, source: str, sharing: Sequence[str], edge_id: str, size: tuple[int, int], seed: int) -> Pairs:
+    """An edge's share of the digits that it knows."""
+    pool = open_data(Data(name="mnist" if source == "mnist" else "digits")).own
+    known = {name: data.labels_of_edges.get(name, range(NUM_LABELS)) for name in sharing}
+    generator, shares = np.random.default_rng([seed, _DEAL_KEY]), list[NDArray[np.int64]]()
+    for label in range(NUM_LABELS):
+        knowing = [name for name in sharing if label in known[name]]
+        order = generator.permutation(np.flatnonzero(pool.labels.numpy() == label))
+        if edge_id in knowing:
+            shares.append(order[knowing.index(edge_id) :: len(knowing)])
+    chosen = np.sort(np.concatenate(shares))
+    images = resized(pool.images[chosen].to(torch.float32)[:, None] / pool.white, size[1]).clamp(0, 1)
+    return Pairs(images.expand(-1, size[0], -1, -1), [digit_caption(int(label)) for label in pool.labels[chosen]])
+
+
+@lru_cache(maxsize=4)
+def _of_folder(folder: Path, size: tuple[int, int]) -> Pairs:
+    """All pairs of a folder, in the order of its captions.
+
+    Raises:
+        DataError: if a line or an image cannot be read, or names a file outside of it.
+    """
+    lines = list(_lines(folder))
+    if not lines:
+        raise DataError(f"{folder / CAPTIONS} has no captions; give lines of {{'file': ..., 'caption': ...}}")
+    return Pairs(torch.stack([_image(folder, line.file, size) for line in lines]), [line.caption for line in lines])
+
+
+def _lines(folder: Path) -> Sequence[_Line]:
+    path = folder / CAPTIONS
+    try:
+        return msgspec.json.Decoder(_Line).decode_lines(path.read_bytes())
+    except (OSError, msgspec.MsgspecError) as problem:
+        raise DataError(
+            f"{path} cannot be read ({problem}); give a line for each image, with 'file' and 'caption'"
+        ) from problem
+
+
+def _image(folder: Path, name: str, size: tuple[int, int]) -> Tensor:
+    """An image [C, S, S] in [0, 1]; of one channel it is the ink, dark on light, as glyphs and digits are."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"{folder / CAPTIONS} names {name!r}, which lies outside of its folder; move the image there")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise DataError(f"{path} has {image.width} x {image.height} pixels; {_MOST_PIXELS} at most")
+            ground = Image.new("RGBA", image.size, "white")
+            ground.alpha_composite(image.convert("RGBA"))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as problem:
+        raise DataError(f"{path} is no image that can be read ({problem}); replace it, or drop its line") from problem
+    channels, side = size
+    scaled = ground.convert("L" if channels == 1 else "RGB").resize((side, side), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(scaled, dtype=np.float32).reshape(side, side, channels) / 255)
+    drawn = pixels.permute(2, 0, 1).contiguous()
+    return 1 - drawn if channels == 1 else drawn
+
+
+def _folder(source: str) -> Path:
+    """A folder by its path, or by its name below the folder of data sets."""
+    data = os.environ.get(FOLDER_VARIABLE)
+    places = [Path(source).expanduser(), *([Path(data, source)] if data else [])]
+    for place in places:
+        if (place / CAPTIONS).is_file():
+            return place
+    looked = " and no ".join(str(place / CAPTIONS) for place in places)
+    raise DataError(
+        f"there is no {looked}; give a folder that has one, or set {FOLDER_VARIABLE} to the folder around it"
+    )
+
+
+def _split(pairs: Pairs, data: Data, edge_id: str, key: Sequence[int]) -> PairSplits:
+    held_out = data.test + data.validation
+    if held_out >= len(pairs):
+        raise DataError(
+            f"{edge_id} has {len(pairs)} pairs; data.test {data.test} + data.validation {data.validation} leave none "
+            "to tune on; lower one of them, or add pairs"
+        )
+    test, validation, rest = np.split(np.random.default_rng(key).permutation(len(pairs)), [data.test, held_out])
+    return PairSplits(pairs[rest[: data.train]], pairs[validation], pairs[test])
