@@ -199,6 +199,7 @@ def _drop_beyond(table: dict[str, Any]) -> None:
         ("faults", "slow"),
         ("tunables", "cluster_ranks"),
         ("data", "labels_of_edges"),
+        ("data", "sources"),
     )
     others = [table[section].get(key) for section, key in places if isinstance(table.get(section), dict)]
     sections = (topology.get("sites"), topology.get("devices"), topology.get("clusters"), *others)

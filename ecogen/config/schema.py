@@ -87,6 +87,14 @@ class Partition:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PairSource:
+    """Where an edge's images with captions are from."""
+
+    name: str = "digits"  # or "mnist", or a folder with captions.jsonl
+    labels: tuple[Natural, ...] = ()  # of digits, those that the edge has; all where none are named
+
+
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """Which examples the devices own: labelled images, text, or images with captions.
 
@@ -95,8 +103,7 @@ class Data:
     """
 
     name: Literal["digits", "mnist", "documentation", "text", "pairs"] = "digits"
-    # Of pairs, by edge: "digits", "mnist", or a folder with captions.jsonl; digits where nothing is said.
-    sources: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, PairSource] = field(default_factory=dict)  # of pairs, by edge; all digits where not said
     # On every node's machine. mnist: an npz file; empty: mnist/mnist.npz or mnist.npz below $ECOGEN_DATA. text: a text,
     # JSONL or Parquet file, a folder of these, or "hf:<repository>"; `tuning.documents` says what they hold.
     path: str = ""

@@ -19,8 +19,7 @@ from ecogen.tuning.making import vit_config
 from ecogen.tuning.pretrain_decoder import llama_config
 from ecogen.tuning.privacy import check_accountant
 from ecogen.tuning.strategies import strategy_of
-from ecogen.tuning.task import task_of
-from ecogen.tuning.text import check_documents
+from ecogen.tuning.task import check_sources, task_of
 
 
 def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
@@ -55,7 +54,7 @@ def check_recipe(recipe: recipes.Recipe) -> recipes.Recipe:
 def _check_examples(recipe: recipes.Recipe, topology: Topology) -> None:
     folder = known_folder(recipe)
     if recipe.data.is_text and folder is None:  # without a tokenizer the cloud is the first to count passages
-        check_documents(recipe.data, topology.edge_ids)
+        check_sources(recipe, topology.edge_ids)
     else:
         task_of(recipe, topology, folder).check()
 

@@ -20,12 +20,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from ecogen.config import NUM_LABELS, Data
+from ecogen.config import NUM_LABELS, Data, PairSource, Recipe
 from ecogen.errors import DataError
+from ecogen.models.image_tokenizer import ImageTokenizer
 from ecogen.tuning.captions import digit_caption
 from ecogen.tuning.datasets import FOLDER_VARIABLE, open_data, resized
-from ecogen.tuning.pairs import Pairs
+from ecogen.tuning.pairs import Pairs, PairWriter
+from ecogen.tuning.text import TextSplits
 
 CAPTIONS = "captions.jsonl"
 """Beside the images of a folder: a line for each, such as {"file": "72x72/1f302.png", "caption": "closed umbrella"}."""
@@ -53,7 +56,7 @@ class PairSplits:
 
 def source_of(data: Data, edge_id: str) -> str:
     """Where an edge's pairs are from: one of `WRITTEN`, or a folder's path."""
-    return data.sources.get(edge_id, "digits")
+    return data.sources.get(edge_id, PairSource()).name
 
 
 def read_pairs(data: Data, edge_ids: Sequence[str], edge_id: str, size: tuple[int, int], seed: int) -> PairSplits:
@@ -79,7 +82,7 @@ def read_pairs(data: Data, edge_ids: Sequence[str], edge_id: str, size: tuple[in
 def _written(data: Data, source: str, sharing: Sequence[str], edge_id: str, size: tuple[int, int], seed: int) -> Pairs:
     """An edge's share of the digits that it knows."""
     pool = open_data(Data(name="mnist" if source == "mnist" else "digits")).own
-    known = {name: data.labels_of_edges.get(name, range(NUM_LABELS)) for name in sharing}
+    known = {name: data.sources.get(name, PairSource()).labels or range(NUM_LABELS) for name in sharing}
     generator, shares = np.random.default_rng([seed, _DEAL_KEY]), list[NDArray[np.int64]]()
     for label in range(NUM_LABELS):
         knowing = [name for name in sharing if label in known[name]]
@@ -156,3 +159,17 @@ def _split(pairs: Pairs, data: Data, edge_id: str, key: Sequence[int]) -> PairSp
         )
     test, validation, rest = np.split(np.random.default_rng(key).permutation(len(pairs)), [data.test, held_out])
     return PairSplits(pairs[rest[: data.train]], pairs[validation], pairs[test])
+
+
+def read_pair_passages(
+    recipe: Recipe, edge_ids: Sequence[str], edge_id: str, tokenizer: PreTrainedTokenizerBase, images: ImageTokenizer
+) -> TextSplits:
+    """An edge's pairs in a model's tokens, each both ways.
+
+    Raises:
+        DataError: if its source is missing or damaged, or has too few.
+    """
+    size = (images.config.num_channels, images.config.image_size)
+    splits = read_pairs(recipe.data, edge_ids, edge_id, size, recipe.seed)
+    writer = PairWriter(tokenizer, images, recipe.model.context_length)
+    return TextSplits(*(writer.both(part) for part in (splits.train, splits.validation, splits.test)))

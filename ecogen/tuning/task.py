@@ -5,7 +5,8 @@ Nodes ask it for what they are to evaluate, own and answer, and do not ask which
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -16,13 +17,15 @@ from ecogen.config import Recipe
 from ecogen.errors import DataError
 from ecogen.models.adapters import classification_config
 from ecogen.models.checkpoint import Foundation
+from ecogen.models.image_tokenizer import load_image_tokenizer
 from ecogen.models.tokenizer import load_tokenizer
 from ecogen.models.tunables import Tunables
 from ecogen.topology import Topology
 from ecogen.tuning.data import Examples, Indices, hide_labels, load_splits, partition_examples
 from ecogen.tuning.labels import LabelSet, common_labels, label_sets, without_heads
+from ecogen.tuning.pair_data import read_pair_passages, read_pairs
 from ecogen.tuning.passages import Batch, Passages, joined
-from ecogen.tuning.text import TextSplits, check_text, is_here, read_text
+from ecogen.tuning.text import TextSplits, check_documents, check_text, is_here, read_text
 
 
 class Task(Protocol):
@@ -72,7 +75,29 @@ def task_of(recipe: Recipe, topology: Topology, tokenizer: Path | None) -> Task:
     if not recipe.data.is_text:
         return ImageTask(recipe, topology)
     assert tokenizer is not None
-    return TextTask(recipe, topology, tokenizer)
+    return PassageTask(recipe, topology, _reader(recipe, topology.edge_ids, tokenizer))
+
+
+def check_sources(recipe: Recipe, edge_ids: Sequence[str]) -> None:
+    """Check that what a model is to learn from can be read, before there is one that says in which tokens.
+
+    Raises:
+        DataError: if not.
+    """
+    if not recipe.data.is_pairs:
+        check_documents(recipe.data, edge_ids)
+        return
+    for edge_id in edge_ids:
+        read_pairs(recipe.data, edge_ids, edge_id, (recipe.model.num_channels, recipe.model.image_size), recipe.seed)
+
+
+def _reader(recipe: Recipe, edge_ids: Sequence[str], folder: Path) -> Callable[[str], TextSplits]:
+    """What reads an edge's passages, in the tokens of a model."""
+    tokenizer, length = load_tokenizer(folder), recipe.model.context_length
+    if recipe.data.is_pairs:
+        images = load_image_tokenizer(folder)
+        return lambda edge_id: read_pair_passages(recipe, edge_ids, edge_id, tokenizer, images)
+    return lambda edge_id: read_text(recipe.data, edge_ids, edge_id, tokenizer, length, recipe.seed)
 
 
 class ImageTask:
@@ -127,16 +152,15 @@ class ImageTask:
         return partition_examples(self._splits.train.labels, recipe.data.partition, counts, recipe.seed, known)
 
 
-class TextTask:
-    """The next token of passages.
+class PassageTask:
+    """The next token of passages: of text, or of images with captions.
 
     Args:
-        tokenizer: the folder that has it.
+        read: an edge's passages.
     """
 
-    def __init__(self, recipe: Recipe, topology: Topology, tokenizer: Path) -> None:
-        self._recipe, self._topology, self._tokenizer = recipe, topology, load_tokenizer(tokenizer)
-        self._read: dict[str, TextSplits] = {}
+    def __init__(self, recipe: Recipe, topology: Topology, read: Callable[[str], TextSplits]) -> None:
+        self._recipe, self._topology, self._edge = recipe, topology, lru_cache(maxsize=None)(read)
 
     def config(self, foundation: Foundation, edge_id: str | None = None) -> PreTrainedConfig:
         return foundation.config
@@ -166,14 +190,6 @@ class TextTask:
     def check(self) -> None:
         for edge_id in self._topology.edge_ids:
             check_text(self._edge(edge_id), len(self._topology.clusters_of(edge_id)), edge_id)
-
-    def _edge(self, edge_id: str) -> TextSplits:
-        """An edge's passages, read when they are first asked for."""
-        if edge_id not in self._read:
-            recipe, edge_ids = self._recipe, self._topology.edge_ids
-            length = recipe.model.context_length
-            self._read[edge_id] = read_text(recipe.data, edge_ids, edge_id, self._tokenizer, length, recipe.seed)
-        return self._read[edge_id]
 
 
 def _checked(indices: Sequence[int], count: int) -> Sequence[int]:

@@ -85,6 +85,7 @@ def _of_data(recipe: Recipe) -> Iterator[Contradiction]:
     if recipe.evaluation.split == "validation" and not recipe.data.validation:
         text = "evaluation.split: 'validation' has no examples; set data.validation above 0, or choose 'test'"
         yield Contradiction(("evaluation.split", "data.validation"), text)
+    yield from unknown("data.sources", recipe.data.sources, dict.fromkeys(build_topology(recipe.topology).edge_ids))
     if recipe.data.name != "digits":
         return
     if recipe.data.path:

@@ -1,11 +1,17 @@
-"""What only images or only text have, asked for in a recipe of the other kind."""
+"""What only images, only text or only images with captions have, asked for in a recipe of another kind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ecogen.config.contradictions.contradiction import Contradiction
-from ecogen.config.schema import Recipe
+from ecogen.config.schema import MADE_HERE, NUM_LABELS, Recipe
+
+MARKS = 266
+"""Tokens of a tokenizer that is made here besides codes and words: bytes and marks."""
+
+CAPTION = 12
+"""Tokens that a caption and the marks around it may take."""
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """What LoRA may be added to in a vision transformer."""
@@ -14,6 +20,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 def of_kind(recipe: Recipe) -> Iterator[Contradiction]:
     """What does not go with images, or with text."""
     yield from _of_text(recipe) if recipe.data.is_text else _of_images(recipe)
+    yield from _of_pairs(recipe)
 
 
 def _of_images(recipe: Recipe) -> Iterator[Contradiction]:
@@ -32,14 +39,39 @@ def _of_text(recipe: Recipe) -> Iterator[Contradiction]:
         if is_wrong:
             yield _contradiction(place, said)
     model, data = recipe.model, recipe.data
-    if model.source == "pretrain" and recipe.pretraining.corpus != "documentation":
-        yield _contradiction("pretraining.corpus", "a text model learns from text; set 'documentation'", "model.source")
+    corpus, learns = ("glyphs", "from glyphs with captions") if data.is_pairs else ("documentation", "from text")
+    if model.source in MADE_HERE and recipe.pretraining.corpus != corpus:
+        said = f"a model for {data.name!r} learns {learns}; set {corpus!r}"
+        yield _contradiction("pretraining.corpus", said, "model.source")
     if (model.hidden_size // model.num_heads) % 2:
         said = f"{model.num_heads} heads of width {model.hidden_size // model.num_heads}, which is to be even"
         yield _contradiction("model.num_heads", said, "model.hidden_size")
     if bool(data.path) != (data.name == "text"):
         said = "'text' is what data.path names; give one" if data.name == "text" else "set data.name = 'text'"
         yield _contradiction("data.path", said)
+
+
+def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:
+    """Sources of pairs, and whether the sizes have room for them."""
+    model, data = recipe.model, recipe.data
+    if not data.is_pairs:
+        if data.sources:
+            yield _contradiction("data.sources", "say where pairs are from; set data.name = 'pairs', or leave it out")
+        return
+    for edge_id, source in data.sources.items():
+        if source.labels and (source.name not in ("digits", "mnist") or max(source.labels) >= NUM_LABELS):
+            said = f"{source.name!r} has no labels {[*source.labels]}; digits and mnist have 0 to {NUM_LABELS - 1}"
+            yield _contradiction(f"data.sources.{edge_id}.labels", said)
+    if model.source not in MADE_HERE:
+        return
+    needed = MARKS + model.codebook_size
+    if model.vocabulary_size < needed:
+        said = f"{model.vocabulary_size} has no room for {model.codebook_size} codes, marks and bytes; {needed} are"
+        yield _contradiction("model.vocabulary_size", said, "model.codebook_size")
+    codes = (model.image_size // model.patch_size) ** 2
+    if model.context_length < codes + CAPTION:
+        said = f"{model.context_length} has no room for {codes} codes and a caption; {codes + CAPTION} at least"
+        yield _contradiction("model.context_length", said, "model.patch_size")
 
 
 def _wrong_for_text(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
