@@ -56,3 +56,32 @@ class InversionAttack:
     results: tuple[Inversion, ...]
     originals: tuple[Image, ...] = ()
     original_label_accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawings:
+    """How well a generator draws and describes what an edge knows, as a classifier of real images judges it.
+
+    Attributes:
+        num_drawn: images, each for a caption of the edge.
+        recognised: share of them that shows what was asked for; None where captions name no labels.
+        real_recognised: the same of the edge's real test images.
+        frechet: distance of their features to those of real test images; see `relay.quality`.
+        real_frechet: the same of as many real training images.
+        copies: share of them that are near copies of the edge's training images.
+        caption_accuracy: share of the real test images whose caption names what they show.
+        sheet: some of them as a PNG file, a row for each caption.
+        real_sheet: real test images in the same order.
+        captions: of the rows.
+    """
+
+    num_drawn: int
+    recognised: float | None
+    real_recognised: float | None
+    frechet: float | None
+    real_frechet: float | None
+    copies: float
+    caption_accuracy: float
+    sheet: bytes = b""
+    real_sheet: bytes = b""
+    captions: tuple[str, ...] = ()

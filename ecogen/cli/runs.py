@@ -127,6 +127,49 @@ def predict(
     Console().print(show_request(asked.record, topology))
 
 
+@app.command()
+def generate(
+    run_folder: RunFolder,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='What to draw, say "a handwritten seven".')],
+    number: Annotated[int, typer.Option("--n", metavar="N", min=1, max=256, help="How many pictures.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The PNG file with all of them.")] = Path("drawn.png"),
+    edge: Annotated[
+        str | None, typer.Option(metavar="EDGE_ID", help="Whose model, where each edge has its own.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, show_default="0.4", help="0 draws the likeliest always.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same gives the same pictures.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="All nodes in this process, or a process a node.")] = "inproc",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what it took as one JSON object.")] = False,
+) -> None:
+    """Draw pictures with a run's text-image generator, through the split chain."""
+    from ecogen.engines.generating import generate as draw
+    from ecogen.models.pair_tokens import TEMPERATURE
+    from ecogen.serving.sampling import Sampling
+    from ecogen.storage import write_atomically
+
+    sampling = Sampling(temperature=TEMPERATURE if temperature is None else temperature, seed=seed)
+    drawn = asyncio.run(draw(run_folder, prompt, number, sampling=sampling, edge=edge, engine=engine))
+    write_atomically(out, drawn.sheet)
+    table = {
+        "file": str(out),
+        "model": drawn.model,
+        "n": number,
+        "t_inference_s": drawn.t_inference_s,
+        "energy_j": drawn.bill.energy_j.mid,
+        "emissions_g": drawn.bill.emissions_g.mid,
+    }
+    if as_json:
+        print(json.dumps(table))
+        return
+    from ecogen.reports.wording import format_grams
+    from ecogen.units import format_joules, format_seconds
+
+    took = f"{format_seconds(drawn.t_inference_s)}, {format_joules(drawn.bill.energy_j.mid)}"
+    print(f"{out}: {number} by {drawn.model}; {took} and {format_grams(drawn.bill.emissions_g.mid)} CO2e, modelled")
+
+
 def _show_served(folder: Path, as_json: bool) -> None:
     from ecogen.engines.books import read_books
     from ecogen.reports.console import show_served

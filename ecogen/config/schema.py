@@ -299,6 +299,7 @@ class Evaluation:
     split: Literal["test", "validation", "none"] = "test"
     requests: Natural = 20  # requests through the split chain of each edge once the model is tuned
     inversion: bool = False  # attack what crosses the first cut, and report how much it recovers
+    drawings: Count = 200  # of pairs: images that each edge's tuned model draws, to be judged, one a caption at least
 
 
 @dataclass(frozen=True, config=STRICT)

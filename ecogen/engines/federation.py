@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from ecogen import config as recipes
-from ecogen.engines.saving import save_run
+from ecogen.engines.saving import keeps_edges, save_run
 from ecogen.errors import NodeLostError
 from ecogen.models.checkpoint import Foundation
 from ecogen.node.cloud import Watch
@@ -121,7 +121,7 @@ class Federation:
             StorageError: if the disk is full.
         """
         tunables, foundation, wall_s = await self.tunables(), await self.foundation(), self.wall_s
-        edges = {e: await self.tunables_of(e) for e in self.topology.edge_ids if self.recipe.data.labels_of_edges}
+        edges = {e: await self.tunables_of(e) for e in self.topology.edge_ids if keeps_edges(self.recipe)}
         made = (foundation, tunables, wall_s, self.engine, edges)
         return await asyncio.to_thread(save_run, Path(folder), self.recipe, self.records, *made)
 

@@ -14,7 +14,7 @@ nodes/ certificates/      the nodes' disks and identities, for --resume
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,14 +29,17 @@ from ecogen import config as recipes
 from ecogen.accounting.ledger import settle
 from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
 from ecogen.errors import RunError
+from ecogen.measurements import Drawings
 from ecogen.metering.hardware import describe_host
 from ecogen.models.adapters import BACKBONE, classification_config, load_tuned, save_by_edge, save_text, save_tuned
 from ecogen.models.checkpoint import Foundation
+from ecogen.models.pair_model import PairModel
 from ecogen.models.profile import shape_of
 from ecogen.placement import Segment
 from ecogen.planning.clusters import place_clusters
 from ecogen.planning.cost import num_adapter_parameters, num_parameters, num_tunables
 from ecogen.records import Record, read_records, to_line
+from ecogen.relay.assessment import Assessor
 from ecogen.reports.html import write_report
 from ecogen.reports.summary import RunFacts, Summary, summarise
 from ecogen.storage import write_atomically
@@ -66,7 +69,7 @@ def save_run(
     """Write everything that outlives the federation; returns the summary.
 
     Args:
-        edges: each edge's own tunables, where the recipe says which labels they know.
+        edges: each edge's own tunables, where `keeps_edges`.
     """
     if (folder / RECIPE).exists():
         check_same(recipe, folder)
@@ -74,7 +77,7 @@ def save_run(
     wall_s += earlier_s(folder, [record.time_s for record in records])
     labels = {edge_id: _labels(recipe, edge_id, own) for edge_id, own in edges.items()}
     if foundation.is_text:
-        save_text(folder, foundation, tunables, recipe.tunables)
+        save_text(folder, foundation, {} if edges else tunables, recipe.tunables, edges)
     elif len(set(labels.values())) > 1:
         by_edge = {edge_id: (own, labels[edge_id]) for edge_id, own in edges.items()}
         shared = without_heads(tunables) if recipe.tuning.cloud_every else {}
@@ -91,9 +94,16 @@ def save_run(
         accuracies = {edge_id: correct / count for edge_id, (correct, count) in scores.items() if count}
         facts = replace(facts, num_evaluated=counts, saved_accuracy=accuracies)
     if foundation.is_text:
-        facts = replace(facts, saved_perplexity=_perplexities(folder, recipe))
+        facts = replace(facts, saved_perplexity=_perplexities(folder, recipe, edges))
+    if recipe.data.is_pairs:
+        facts = replace(facts, drawings=_drawings(folder, recipe, edges))
     write_atomically(folder / FACTS, msgspec.json.encode(facts))
     return rebuild_report(folder)
+
+
+def keeps_edges(recipe: recipes.Recipe) -> bool:
+    """Whether each edge's own model is kept: those with labels of their own, and language models that stay alone."""
+    return bool(recipe.data.labels_of_edges) or (recipe.data.is_text and not recipe.tuning.cloud_every)
 
 
 def _labels(recipe: recipes.Recipe, edge_id: str, tunables: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -119,13 +129,32 @@ def _score(folder: Path, recipe: recipes.Recipe, edge_id: str, labels: LabelSet)
 
 
 @torch.no_grad()
-def _perplexities(folder: Path, recipe: recipes.Recipe) -> dict[str, float]:
-    """What the saved model reaches on each edge's held-out passages, as far as they are on this machine."""
+def _perplexities(folder: Path, recipe: recipes.Recipe, own: Collection[str]) -> dict[str, float]:
+    """What the saved model reaches on each edge's held-out passages, as far as they are on this machine.
+
+    Args:
+        own: the edges that have a model of their own.
+    """
     topology = recipes.build_topology(recipe.topology)
     task = task_of(recipe, topology, folder / BACKBONE)
     held_out = {edge_id: task.evaluated(edge_id) for edge_id in topology.edge_ids if is_here(recipe.data, edge_id)}
-    model = load_tuned(folder)
-    return {edge: _perplexity(model, passages) for edge, passages in held_out.items() if isinstance(passages, Passages)}
+    return {
+        edge: _perplexity(load_tuned(folder, edge=edge if edge in own else None), passages)
+        for edge, passages in held_out.items()
+        if isinstance(passages, Passages)
+    }
+
+
+def _drawings(folder: Path, recipe: recipes.Recipe, own: Collection[str]) -> dict[str, Drawings]:
+    """How well the saved models draw and describe what each edge knows."""
+    assessor = Assessor.of(recipe, recipes.build_topology(recipe.topology).edge_ids)
+    return {
+        edge: assessor.drawings(edge, _pair_model(folder, edge if edge in own else None)) for edge in assessor.splits
+    }
+
+
+def _pair_model(folder: Path, edge: str | None) -> PairModel:
+    return PairModel.of(load_tuned(folder, edge=edge), folder / BACKBONE)
 
 
 def _perplexity(model: PreTrainedModel, passages: Passages) -> float:

@@ -3,7 +3,7 @@
 A saved folder holds `backbone/` (the foundation model), `tunables.safetensors` with everything that was tuned, and
 `adapter/`, which `peft.PeftModel.from_pretrained` loads onto the whole model. Where edges know different labels,
 `tunables.safetensors` holds what they share, and `edges/<edge>/` each edge's whole model: tunables and adapter.
-Of a text model, all that is tuned is in `adapter/`.
+Of a text model, all that is tuned is in `adapter/`; where edges stay alone, each has one in `edges/<edge>/`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -102,15 +103,26 @@ def save_tuned(
     _save_model(folder, f"../{BACKBONE}", foundation, tunables, spec, known)
 
 
-def save_text(folder: Path, foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables) -> None:
-    """Write `backbone/` with its tokenizer, `tunables.safetensors` and the PEFT directory `adapter/` of a decoder."""
+def save_text(
+    folder: Path,
+    foundation: Foundation,
+    tunables: Mapping[str, Tensor],
+    spec: recipes.Tunables,
+    edges: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+) -> None:
+    """Write `backbone/` with its tokenizer, `tunables.safetensors` and the PEFT directory `adapter/` of a decoder.
+
+    Args:
+        tunables: empty where there is no model for all edges.
+        edges: tunables of each edge that has a model of its own.
+    """
     _save_backbone(folder, foundation)
     save_tensors(folder / TUNABLES, tunables, _metadata(spec, ()))
-    settings: Any = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": f"../{BACKBONE}"}
-    if peft_config := adapter_config(spec, adapted_layers(tunables), **settings):
-        _write_config(folder / ADAPTER, peft_config)
-        _write_adapter(folder / ADAPTER, tunables)
-        write_atomically(folder / ADAPTER / "README.md", _readme("AutoModelForCausalLM", f'"../{BACKBONE}"', []))
+    if tunables:
+        _save_text_adapter(folder, f"../{BACKBONE}", tunables, spec)
+    for edge_id, own in edges.items():
+        save_tensors(folder / EDGES / edge_id / TUNABLES, own, _metadata(spec, ()))
+        _save_text_adapter(folder / EDGES / edge_id, f"../../../{BACKBONE}", own, spec)
 
 
 def save_by_edge(
@@ -141,11 +153,11 @@ def tunables_file(folder: Path, edge: str | None = None) -> Path:
     if not (folder / TUNABLES).exists():
         raise CheckpointError(f"{folder / TUNABLES} is missing: {folder} holds no {TUNABLES}; give a finished run's")
     by_edge = {path.name: path / TUNABLES for path in sorted((folder / EDGES).glob("*"))}
-    if not by_edge:
+    if not by_edge or (edge is None and (folder / ADAPTER).exists()):
         return folder / TUNABLES
     if edge not in by_edge:
         found = "" if edge is None else f", not {edge!r}"
-        raise CheckpointError(f"{folder} has a head for each edge; name one: {', '.join(by_edge)}{found}")
+        raise CheckpointError(f"{folder} has a model for each edge; name one: {', '.join(by_edge)}{found}")
     return by_edge[edge]
 
 
@@ -178,6 +190,14 @@ def _load_text(foundation: Foundation, tunables: Mapping[str, Tensor], spec: rec
     attach_to(whole, range(foundation.config.num_hidden_layers), spec)
     set_tunables(whole, tunables)
     return whole.eval()
+
+
+def _save_text_adapter(folder: Path, backbone: str, tunables: Mapping[str, Tensor], spec: recipes.Tunables) -> None:
+    settings: Any = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": backbone}
+    if peft_config := adapter_config(spec, adapted_layers(tunables), **settings):
+        _write_config(folder / ADAPTER, peft_config)
+        _write_adapter(folder / ADAPTER, tunables)
+        write_atomically(folder / ADAPTER / "README.md", _readme("AutoModelForCausalLM", f'"{backbone}"', []))
 
 
 def _save_backbone(folder: Path, foundation: Foundation) -> None:

@@ -17,6 +17,10 @@ from ecogen.models.image_tokenizer import ImageTokens
 
 BEGIN, END = "<|image|>", "<|/image|>"
 
+TEMPERATURE = 0.4
+"""At which codes of images are drawn where nothing is said. Of what tuned edges draw, more is recognised than at 0.5 or
+above, and the distance to real images is no greater."""
+
 
 def image_marks(num_codes: int) -> Iterator[str]:
     """The tokens that a vocabulary has for images: the two marks, then one for each code, in order."""
@@ -43,7 +47,12 @@ class PairTokens:
     @property
     def codes(self) -> range:
         """The tokens that are codes."""
-        return range(self.first, self.first + self.num_codes)
+        return range(*self.within)
+
+    @property
+    def within(self) -> tuple[int, int]:
+        """The first token that is a code, and the one behind the last."""
+        return self.first, self.first + self.num_codes
 
     def written(self, codes: Tensor) -> Tensor:
         """Images' codes [N, T] as tokens, marks included: [N, T + 2]."""

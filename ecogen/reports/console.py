@@ -198,7 +198,7 @@ def _quality_rows(summary: Summary, rounds: str) -> list[tuple[str, str, str]]:
     """Accuracy, or of a language model each edge's perplexity, before and after."""
     if summary["perplexity"] is None:
         return [("accuracy", accuracy_line(summary), rounds)]
-    return [
+    perplexities = [
         (
             f"perplexity {edge}",
             f"{format_perplexity(found['delivered'])} → {format_perplexity(found['tuned'])}",
@@ -206,6 +206,17 @@ def _quality_rows(summary: Summary, rounds: str) -> list[tuple[str, str, str]]:
         )
         for edge, found in summary["perplexity"].items()
     ]
+    return [*perplexities, *_drawing_rows(summary)]
+
+
+def _drawing_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """Of a text-image generator, how well each edge's draws and describes."""
+    rows = []
+    for edge, recognised in (summary["recognised"] or {}).items():
+        copies, captions = (summary[name] or {} for name in ("copies", "caption_accuracy"))
+        remark = f"near copies {format_share(copies[edge])}; captions right {format_share(captions[edge])}"
+        rows.append((f"recognised {edge}", DASH if recognised is None else format_share(recognised), remark))
+    return rows
 
 
 def _lora_rows(summary: Summary) -> list[tuple[str, str, str]]:

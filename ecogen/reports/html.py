@@ -68,7 +68,8 @@ def render_report(
         figures={name: Markup(svg) for name, svg in _figures(records, ledger, topology, facts, summary).items()},
         tables=_tables(records, ledger, topology, facts)
         | {"privacy": tables.privacy_table(summary)}
-        | {"perplexity": tables.perplexity_table(summary)},
+        | {"perplexity": tables.perplexity_table(summary)}
+        | {"drawings": tables.drawings_table(facts.drawings)},
         inputs="text" if recipe.data.is_text else "images",
         hidden_parts=drawing.hidden_parts(topology),
         num_joined=_num_joined(records),

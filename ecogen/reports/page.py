@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import jinja2
@@ -22,6 +23,7 @@ def render_page(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
+        "base64": lambda content: base64.b64encode(content).decode(),
         "bytes": format_bytes,
         "count": format_count,
         "epsilon": format_epsilon,

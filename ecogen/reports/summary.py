@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from ecogen.accounting.ledger import Bounds, Ledger
 from ecogen.config import Recipe
-from ecogen.measurements import InversionAttack, Probe
+from ecogen.measurements import Drawings, InversionAttack, Probe
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, PhaseRecord, Record, RequestRecord, RoundRecord
 from ecogen.topology import Topology
@@ -26,6 +26,7 @@ class RunFacts:
         num_evaluated: on how many examples each edge was evaluated, where they know different labels.
         saved_accuracy: then, of each edge's saved model: the cloud's last average with the edge's own head.
         saved_perplexity: of a language model: of the saved one, on each edge's held-out text.
+        drawings: of a text-image generator: of the saved one, of what each edge knows.
     """
 
     tunable_parameters: int
@@ -40,6 +41,7 @@ class RunFacts:
     num_evaluated: Mapping[str, int] = field(default_factory=dict)
     saved_accuracy: Mapping[str, float] = field(default_factory=dict)
     saved_perplexity: Mapping[str, float] = field(default_factory=dict)
+    drawings: Mapping[str, Drawings] = field(default_factory=dict)
 
     @property
     def tunable_fraction(self) -> float:
@@ -110,7 +112,8 @@ class PrivacyLoss(TypedDict):
 class Summary(TypedDict):
     """The JSON object of a run. Bytes of kinds and link classes are payload and headers; `framing` is modelled.
 
-    `perplexity` is by edge, of a language model; None of images.
+    `perplexity` is by edge, of a language model; None of images. `recognised`, `copies` and `caption_accuracy` are
+    shares by edge, of a text-image generator; see `ecogen.measurements.Drawings`.
     `lora_error` is the mean over rounds; None where LoRA is averaged factor by factor between clusters of equal rank.
     `inversion` is by attacker and by blocks before the cut; None where nobody attacked. `privacy` is None where no
     noise was added.
@@ -123,6 +126,9 @@ class Summary(TypedDict):
     rounds_planned: int
     accuracy: Accuracy
     perplexity: dict[str, Perplexity] | None
+    recognised: dict[str, float | None] | None
+    copies: dict[str, float] | None
+    caption_accuracy: dict[str, float] | None
     spent: list[Spent]
     tunable_fraction: float
     lora_error: float | None
@@ -151,6 +157,9 @@ def summarise(
         "rounds_planned": recipe.tuning.rounds,
         "accuracy": accuracy(records, topology, facts.num_evaluated),
         "perplexity": perplexity(records, topology, facts) if recipe.data.is_text else None,
+        "recognised": {edge: found.recognised for edge, found in facts.drawings.items()} or None,
+        "copies": {edge: found.copies for edge, found in facts.drawings.items()} or None,
+        "caption_accuracy": {edge: found.caption_accuracy for edge, found in facts.drawings.items()} or None,
         "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,
         "lora_error": _lora_error(records),

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ecogen.accounting.intensity import intensity
 from ecogen.accounting.ledger import Bill, Ledger
-from ecogen.measurements import Inversion, InversionAttack
+from ecogen.measurements import Drawings, Inversion, InversionAttack
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Hop, Record, RequestRecord, RoundRecord
 from ecogen.reports.summary import RunFacts, Summary, history, round_indices
@@ -96,6 +96,32 @@ def perplexity_table(summary: Summary) -> Table:
         Column("saved", "of the cloud"),
     )
     return Table("Perplexity on held-out text", columns, rows)
+
+
+def drawings_table(drawings: Mapping[str, Drawings]) -> Table:
+    """How well each edge's generator draws and describes; no rows of other models."""
+    rows = tuple(
+        (
+            edge,
+            format_count(found.num_drawn),
+            *(DASH if value is None else format_share(value) for value in (found.recognised, found.real_recognised)),
+            *(DASH if value is None else format_number(value) for value in (found.frechet, found.real_frechet)),
+            format_share(found.copies),
+            format_share(found.caption_accuracy),
+        )
+        for edge, found in drawings.items()
+    )
+    columns = (
+        identifier("edge"),
+        Column("drawn"),
+        Column("recognised"),
+        Column("of real ones"),
+        Column("distance", "Fréchet"),
+        Column("of real ones", "Fréchet"),
+        Column("near copies"),
+        Column("captions right"),
+    )
+    return Table("What the model of each edge draws and says", columns, rows)
 
 
 def privacy_table(summary: Summary) -> Table:

@@ -37,6 +37,7 @@ class Sampling:
         num_top: of the likeliest tokens, how many are told with their log-probabilities.
         logit_bias: what is added to the logits of some tokens.
         grammar: that the answer keeps to; the sampler's factory of constraints knows its format.
+        within: the only tokens that may be given: the first, and the one behind the last; None for all.
     """
 
     temperature: float = 1.0
@@ -48,6 +49,7 @@ class Sampling:
     num_top: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str | None = None
+    within: tuple[int, int] | None = None
 
 
 class Constraint(Protocol):
@@ -124,12 +126,21 @@ class Sampler:
         return logits.index_add(0, self._biased, self._biases) if len(self._biased) else logits
 
     def _allowed(self, logits: Tensor) -> Tensor:
+        if within := self._sampling.within:
+            logits = _only(logits, *within)
         return self._constraint.mask(logits) if self._constraint else logits
 
     def _told(self, token: int, logits: Tensor) -> Chosen:
         logprobs = logits.log_softmax(-1)
         values, tokens = logprobs.topk(min(self._sampling.num_top, len(logprobs)))
         return Chosen(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
+def _only(logits: Tensor, first: int, stop: int) -> Tensor:
+    """Logits [V], minus infinity outside of a range."""
+    kept = torch.full_like(logits, -torch.inf)
+    kept[first:stop] = logits[first:stop]
+    return kept
 
 
 def _constraint(sampling: Sampling, constrain: Constrain | None) -> Constraint | None:

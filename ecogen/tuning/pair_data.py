@@ -18,13 +18,13 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ecogen.config import NUM_LABELS, Data, PairSource, Recipe
 from ecogen.errors import DataError
 from ecogen.models.image_tokenizer import ImageTokenizer
+from ecogen.models.pictures import read_picture
 from ecogen.tuning.captions import digit_caption
 from ecogen.tuning.datasets import FOLDER_VARIABLE, open_data, resized
 from ecogen.tuning.pairs import Pairs, PairWriter
@@ -37,7 +37,6 @@ WRITTEN = ("digits", "mnist")
 """The sources that are handwritten digits."""
 
 _DEAL_KEY, _SPLIT_KEY = 10, 11  # so that the same seed draws different numbers for different purposes
-_MOST_PIXELS = 2**24  # of an image's file
 
 
 class _Line(msgspec.Struct):
@@ -118,23 +117,14 @@ def _lines(folder: Path) -> Sequence[_Line]:
 
 
 def _image(folder: Path, name: str, size: tuple[int, int]) -> Tensor:
-    """An image [C, S, S] in [0, 1]; of one channel it is the ink, dark on light, as glyphs and digits are."""
+    """An image [C, S, S] in [0, 1]."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise DataError(f"{folder / CAPTIONS} names {name!r}, which lies outside of its folder; move the image there")
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise DataError(f"{path} has {image.width} x {image.height} pixels; {_MOST_PIXELS} at most")
-            ground = Image.new("RGBA", image.size, "white")
-            ground.alpha_composite(image.convert("RGBA"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as problem:
-        raise DataError(f"{path} is no image that can be read ({problem}); replace it, or drop its line") from problem
-    channels, side = size
-    scaled = ground.convert("L" if channels == 1 else "RGB").resize((side, side), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(scaled, dtype=np.float32).reshape(side, side, channels) / 255)
-    drawn = pixels.permute(2, 0, 1).contiguous()
-    return 1 - drawn if channels == 1 else drawn
+        return read_picture(path.read_bytes(), *size)
+    except (OSError, DataError) as problem:
+        raise DataError(f"{path}: {problem}; replace it, or drop its line") from problem
 
 
 def _folder(source: str) -> Path:

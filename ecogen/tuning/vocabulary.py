@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ecogen.models.pair_tokens import image_marks
+from ecogen.models.pair_tokens import BEGIN, image_marks
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
@@ -19,6 +19,19 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+PICTURE_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% set seen = namespace(pictures=0) %}"
+    "{% for message in messages if message['content'] is not string %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}"
+    "{% set seen.pictures = seen.pictures + 1 %}{{ '" + BEGIN + "' }}"
+    "{% endfor %}{% endfor %}"
+    "{% if seen.pictures != 1 %}"
+    "{{ raise_exception('send one picture; this model says what it shows, whatever the text beside it asks') }}"
+    "{% endif %}"
+)
+"""Of a model that learnt pictures with captions and nothing else: what answers is the picture's caption."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, num_image_codes: int = 0) -> PreTrainedTokenizerFast:
@@ -51,6 +64,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, num_image_codes:
         eos_token=EOS,
         pad_token=PAD,
         additional_special_tokens=marks[3:],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=PICTURE_TEMPLATE if num_image_codes else CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

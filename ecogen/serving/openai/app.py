@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from ecogen.serving.generation import Finish, ServedModel, Serving
 from ecogen.serving.openai.adapters import AdapterStore, adapter_routes
 from ecogen.serving.openai.choices import Piece, Telling, choice, merged
 from ecogen.serving.openai.connection import Reply, SlowReader, read_body, while_connected
+from ecogen.serving.openai.drawing import Drawing
 from ecogen.serving.openai.keys import Keys
 from ecogen.serving.openai.limits import Gate, Limits
 from ecogen.serving.openai.metrics import CLIENT_GONE, Counted, Metrics
@@ -36,7 +38,9 @@ from ecogen.serving.openai.text import TextModel
 
 logger = logging.getLogger(__name__)
 
-Ask = Callable[[bytes, str | None], Awaitable[tuple[Question, Shape]]]
+Work = Callable[[Reply], Coroutine[Any, Any, None]]
+Ask = Callable[[bytes, str | None], Awaitable[Work]]
+"""Makes of a body and its tenant what answers it."""
 
 
 def build_app(
@@ -57,20 +61,28 @@ def build_app(
     keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics()
     asking, gate = Asking(serving, text, limits), Gate(limits)
 
-    async def completion(body: bytes, tenant: str | None) -> tuple[Question, Shape]:
+    async def completion(body: bytes, tenant: str | None) -> Work:
         question = await asking.completion(parse(body, CompletionParameters), tenant)
         token_bytes = text.token_bytes if question.tells_logprobs else None
-        return question, CompletionShape(question.model, question.openings, token_bytes)
+        return partial(answering, question, CompletionShape(question.model, question.openings, token_bytes))
 
-    async def chat(body: bytes, tenant: str | None) -> tuple[Question, Shape]:
+    async def chat(body: bytes, tenant: str | None) -> Work:
         question = await asking.chat(parse(body, ChatParameters), tenant)
-        return question, ChatShape(question.model, text.token_bytes if question.tells_logprobs else None)
+        token_bytes = text.token_bytes if question.tells_logprobs else None
+        return partial(answering, question, ChatShape(question.model, token_bytes))
 
-    answering = Answering(serving, text, metrics)
+    async def picture(body: bytes, tenant: str | None) -> Work:
+        return partial(drawing, await drawing.asked(body, tenant))
+
+    def endpoint(ask: Ask) -> Endpoint:
+        return Endpoint(ask, keys, gate, limits)
+
+    answering, drawing = Answering(serving, text, metrics), Drawing(serving, text, metrics, limits)
     app = Starlette(
         routes=[
-            Route("/v1/completions", Endpoint(completion, answering, keys, gate, limits), methods=["POST"]),
-            Route("/v1/chat/completions", Endpoint(chat, answering, keys, gate, limits), methods=["POST"]),
+            Route("/v1/completions", endpoint(completion), methods=["POST"]),
+            Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
+            Route("/v1/images/generations", endpoint(picture), methods=["POST"]),
             *_about(serving, keys, metrics),
             *([] if store is None else adapter_routes(store, keys, gate, limits)),
         ],
@@ -193,8 +205,8 @@ class Answering:
 class Endpoint:
     """One path where questions are asked."""
 
-    def __init__(self, ask: Ask, answering: Answering, keys: Keys, gate: Gate, limits: Limits) -> None:
-        self._ask, self._answering, self._keys, self._gate, self._limits = ask, answering, keys, gate, limits
+    def __init__(self, ask: Ask, keys: Keys, gate: Gate, limits: Limits) -> None:
+        self._ask, self._keys, self._gate, self._limits = ask, keys, gate, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send, self._limits.write_s)
@@ -211,9 +223,8 @@ class Endpoint:
         caller = self._keys.caller(request.headers.get("authorization"))
         body = await read_body(request, self._limits)
         with self._gate.admitted(caller):
-            question, shape = await self._ask(body, caller.tenant)
-            work = self._answering(question, shape, reply)
-            await while_connected(request.scope, request.receive, work)
+            work = await self._ask(body, caller.tenant)
+            await while_connected(request.scope, request.receive, work(reply))
 
     async def _break_off(self, reply: Reply, problem: Exception) -> None:
         """An answer that has begun ends with an event; of one that has not, the status says what is wrong."""

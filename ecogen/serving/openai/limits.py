@@ -22,6 +22,7 @@ class Limits:
         choices: of each prompt (`n`).
         prompts: of one request.
         prompt_tokens: of one prompt; what the model has room for is a limit anyway.
+        pictures: in the messages of one request.
         stops: stop strings, OpenAI's four.
         stop_chars: of one of them.
         requests_at_once: of one key.
@@ -37,6 +38,7 @@ class Limits:
     choices: int = 8
     prompts: int = 16
     prompt_tokens: int | None = None
+    pictures: int = 8
     stops: int = 4
     stop_chars: int = 256
     requests_at_once: int | None = 64

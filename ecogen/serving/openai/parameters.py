@@ -12,6 +12,7 @@ from msgspec import Meta
 from ecogen.serving.openai.refusals import Refusal, nearest, wrong
 
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -53,7 +54,7 @@ class Parameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0)] = 0
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
@@ -94,18 +95,25 @@ class ChatParameters(Parameters):
 
 _NOT_DONE: Mapping[str, Collection[Any]] = {
     "audio": (),
+    "background": ("auto", "opaque"),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "metadata": ({},),
     "modalities": (["text"],),
-    "moderation": (),
+    "moderation": ("auto",),
+    "output_compression": (100,),
+    "output_format": ("png",),
     "parallel_tool_calls": (True, False),
+    "partial_images": (0,),
     "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
+    "quality": ("auto", "standard"),
     "reasoning_effort": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    "stream": (False,),
+    "style": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -114,7 +122,7 @@ _NOT_DONE: Mapping[str, Collection[Any]] = {
 }
 """Parameters that OpenAI has and this server has not, and the values that ask for nothing."""
 
-AnyParameters = TypeVar("AnyParameters", bound=Parameters)
+AnyParameters = TypeVar("AnyParameters", bound=msgspec.Struct)
 
 
 def parse(body: bytes, kind: type[AnyParameters]) -> AnyParameters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -68,7 +68,7 @@ class Asking:
             raise wrong("best_of", f"'best_of' must equal 'n', which is {asked.n}; nothing is ranked here")
         if asked.echo and asked.logprobs is not None:
             raise wrong("echo", "'echo' with 'logprobs' is not supported: a prompt's log-probabilities are not kept")
-        model = self._model(asked.model, tenant)
+        model = served_model(self._serving, asked.model, tenant)
         _check_room("max_tokens", asked.max_tokens, model)
         texts = self._prompts(asked)
         prompts = [await self._prompt_tokens(prompt) for prompt in texts]
@@ -87,30 +87,38 @@ class Asking:
         """
         if asked.top_logprobs and not asked.logprobs:
             raise wrong("top_logprobs", "'top_logprobs' needs 'logprobs': true")
-        model = self._model(asked.model, tenant)
+        model = served_model(self._serving, asked.model, tenant)
         _check_room("max_completion_tokens", asked.max_completion_tokens, model)
         _check_room("max_tokens", asked.max_tokens, model)
         messages = [_plain(message, index) for index, message in enumerate(asked.messages)]
+        urls = self._pictures(asked.messages)
         try:
-            num_chars = sum(map(len, _contents(messages)))
-            prompt = await self._aside(num_chars, lambda: self._text.encode_chat(messages))
+            num_chars = sum(map(len, [*_contents(messages), *urls]))
+            prompt = await self._aside(num_chars, lambda: self._chat(messages, urls))
         except ServingError as problem:
             raise wrong("messages", str(problem)) from problem
         sampling = await self._sampling(asked, asked.top_logprobs)
         max_new = asked.max_completion_tokens or asked.max_tokens
         request = self._request(model, tenant, prompt, sampling, max_new, "messages")
-        if asked.semantic_cache and not asked.logprobs:
+        if asked.semantic_cache and not asked.logprobs and not urls:
             *before, last = messages
             context = [*before, {**last, "content": ""}]
             wording = await self._aside(num_chars, lambda: _wording(last["content"], context))
             request = replace(request, wording=wording)
         return self._question(asked, [request], [""], tells_logprobs=asked.logprobs)
 
-    def _model(self, name: str, tenant: str | None) -> ServedModel:
-        models = {model.name: model for model in self._serving.models(tenant)}
-        if name not in models:
-            raise unknown_model(name, list(models))
-        return models[name]
+    def _pictures(self, messages: Sequence[Message]) -> list[str]:
+        """The URLs of all pictures, in order."""
+        urls = [url for message in messages for url in _urls_of(message.content)]
+        if urls and self._text.pictures is None:
+            raise wrong("messages", "messages: this model sees no pictures; send text only")
+        if len(urls) > self._limits.pictures:
+            raise wrong("messages", f"messages: {len(urls)} pictures, at most {self._limits.pictures} are taken")
+        return urls
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]], urls: Sequence[str]) -> tuple[int, ...]:
+        pictures = [] if self._text.pictures is None else list(map(self._text.pictures.read, urls))
+        return self._text.encode_chat(messages, pictures)
 
     def _prompts(self, asked: CompletionParameters) -> Sequence[str | list[int]]:
         """Several as they are, one in a list."""
@@ -193,13 +201,12 @@ class Asking:
     def _question(
         self, asked: Parameters, requests: Sequence[GenerationRequest], openings: Sequence[str], *, tells_logprobs: bool
     ) -> Question:
-        if asked.n > self._limits.choices:
-            raise wrong("n", f"n: {asked.n} choices, at most {self._limits.choices} are given")
+        check_choices(asked.n, self._limits)
         if asked.stream_options and not asked.stream:
             raise wrong("stream_options", "'stream_options' needs 'stream': true")
         return Question(
             model=asked.model,
-            requests=tuple(_choice(request, index) for request in requests for index in range(asked.n)),
+            requests=tuple(one for request in requests for one in spread_seeds(request, asked.n)),
             num_prompt_tokens=sum(len(request.prompt) for request in requests),
             stops=self._stops(asked),
             openings=tuple(opening for opening in openings for _ in range(asked.n)),
@@ -227,8 +234,32 @@ def _check_room(param: str, max_new: int | None, model: ServedModel) -> None:
         )
 
 
+def served_model(serving: Serving, name: str | None, tenant: str | None) -> ServedModel:
+    """The model of a name that a tenant may ask; the backbone for None.
+
+    Raises:
+        Refusal: 404, if there is none.
+    """
+    models = {model.name: model for model in serving.models(tenant)}
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        raise unknown_model(name, list(models))
+    return models[name]
+
+
+def check_choices(number: int, limits: Limits) -> None:
+    """Refuse more choices than are given."""
+    if number > limits.choices:
+        raise wrong("n", f"n: {number} choices, at most {limits.choices} are given")
+
+
+def spread_seeds(request: GenerationRequest, number: int) -> tuple[GenerationRequest, ...]:
+    """So many choices of a prompt: each draws on its own; the first as if it were alone."""
+    return tuple(_choice(request, index) for index in range(number))
+
+
 def _choice(request: GenerationRequest, index: int) -> GenerationRequest:
-    """One of several of a prompt: each draws on its own; the first as if it were alone."""
     seed = request.sampling.seed
     if seed is None or not index:
         return request
@@ -243,25 +274,46 @@ def _wording(text: str | list[int], before: Sequence[dict[str, str]] = ()) -> Wo
     return Wording(text, hashlib.sha256(msgspec.json.encode(before)).hexdigest())
 
 
-def _plain(message: Message, index: int) -> dict[str, str]:
-    """A message as chat templates know it: its text parts joined, and what OpenAI now calls developer as system."""
+def _plain(message: Message, index: int) -> dict[str, Any]:
+    """A message as chat templates know it: its text parts joined, and what OpenAI now calls developer as system.
+
+    One with pictures keeps its parts; what is in the pictures comes separately.
+    """
     role = "system" if message.role == "developer" else message.role
-    plain = {"role": role, "content": _text_of(message.content, f"messages[{index}].content")}
+    plain = {"role": role, "content": _content(message.content, f"messages[{index}].content")}
     return plain | ({"name": message.name} if message.name is not None else {})
 
 
-def _text_of(content: str | list[dict[str, object]], param: str) -> str:
+def _content(content: str | list[dict[str, Any]], param: str) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
-    for index, part in enumerate(content):
-        if part.keys() != {"type", "text"} or part["type"] != "text" or not isinstance(part["text"], str):
-            given = part.get("type")
-            raise wrong(
-                f"{param}[{index}]",
-                f'{param}[{index}]: of type {given!r}; only {{"type": "text", "text": ...}} is read',
-            )
-    return "".join(str(part["text"]) for part in content)
+    parts = [_part(part, f"{param}[{index}]") for index, part in enumerate(content)]
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
 
 
-def _contents(messages: Sequence[dict[str, str]]) -> list[str]:
-    return [message["content"] for message in messages]
+def _part(part: dict[str, Any], param: str) -> dict[str, str]:
+    match part:
+        case {"type": "text", "text": str(text), **others} if not others:
+            return {"type": "text", "text": text}
+        case {"type": "image_url", "image_url": {"url": str()}, **others} if not others:
+            return {"type": "image"}
+    raise wrong(
+        param,
+        f'{param}: of type {part.get("type")!r}; only {{"type": "text", "text": ...}} and '
+        '{"type": "image_url", "image_url": {"url": ...}} are read',
+    )
+
+
+def _urls_of(content: str | list[dict[str, Any]]) -> list[str]:
+    """Of the pictures in a message that `_plain` has read."""
+    parts = [] if isinstance(content, str) else content
+    return [str(part["image_url"]["url"]) for part in parts if part["type"] == "image_url"]
+
+
+def _contents(messages: Sequence[dict[str, Any]]) -> list[str]:
+    """All texts."""
+    contents = [message["content"] for message in messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    return [content for content in contents if isinstance(content, str)] + [part.get("text", "") for part in parts]

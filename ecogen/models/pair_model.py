@@ -1,0 +1,172 @@
+"""A text-image generator on one node: draws what captions say, says what images show, and makes pairs of nothing.
+
+Shapes: N pairs, T codes of an image, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ecogen.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from ecogen.models.pair_tokens import TEMPERATURE, PairTokens, pair_tokens
+from ecogen.models.tokenizer import load_tokenizer
+
+_BATCH = 128
+_LONGEST_CAPTION = 24  # tokens
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images [N, C, S, S] in [0, 1], what they are to show, and how likely the model holds them to be.
+
+    Attributes:
+        log_likelihood: of all codes of each image, given its caption [N].
+    """
+
+    images: Tensor
+    captions: Sequence[str]
+    log_likelihood: Tensor
+
+
+class PairModel:
+    """The whole generator.
+
+    Args:
+        model: a decoder with a language-modelling head, of transformers, on the CPU.
+        temperature: of everything that is drawn from a distribution.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        images: ImageTokenizer,
+        temperature: float = TEMPERATURE,
+    ) -> None:
+        self._model, self._tokenizer, self.images = model, tokenizer, images
+        self._temperature = temperature
+        self.tokens: PairTokens = pair_tokens(tokenizer, images.config)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, folder: Path, temperature: float = TEMPERATURE) -> PairModel:
+        """A model, with the tokenizers of a folder.
+
+        Raises:
+            CheckpointError: if the folder has not both of them.
+        """
+        return cls(model, load_tokenizer(folder), load_image_tokenizer(folder), temperature)
+
+    def draw(self, captions: Sequence[str], generator: torch.Generator) -> Drawn:
+        """An image for each caption."""
+        parts = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
+        drawn = [self._draw(part, generator) for part in parts]
+        codes, likelihoods = (torch.cat(one) for one in zip(*drawn, strict=True))
+        return Drawn(self.images.decode(codes), captions, likelihoods)
+
+    def describe(self, images: Tensor) -> list[str]:
+        """The likeliest caption of each image [N, C, S, S] in [0, 1]."""
+        return [text for part in images.split(_BATCH) for text in self._describe(part)]
+
+    def invent(self, count: int, generator: torch.Generator) -> Drawn:
+        """Pairs of nothing: captions drawn from the model, and images for them."""
+        starts = [count - start for start in range(0, count, _BATCH)]
+        captions = [text for left in starts for text in self._invent_captions(min(left, _BATCH), generator)]
+        return self.draw(captions, generator)
+
+    @torch.no_grad()
+    def _draw(self, captions: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        said = self._tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rows = [[self._tokenizer.bos_token_id, *row, self.tokens.begin] for row in said]
+        state = _State(self._model, *_padded_left(rows, self._padding))
+        codes, likelihood = [], torch.zeros(len(rows))
+        for _ in range(self.tokens.length):
+            logits = state.logits[:, self.tokens.first : self.tokens.first + self.tokens.num_codes]
+            logs = (logits.float() / self._temperature).log_softmax(-1)
+            code = torch.multinomial(logs.exp(), 1, generator=generator)
+            likelihood += logits.float().log_softmax(-1).gather(1, code).squeeze(1)
+            codes.append(code)
+            state.add(code + self.tokens.first)
+        return torch.cat(codes, 1), likelihood
+
+    @torch.no_grad()
+    def _describe(self, images: Tensor) -> list[str]:
+        written = self.tokens.written(self.images.encode(images)).tolist()
+        rows = [[self._tokenizer.bos_token_id, *row] for row in written]
+        return self._captions(_State(self._model, *_padded_left(rows, self._padding)), None)
+
+    @torch.no_grad()
+    def _invent_captions(self, count: int, generator: torch.Generator) -> list[str]:
+        rows = [[self._tokenizer.bos_token_id]] * count
+        return self._captions(_State(self._model, *_padded_left(rows, self._padding)), generator)
+
+    def _captions(self, state: _State, generator: torch.Generator | None) -> list[str]:
+        """Text up to what ends it: the likeliest, or with a generator drawn."""
+        ends = torch.tensor([self._tokenizer.eos_token_id, self.tokens.begin])
+        said = list[Tensor]()
+        for _ in range(_LONGEST_CAPTION):
+            logits = state.logits.float()
+            logits[:, self.tokens.first : self.tokens.first + self.tokens.num_codes] = -torch.inf
+            if not said:  # a caption has a word
+                logits[:, [*ends, self.tokens.end]] = -torch.inf
+            if generator is None:
+                said.append(logits.argmax(-1, keepdim=True))
+            else:
+                said.append(torch.multinomial((logits / self._temperature).softmax(-1), 1, generator=generator))
+            state.add(said[-1])
+            if torch.isin(torch.cat(said, 1), ends).any(1).all():
+                break
+        return [self._text(row) for row in torch.cat(said, 1).tolist()]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        ends = {self._tokenizer.eos_token_id, self.tokens.begin}
+        stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+        text: str = self._tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+        return text.strip()
+
+    @property
+    def _padding(self) -> int:
+        padding: int = self._tokenizer.pad_token_id
+        return padding
+
+
+class _State:
+    """A batch of sequences that a decoder goes on with, token by token.
+
+    Attributes:
+        logits: of each sequence's next token [N, V].
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> None:
+        self._model, self._mask, self._cache = model, mask, None
+        self._run(tokens, (mask.cumsum(1) - 1).clamp(min=0))
+
+    def add(self, tokens: Tensor) -> None:
+        """Go on with one token each [N, 1]."""
+        positions = self._mask.sum(1, keepdim=True)
+        self._mask = torch.cat([self._mask, torch.ones_like(tokens)], 1)
+        self._run(tokens, positions)
+
+    def _run(self, tokens: Tensor, positions: Tensor) -> None:
+        given = self._model(
+            input_ids=tokens,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache, self.logits = given.past_key_values, given.logits[:, -1]
+
+
+def _padded_left(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length as one tensor [N, T], and which places count."""
+    length = max(map(len, rows))
+    tokens = torch.tensor([[padding] * (length - len(row)) + [*row] for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return tokens, mask
