@@ -69,6 +69,11 @@ class Drawings:
         frechet: distance of their features to those of real test images; see `relay.quality`.
         real_frechet: the same of as many real training images.
         copies: share of them that are near copies of the edge's training images.
+        members_by_drawings: how well somebody who has the drawings tells training images from test images, by the
+            distance to the nearest drawing: AUC, 0.5 is guessing. The full black-box attack of Chen et al.,
+            "GAN-Leaks", arXiv 1909.03935.
+        members_by_model: the same of somebody who has the model, by the likelihood of an image's codes, after Yeom et
+            al., "Privacy Risk in Machine Learning", arXiv 1709.01604.
         caption_accuracy: share of the real test images whose caption names what they show.
         sheet: some of them as a PNG file, a row for each caption.
         real_sheet: real test images in the same order.
@@ -81,6 +86,8 @@ class Drawings:
     frechet: float | None
     real_frechet: float | None
     copies: float
+    members_by_drawings: float
+    members_by_model: float
     caption_accuracy: float
     sheet: bytes = b""
     real_sheet: bytes = b""

@@ -12,14 +12,14 @@ import msgspec
 
 from ecogen.errors import RunError
 
-Kind = Literal["backbone", "tunables", "activations", "gradients", "control"]
-"""What a message carries. Labels, where they are sent at all, are counted as control."""
-KINDS: tuple[Kind, ...] = ("backbone", "tunables", "activations", "gradients", "control")
+Kind = Literal["backbone", "tunables", "activations", "gradients", "samples", "control"]
+"""What a message carries. Samples are what generators drew. Labels, if sent at all, are counted as control."""
+KINDS: tuple[Kind, ...] = ("backbone", "tunables", "activations", "gradients", "samples", "control")
 
 LinkClass = Literal["cloud_edge", "edge_end", "d2d"]
 LINK_CLASSES: tuple[LinkClass, ...] = ("cloud_edge", "edge_end", "d2d")
 
-Phase = Literal["pretraining", "delivery", "tuning", "evaluation", "serving"]
+Phase = Literal["pretraining", "delivery", "tuning", "relay", "evaluation", "serving"]
 
 
 class Traffic(msgspec.Struct, frozen=True):
@@ -124,6 +124,51 @@ class PhaseRecord(msgspec.Struct, frozen=True, tag="phase", tag_field="type"):
     perplexity: float | None = None
 
 
+class Taught(msgspec.Struct, frozen=True):
+    """How well a receiver does before and after a lesson: perplexity on held-out pairs.
+
+    Attributes:
+        name: of the pairs.
+        is_new: whether the lesson is about them; or else they are what was known before.
+    """
+
+    name: str
+    before: float
+    after: float
+    is_new: bool
+
+
+class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
+    """One lesson of the knowledge relay: a receiver learnt from what teachers drew, or refused what came of it.
+
+    Attributes:
+        node_id: the receiver.
+        direction: up, of the cloud from edges; down, of an edge from the cloud.
+        version: of the receiver's model after it; that before it where the lesson was refused.
+        num_drawn: pictures that the teachers drew.
+        num_samples: those that were handed on.
+        sample_bytes: of these, as tensors.
+        usages: of the receiver since its last report, what it waited for lessons apart, as tuning; what a reply sends
+            is in the next report.
+        reason: of a refusal.
+    """
+
+    node_id: str
+    cycle: int
+    direction: Literal["up", "down"]
+    teachers: tuple[str, ...]
+    accepted: bool
+    version: int
+    num_drawn: int
+    num_samples: int
+    sample_bytes: int
+    scores: tuple[Taught, ...]
+    wall_s: float
+    usages: tuple[Usage, ...]
+    reason: str = ""
+    time_s: float = 0.0
+
+
 class Hop(msgspec.Struct, frozen=True):
     """What one visit of a request computed and then sent on."""
 
@@ -222,7 +267,7 @@ class EventRecord(msgspec.Struct, frozen=True, tag="event", tag_field="type"):
     time_s: float = 0.0
 
 
-Record = RoundRecord | PhaseRecord | RequestRecord | ServedRecord | EventRecord
+Record = RoundRecord | PhaseRecord | RelayRecord | RequestRecord | ServedRecord | EventRecord
 
 _ENCODER = msgspec.json.Encoder()
 _DECODER: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)

@@ -66,5 +66,5 @@ def pair_recipe(foundation: Path, **sections: Mapping[str, Any] | int) -> recipe
         "evaluation": {"requests": 1, "drawings": 20},
     }
     for name, section in sections.items():
-        table[name] = {**table[name], **section} if isinstance(section, Mapping) else section
+        table[name] = {**table.get(name, {}), **section} if isinstance(section, Mapping) else section
     return recipes.from_table(table)

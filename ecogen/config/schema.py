@@ -258,6 +258,19 @@ class Tuning:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Relay:
+    """How cloud and edges teach each other by what their generators draw; of images with captions."""
+
+    every: Natural = 0  # rounds between two exchanges, of which each is a lesson up and one down; 0: none
+    samples: Count = 400  # pairs that a teacher hands on, at most
+    steps: Count = 240  # in which a receiver learns from them
+    batch_size: Count = 24
+    learning_rate: Positive = 8e-3  # of the first step, AdamW's; falls to 0 along half a cosine
+    rehearsal: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of each batch, what the receiver itself drew before
+    tolerance: NonNegative = 0.2  # share by which perplexity on what it knew may rise, or the lesson is refused
+
+
+@dataclass(frozen=True, config=STRICT)
 class Aggregation:
     """How an edge puts its clusters' updates together; the cloud averages those of the edges."""
 
@@ -370,6 +383,7 @@ class Recipe:
     compute: Compute = field(default_factory=Compute)
     tunables: Tunables = field(default_factory=Tunables)
     tuning: Tuning = field(default_factory=Tuning)
+    relay: Relay = field(default_factory=Relay)
     aggregation: Aggregation = field(default_factory=Aggregation)
     privacy: Privacy = field(default_factory=Privacy)
     faults: Faults = field(default_factory=Faults)

@@ -110,8 +110,9 @@ class Federation:
         return self._engine.address(self.topology.cloud_id)
 
     async def tunables(self) -> dict[str, Tensor]:
-        """The tunables of the cloud's last average; the first edge's where edges stay alone."""
-        node_id = self.topology.cloud_id if self.recipe.tuning.cloud_every else self.topology.edge_ids[0]
+        """The tunables of the cloud's last average or lesson; the first edge's where edges stay alone."""
+        has_cloud = self.recipe.tuning.cloud_every or self.recipe.relay.every
+        node_id = self.topology.cloud_id if has_cloud else self.topology.edge_ids[0]
         return await self.tunables_of(node_id)
 
     async def save(self, folder: str | Path) -> Summary:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import torch
@@ -29,7 +30,6 @@ from ecogen import config as recipes
 from ecogen.accounting.ledger import settle
 from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
 from ecogen.errors import RunError
-from ecogen.measurements import Drawings
 from ecogen.metering.hardware import describe_host
 from ecogen.models.adapters import BACKBONE, classification_config, load_tuned, save_by_edge, save_text, save_tuned
 from ecogen.models.checkpoint import Foundation
@@ -77,7 +77,7 @@ def save_run(
     wall_s += earlier_s(folder, [record.time_s for record in records])
     labels = {edge_id: _labels(recipe, edge_id, own) for edge_id, own in edges.items()}
     if foundation.is_text:
-        save_text(folder, foundation, {} if edges else tunables, recipe.tunables, edges)
+        save_text(folder, foundation, {} if edges and not recipe.relay.every else tunables, recipe.tunables, edges)
     elif len(set(labels.values())) > 1:
         by_edge = {edge_id: (own, labels[edge_id]) for edge_id, own in edges.items()}
         shared = without_heads(tunables) if recipe.tuning.cloud_every else {}
@@ -96,7 +96,7 @@ def save_run(
     if foundation.is_text:
         facts = replace(facts, saved_perplexity=_perplexities(folder, recipe, edges))
     if recipe.data.is_pairs:
-        facts = replace(facts, drawings=_drawings(folder, recipe, edges))
+        facts = replace(facts, **_judged(folder, recipe, edges))
     write_atomically(folder / FACTS, msgspec.json.encode(facts))
     return rebuild_report(folder)
 
@@ -145,12 +145,16 @@ def _perplexities(folder: Path, recipe: recipes.Recipe, own: Collection[str]) ->
     }
 
 
-def _drawings(folder: Path, recipe: recipes.Recipe, own: Collection[str]) -> dict[str, Drawings]:
-    """How well the saved models draw and describe what each edge knows."""
+def _judged(folder: Path, recipe: recipes.Recipe, own: Collection[str]) -> dict[str, Any]:
+    """How well the saved models draw and describe what each edge knows, as fields of `RunFacts`."""
     assessor = Assessor.of(recipe, recipes.build_topology(recipe.topology).edge_ids)
-    return {
-        edge: assessor.drawings(edge, _pair_model(folder, edge if edge in own else None)) for edge in assessor.splits
-    }
+    edges = list(assessor.splits)
+    models = {edge: _pair_model(folder, edge if edge in own else None) for edge in edges}
+    judged: dict[str, Any] = {"drawings": {edge: assessor.drawings(edge, model) for edge, model in models.items()}}
+    if recipe.relay.every:
+        cloud = _pair_model(folder, None)
+        judged["cloud_drawings"] = {edge: assessor.drawings(edge, cloud) for edge in edges}
+    return judged | {"data_bytes": assessor.data_bytes}
 
 
 def _pair_model(folder: Path, edge: str | None) -> PairModel:

@@ -26,10 +26,12 @@ class Drawn:
     """Images [N, C, S, S] in [0, 1], what they are to show, and how likely the model holds them to be.
 
     Attributes:
+        codes: of the images [N, T].
         log_likelihood: of all codes of each image, given its caption [N].
     """
 
     images: Tensor
+    codes: Tensor
     captions: Sequence[str]
     log_likelihood: Tensor
 
@@ -49,7 +51,7 @@ class PairModel:
         images: ImageTokenizer,
         temperature: float = TEMPERATURE,
     ) -> None:
-        self._model, self._tokenizer, self.images = model, tokenizer, images
+        self.model, self.tokenizer, self.images = model, tokenizer, images
         self._temperature = temperature
         self.tokens: PairTokens = pair_tokens(tokenizer, images.config)
 
@@ -62,16 +64,33 @@ class PairModel:
         """
         return cls(model, load_tokenizer(folder), load_image_tokenizer(folder), temperature)
 
-    def draw(self, captions: Sequence[str], generator: torch.Generator) -> Drawn:
-        """An image for each caption."""
+    def draw(self, captions: Sequence[str], generator: torch.Generator, *, temperature: float | None = None) -> Drawn:
+        """An image for each caption.
+
+        Args:
+            temperature: None for the model's.
+        """
+        heat = self._temperature if temperature is None else temperature
         parts = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
-        drawn = [self._draw(part, generator) for part in parts]
+        drawn = [self._draw(part, generator, heat) for part in parts]
         codes, likelihoods = (torch.cat(one) for one in zip(*drawn, strict=True))
-        return Drawn(self.images.decode(codes), captions, likelihoods)
+        return Drawn(self.images.decode(codes), codes, captions, likelihoods)
 
     def describe(self, images: Tensor) -> list[str]:
         """The likeliest caption of each image [N, C, S, S] in [0, 1]."""
-        return [text for part in images.split(_BATCH) for text in self._describe(part)]
+        return self.describe_codes(self.images.encode(images))
+
+    def describe_codes(self, codes: Tensor) -> list[str]:
+        """The likeliest caption of each image in codes [N, T]."""
+        return [text for part in codes.split(_BATCH) for text in self._describe(part)]
+
+    @torch.no_grad()
+    def log_likelihood(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """How likely the model holds the codes of images [N, C, S, S] to be, given their captions [N]."""
+        codes = self.images.encode(images)
+        starts = range(0, len(captions), _BATCH)
+        parts = [self._log_likelihood(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]
+        return torch.cat(parts)
 
     def invent(self, count: int, generator: torch.Generator) -> Drawn:
         """Pairs of nothing: captions drawn from the model, and images for them."""
@@ -79,15 +98,28 @@ class PairModel:
         captions = [text for left in starts for text in self._invent_captions(min(left, _BATCH), generator)]
         return self.draw(captions, generator)
 
+    def _log_likelihood(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
+        tokens, mask = _padded_left(self._asked(captions), self._padding)
+        own = codes + self.tokens.first
+        mask = torch.cat([mask, torch.ones_like(own)], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = self.model(torch.cat([tokens, own], 1), attention_mask=mask, position_ids=positions).logits
+        first, stop = self.tokens.within
+        logs = logits[:, tokens.shape[1] - 1 : -1, first:stop].float().log_softmax(-1)
+        return logs.gather(2, codes[:, :, None]).sum((1, 2))
+
+    def _asked(self, captions: Sequence[str]) -> list[list[int]]:
+        """The tokens that an image follows on."""
+        said = self.tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [[self.tokenizer.bos_token_id, *row, self.tokens.begin] for row in said]
+
     @torch.no_grad()
-    def _draw(self, captions: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        said = self._tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        rows = [[self._tokenizer.bos_token_id, *row, self.tokens.begin] for row in said]
-        state = _State(self._model, *_padded_left(rows, self._padding))
-        codes, likelihood = [], torch.zeros(len(rows))
+    def _draw(self, captions: Sequence[str], generator: torch.Generator, temperature: float) -> tuple[Tensor, Tensor]:
+        state = _State(self.model, *_padded_left(self._asked(captions), self._padding))
+        codes, likelihood = [], torch.zeros(len(captions))
         for _ in range(self.tokens.length):
             logits = state.logits[:, self.tokens.first : self.tokens.first + self.tokens.num_codes]
-            logs = (logits.float() / self._temperature).log_softmax(-1)
+            logs = (logits.float() / temperature).log_softmax(-1)
             code = torch.multinomial(logs.exp(), 1, generator=generator)
             likelihood += logits.float().log_softmax(-1).gather(1, code).squeeze(1)
             codes.append(code)
@@ -95,19 +127,19 @@ class PairModel:
         return torch.cat(codes, 1), likelihood
 
     @torch.no_grad()
-    def _describe(self, images: Tensor) -> list[str]:
-        written = self.tokens.written(self.images.encode(images)).tolist()
-        rows = [[self._tokenizer.bos_token_id, *row] for row in written]
-        return self._captions(_State(self._model, *_padded_left(rows, self._padding)), None)
+    def _describe(self, codes: Tensor) -> list[str]:
+        written = self.tokens.written(codes).tolist()
+        rows = [[self.tokenizer.bos_token_id, *row] for row in written]
+        return self._captions(_State(self.model, *_padded_left(rows, self._padding)), None)
 
     @torch.no_grad()
     def _invent_captions(self, count: int, generator: torch.Generator) -> list[str]:
-        rows = [[self._tokenizer.bos_token_id]] * count
-        return self._captions(_State(self._model, *_padded_left(rows, self._padding)), generator)
+        rows = [[self.tokenizer.bos_token_id]] * count
+        return self._captions(_State(self.model, *_padded_left(rows, self._padding)), generator)
 
     def _captions(self, state: _State, generator: torch.Generator | None) -> list[str]:
         """Text up to what ends it: the likeliest, or with a generator drawn."""
-        ends = torch.tensor([self._tokenizer.eos_token_id, self.tokens.begin])
+        ends = torch.tensor([self.tokenizer.eos_token_id, self.tokens.begin])
         said = list[Tensor]()
         for _ in range(_LONGEST_CAPTION):
             logits = state.logits.float()
@@ -124,14 +156,14 @@ class PairModel:
         return [self._text(row) for row in torch.cat(said, 1).tolist()]
 
     def _text(self, tokens: Sequence[int]) -> str:
-        ends = {self._tokenizer.eos_token_id, self.tokens.begin}
+        ends = {self.tokenizer.eos_token_id, self.tokens.begin}
         stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-        text: str = self._tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+        text: str = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
         return text.strip()
 
     @property
     def _padding(self) -> int:
-        padding: int = self._tokenizer.pad_token_id
+        padding: int = self.tokenizer.pad_token_id
         return padding
 
 

@@ -38,6 +38,9 @@ from ecogen.node.parent import Parent
 from ecogen.node.status import ask_heard, status_of
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord, from_line, read_records, to_line
+from ecogen.relay.cloud import CloudRelay, known_glyphs
+from ecogen.relay.generator import Generator
+from ecogen.relay.messages import RELAY
 from ecogen.runtime.membership import Members
 from ecogen.runtime.stage import Stage
 from ecogen.storage import append_line, read_lines
@@ -110,7 +113,7 @@ class CloudRole:
         parent = Parent(Tier.EDGE, context, self._members, self._welcome, self._read, self._log.put)
         self.methods = {
             **parent.methods(),
-            **methods(Caller(Tier.EDGE), **{SYNC: self._on_sync, PUBLISH: self._publish}),
+            **methods(Caller(Tier.EDGE), **{SYNC: self._on_sync, RELAY: self._on_relay, PUBLISH: self._publish}),
             **methods(Caller(OPERATOR), **{STATUS: self._status, RESULT: self._result, DESCRIBE: self._describe}),
         }
 
@@ -150,8 +153,9 @@ class CloudRole:
             patience_s=patience_s,
             ranks=LoraRanks.of(recipe),
         )
+        self._relay = await context.worker.compute(self._make_relay) if recipe.relay.every else None
         self._report(ProgressReport("delivery", 0, len(self._topology.end_ids)))
-        await self._sync.set_finished(self._finished_edges)
+        await self._set_finished()
         self._prepared.set()
         if not self._has_finished:  # the edges may have, while this node was away
             self._close_books()
@@ -176,7 +180,36 @@ class CloudRole:
         kept_bytes = int(self._recipe.tuning.prefix_memory_mib * MIB)
         return Evaluator(self._stage, self._shape, self._context.worker, self._task.evaluated(), kept_bytes)
 
+    def _make_relay(self) -> CloudRelay:
+        context, recipe = self._context, self._recipe
+        length = recipe.model.context_length
+        generator = Generator(self._stage, self._foundation.folder, self._shape, context.worker, recipe.relay, length)
+        return CloudRelay(
+            context.node_id,
+            generator,
+            get_tunables(self._stage.model),
+            context.folder / "relay",
+            self._members,
+            context.worker,
+            recipe.relay,
+            known_glyphs(generator, recipe.seed),
+            self._log.put,
+            seed=recipe.seed,
+            patience_s=recipe.tuning.rejoin_timeout_s,
+        )
+
+    async def _set_finished(self) -> None:
+        await self._sync.set_finished(self._finished_edges)
+        if self._relay is not None:
+            await self._relay.set_finished(self._finished_edges)
+
     # Edges.
+
+    async def _on_relay(self, peer: Peer, message: Message) -> Message:
+        await self._prepared.wait()
+        if self._relay is None:
+            raise ProtocolError(f"{peer.node_id} sent samples, and no relay is asked for; set relay.every")
+        return await self._relay.exchange(peer, message)
 
     async def _welcome(self, node_id: str) -> Message:
         await self._prepared.wait()
@@ -205,7 +238,7 @@ class CloudRole:
         if is_new and isinstance(record, EventRecord) and record.event in ("finished", "resumed"):
             self._finished_edges = _finished(self._log.records)
             if self._prepared.is_set():  # or else the end of preparing looks at it
-                await self._sync.set_finished(self._finished_edges)
+                await self._set_finished()
                 self._close_books()
         return Message.of(PUBLISH, counted=message.counted)
 
@@ -265,7 +298,8 @@ class CloudRole:
 
     async def _result(self, _: Peer, __: Message) -> Message:
         await self._prepared.wait()
-        return Message.of(RESULT, tensors=self._sync.state.tunables, counted=False)
+        tunables = self._sync.state.tunables if self._relay is None else self._relay.state.tunables
+        return Message.of(RESULT, tensors=tunables, counted=False)
 
     def _on_step(self, phase: str, step: int, total: int, loss: float) -> None:
         """Called from the compute thread."""

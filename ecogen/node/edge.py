@@ -36,6 +36,8 @@ from ecogen.node.status import tell_heard
 from ecogen.placement import Placement, neighbours_of, segments_held
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventKind, EventRecord, PhaseRecord
+from ecogen.relay.edge import Domain, EdgeRelay
+from ecogen.relay.generator import Generator
 from ecogen.runtime.membership import Members, attend
 from ecogen.runtime.outbox import Outbox
 from ecogen.runtime.stage import Stage
@@ -47,6 +49,7 @@ from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.foundation import fetch_foundation
 from ecogen.tuning.messages import placement_table
+from ecogen.tuning.pair_data import read_domain
 from ecogen.tuning.privacy import ClusterPrivacy
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds
@@ -127,6 +130,24 @@ class EdgeRole:
             privacy=self._privacy(),
             wire=recipe.wire,
             keeps_head=not tunables.keys() >= own.keys(),
+            lessons=await context.worker.compute(self._make_relay) if recipe.relay.every else None,
+        )
+
+    def _make_relay(self) -> EdgeRelay:
+        context, recipe = self._context, self._recipe
+        edge_ids, length = recipes.build_topology(recipe.topology).edge_ids, recipe.model.context_length
+        folder = self._foundation.folder
+        generator = Generator(self._stage, folder, self._shape, context.worker, recipe.relay, length)
+        evidence, held_out = read_domain(recipe, edge_ids, context.node_id, generator.writer, generator.images)
+        return EdgeRelay(
+            context.node_id,
+            edge_ids.index(context.node_id),
+            generator,
+            context.worker,
+            recipe.relay,
+            Domain(evidence, held_out),
+            self._outbox.put,
+            seed=recipe.seed,
         )
 
     def _privacy(self) -> ClusterPrivacy | None:

@@ -19,7 +19,7 @@ from ecogen.measurements import Drawings
 from ecogen.models.pair_model import PairModel
 from ecogen.models.pictures import grid_of, png_of
 from ecogen.relay.judge import Judge, train_judge
-from ecogen.relay.quality import copied_share, frechet_distance
+from ecogen.relay.quality import copied_share, frechet_distance, nearest_distances, told_apart
 from ecogen.tuning.captions import DIGITS, digit_of
 from ecogen.tuning.pair_data import WRITTEN, PairSplits, read_pairs, source_of
 from ecogen.tuning.pairs import Pairs
@@ -55,16 +55,27 @@ class Assessor:
         is_written = source_of(self.recipe.data, edge_id) in WRITTEN
         return Drawings(
             num_drawn=len(asked),
-            recognised=self._recognised(drawn, asked) if is_written else None,
-            real_recognised=self._recognised(own.test.images, own.test.captions) if is_written else None,
+            recognised=self.recognised(drawn, asked) if is_written else None,
+            real_recognised=self.recognised(own.test.images, own.test.captions) if is_written else None,
             frechet=self._frechet(drawn, own) if is_written else None,
             real_frechet=self._frechet(own.train.images, own) if is_written else None,
             copies=copied_share(drawn, own.train.images, own.test.images),
+            members_by_drawings=told_apart(*(-nearest_distances(part.images, drawn) for part in (own.train, own.test))),
+            members_by_model=told_apart(
+                *(model.log_likelihood(part.images, part.captions) for part in (own.train, own.test))
+            ),
             caption_accuracy=_share([ours == theirs for ours, theirs in zip(said, own.test.captions, strict=True)]),
             sheet=_sheet(Pairs(drawn, asked), captions),
             real_sheet=_sheet(own.test, captions),
             captions=tuple(captions[:_SHOWN]),
         )
+
+    @property
+    def data_bytes(self) -> int:
+        """Of all pairs that are tuned on, as pixels of a byte and captions."""
+        pairs = [own.train for own in self.splits.values()]
+        captions = sum(len(caption.encode()) for part in pairs for caption in part.captions)
+        return sum(part.images.numel() for part in pairs) + captions
 
     @cached_property
     def _judge(self) -> Judge:
@@ -74,7 +85,8 @@ class Assessor:
         labels = torch.tensor([digit_of(caption) for pairs in written for caption in pairs.captions])
         return train_judge(images, labels, len(DIGITS), self.recipe.seed)
 
-    def _recognised(self, images: Tensor, captions: Sequence[str]) -> float:
+    def recognised(self, images: Tensor, captions: Sequence[str]) -> float:
+        """The share of images [N, C, S, S] that show the digits that their captions name."""
         seen = self._judge.labels(images).tolist()
         return _share([label == digit_of(caption) for label, caption in zip(seen, captions, strict=True)])
 

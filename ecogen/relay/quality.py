@@ -44,6 +44,15 @@ def copied_share(drawn: Tensor, learnt: Tensor, held_out: Tensor) -> float:
     return float((nearest_distances(drawn, learnt) < near * (1 - _ROOM)).double().mean())
 
 
+def told_apart(members: Tensor, others: Tensor) -> float:
+    """How well a score tells members [N] from others [M]: the probability that a member's is higher (AUC).
+
+    0.5 is guessing. Ties count half (Fawcett, "An introduction to ROC analysis", 2006, section 7).
+    """
+    differences = members[:, None] - others[None]
+    return float(((differences > 0).double() + (differences == 0).double() / 2).mean())
+
+
 def nearest_distances(ours: Tensor, theirs: Tensor) -> Tensor:
     """From each of ours to the nearest of theirs, in the numbers of all pixels [N]."""
     flat = theirs.flatten(1)

@@ -14,7 +14,7 @@ from ecogen.config import Recipe, to_table
 from ecogen.measurements import EXACT_DB, Inversion, InversionAttack
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
-from ecogen.reports import drawing, plots, tables
+from ecogen.reports import drawing, plots, relay_tables, tables
 from ecogen.reports.page import render_page
 from ecogen.reports.summary import Perplexity, RunFacts, Summary, round_indices, summarise
 from ecogen.reports.timeline import notable_events, start_s, timeline
@@ -69,7 +69,12 @@ def render_report(
         tables=_tables(records, ledger, topology, facts)
         | {"privacy": tables.privacy_table(summary)}
         | {"perplexity": tables.perplexity_table(summary)}
-        | {"drawings": tables.drawings_table(facts.drawings)},
+        | {"drawings": tables.drawings_table(facts.drawings)}
+        | {"cloud_drawings": tables.drawings_table(facts.cloud_drawings)}
+        | {
+            "lessons": relay_tables.lessons_table(summary["relay"]),
+            "cycles": relay_tables.cycles_table(summary["relay"]),
+        },
         inputs="text" if recipe.data.is_text else "images",
         hidden_parts=drawing.hidden_parts(topology),
         num_joined=_num_joined(records),

@@ -13,6 +13,7 @@ from ecogen.config import Recipe
 from ecogen.measurements import Drawings, InversionAttack, Probe
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, PhaseRecord, Record, RequestRecord, RoundRecord
+from ecogen.reports.relay import Relay, relay_of
 from ecogen.topology import Topology
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
@@ -27,6 +28,8 @@ class RunFacts:
         saved_accuracy: then, of each edge's saved model: the cloud's last average with the edge's own head.
         saved_perplexity: of a language model: of the saved one, on each edge's held-out text.
         drawings: of a text-image generator: of the saved one, of what each edge knows.
+        cloud_drawings: where cloud and edges taught each other: of the cloud's, of what each edge knows.
+        data_bytes: of the images with captions that the edges' devices tuned on.
     """
 
     tunable_parameters: int
@@ -42,6 +45,8 @@ class RunFacts:
     saved_accuracy: Mapping[str, float] = field(default_factory=dict)
     saved_perplexity: Mapping[str, float] = field(default_factory=dict)
     drawings: Mapping[str, Drawings] = field(default_factory=dict)
+    cloud_drawings: Mapping[str, Drawings] = field(default_factory=dict)
+    data_bytes: int = 0
 
     @property
     def tunable_fraction(self) -> float:
@@ -129,6 +134,7 @@ class Summary(TypedDict):
     recognised: dict[str, float | None] | None
     copies: dict[str, float] | None
     caption_accuracy: dict[str, float] | None
+    relay: Relay | None
     spent: list[Spent]
     tunable_fraction: float
     lora_error: float | None
@@ -160,6 +166,7 @@ def summarise(
         "recognised": {edge: found.recognised for edge, found in facts.drawings.items()} or None,
         "copies": {edge: found.copies for edge, found in facts.drawings.items()} or None,
         "caption_accuracy": {edge: found.caption_accuracy for edge, found in facts.drawings.items()} or None,
+        "relay": relay_of(records, topology, facts.data_bytes),
         "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,
         "lora_error": _lora_error(records),

@@ -107,6 +107,7 @@ def drawings_table(drawings: Mapping[str, Drawings]) -> Table:
             *(DASH if value is None else format_share(value) for value in (found.recognised, found.real_recognised)),
             *(DASH if value is None else format_number(value) for value in (found.frechet, found.real_frechet)),
             format_share(found.copies),
+            *(format_number(value) for value in (found.members_by_drawings, found.members_by_model)),
             format_share(found.caption_accuracy),
         )
         for edge, found in drawings.items()
@@ -119,6 +120,8 @@ def drawings_table(drawings: Mapping[str, Drawings]) -> Table:
         Column("distance", "Fréchet"),
         Column("of real ones", "Fréchet"),
         Column("near copies"),
+        Column("members told", "AUC, by drawings"),
+        Column("members told", "AUC, by the model"),
         Column("captions right"),
     )
     return Table("What the model of each edge draws and says", columns, rows)

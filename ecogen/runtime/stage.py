@@ -203,6 +203,11 @@ class Stage:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
+    def set_rate(self, learning_rate: float) -> None:
+        """From the next local step on."""
+        for group in self._optimizer.param_groups if self._optimizer else ():
+            group["lr"] = learning_rate
+
     def hand_over(self, segment: Segment) -> Tunables:
         """One segment's tunables with their optimizer states, for the device that goes on with them."""
         state: Tunables = {}

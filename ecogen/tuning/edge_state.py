@@ -36,6 +36,7 @@ class EdgeState:
         record: of the round that was committed last, so that it is published even if the edge dies before.
         memory: what the strategy of aggregation keeps from round to round.
         counted: the attempts of each cluster that are in the tunables; all others never were.
+        is_untaught: whether lessons are still to be exchanged with the cloud after the last round.
     """
 
     tunables: Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class EdgeState:
     record: RoundRecord | None = None
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     counted: Mapping[str, Counted] = field(default_factory=dict)
+    is_untaught: bool = False
 
     def times_counted(self, cluster_id: str) -> int:
         """How many of a cluster's attempts are in the tunables."""
@@ -58,7 +60,8 @@ class EdgeState:
 
     def save(self, path: Path) -> None:
         """Write it atomically."""
-        values = {"next_round": self.next_round, "unsynced": self.unsynced, "counted": self.counted}
+        names = ("next_round", "unsynced", "counted", "is_untaught")
+        values = {name: getattr(self, name) for name in names}
         record = to_line(self.record).decode() if self.record else ""
         tensors = {**self.tunables, **{_MEMORY + name: tensor for name, tensor in self.memory.items()}}
         save_tensors(path, tensors, {"state": json.dumps(values), "record": record})

@@ -9,6 +9,7 @@ Shapes: N pairs, C channels, S side of an image.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,11 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ecogen.config import NUM_LABELS, Data, PairSource, Recipe
 from ecogen.errors import DataError
-from ecogen.models.image_tokenizer import ImageTokenizer
+from ecogen.models.image_tokenizer import ImageTokenizer, ImageTokens
 from ecogen.models.pictures import read_picture
 from ecogen.tuning.captions import digit_caption
 from ecogen.tuning.datasets import FOLDER_VARIABLE, open_data, resized
 from ecogen.tuning.pairs import Pairs, PairWriter
+from ecogen.tuning.passages import Passages
 from ecogen.tuning.text import TextSplits
 
 CAPTIONS = "captions.jsonl"
@@ -149,6 +151,19 @@ def _split(pairs: Pairs, data: Data, edge_id: str, key: Sequence[int]) -> PairSp
         )
     test, validation, rest = np.split(np.random.default_rng(key).permutation(len(pairs)), [data.test, held_out])
     return PairSplits(pairs[rest[: data.train]], pairs[validation], pairs[test])
+
+
+def read_domain(
+    recipe: Recipe, edge_ids: Sequence[str], edge_id: str, writer: PairWriter, images: ImageTokens
+) -> tuple[dict[str, int], Passages]:
+    """What an edge knows by its validation pairs: how many there are of each caption, and they themselves.
+
+    Raises:
+        DataError: if its source is missing or damaged, or has too few.
+    """
+    size = (images.num_channels, images.image_size)
+    own = read_pairs(recipe.data, edge_ids, edge_id, size, recipe.seed).validation
+    return dict(Counter(own.captions)), writer.both(own)
 
 
 def read_pair_passages(

@@ -61,12 +61,19 @@ class PairWriter:
 
     def both(self, pairs: Pairs) -> Passages:
         """Each pair both ways, one behind the other [2 N]."""
-        twice = pairs[np.repeat(np.arange(len(pairs)), 2)]
-        return self._passages(twice, np.arange(len(twice)) % 2 == 0)
+        return self.both_of(pairs.captions, self._images.encode(pairs.images))
+
+    def both_of(self, captions: Sequence[str], codes: Tensor) -> Passages:
+        """As `both`, of images in codes [N, T]."""
+        twice = [caption for caption in captions for _ in range(2)]
+        return self._written(twice, codes.repeat_interleave(2, 0), np.arange(len(twice)) % 2 == 0)
 
     def _passages(self, pairs: Pairs, is_drawn: NDArray[np.bool_]) -> Passages:
-        written = self.tokens.written(self._images.encode(pairs.images)).tolist()
-        said = self._tokenizer(list(pairs.captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._written(pairs.captions, self._images.encode(pairs.images), is_drawn)
+
+    def _written(self, captions: Sequence[str], codes: Tensor, is_drawn: NDArray[np.bool_]) -> Passages:
+        written = self.tokens.written(codes).tolist()
+        said = self._tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         rows = [self._row(*pair) for pair in zip(said, written, is_drawn, strict=True)]
         tokens = torch.tensor(rows, dtype=torch.int64).view(len(rows), self._length + 1)
         following = tokens[:, 1:].masked_fill(tokens[:, 1:] == self._padding, IGNORED)

@@ -12,15 +12,17 @@ import asyncio
 import logging
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from ecogen.config import Aggregation, Tuning, Wire
 from ecogen.errors import NodeLostError
+from ecogen.models.tunables import Tunables
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RoundRecord, Score
 from ecogen.runtime.membership import Members
@@ -42,6 +44,22 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[[Mapping[str, Tensor]], Score]
 
 
+class Lessons(Protocol):
+    """Exchanges what cloud and edge know, other than by averaging."""
+
+    def is_due(self, round_index: int) -> bool:
+        """Whether that is to be after a round."""
+
+    async def exchange(
+        self, round_index: int, tunables: Mapping[str, Tensor], ask: Callable[[Message], Awaitable[Message | None]]
+    ) -> Tunables:
+        """The tunables after it.
+
+        Args:
+            ask: the cloud; gives None where it stays away.
+        """
+
+
 class EdgeRounds:
     """One edge's tuning role.
 
@@ -55,6 +73,7 @@ class EdgeRounds:
         seed: draws who takes part in a round, where not all do.
         privacy: what protects the clusters, where something does.
         wire: the types in which tunables travel to and from devices.
+        lessons: what is exchanged with the cloud, where something is.
         keeps_head: the cloud averages all but the head, since other edges' heads are for other labels.
         publish: takes each record.
     """
@@ -80,6 +99,7 @@ class EdgeRounds:
         privacy: ClusterPrivacy | None = None,
         wire: Wire | None = None,
         keeps_head: bool = False,
+        lessons: Lessons | None = None,
     ) -> None:
         self.state = state
         self._strategy, self._aggregation = strategy_of(aggregation), aggregation
@@ -101,6 +121,7 @@ class EdgeRounds:
             is_discreet=privacy is not None,
             has_controls=aggregation.strategy == "scaffold",
         )
+        self._lessons = lessons
         self._buffer: Buffer | None = None
         if aggregation.buffer:
             patience_s = tuning.rejoin_timeout_s
@@ -113,6 +134,7 @@ class EdgeRounds:
         if self.state.record:
             self._publish(self.state.record)
         await self._agree()
+        await self._take_lesson()
         async with self._buffer or nullcontext():
             while self.state.next_round < self._tuning.rounds:
                 await self._round(self.state.next_round)
@@ -131,9 +153,11 @@ class EdgeRounds:
             record = await self._worker.compute(self._conceal, record)
         unsynced = weight if self._is_sync_due(round_index) else None
         counted = self.state.count((outcome.update.sender_id, outcome.key.attempt) for outcome in outcomes)
-        await self._commit(EdgeState(tunables, round_index + 1, unsynced, record, memory, counted))
+        is_untaught = self._lessons is not None and self._lessons.is_due(round_index)
+        await self._commit(EdgeState(tunables, round_index + 1, unsynced, record, memory, counted, is_untaught))
         self._publish(record)
         await self._agree()
+        await self._take_lesson()
 
     def _average(self, updates: Sequence[Update]) -> tuple[Together, Score]:
         """On the compute thread: what the strategy makes of the updates and keeps, and how well it does."""
@@ -221,6 +245,13 @@ class EdgeRounds:
         reply = await self._call_cloud(Message.of(SYNC, order, kind="tunables", tensors=shared))
         agreed = shared if reply is None else reply.tensors
         await self._commit(replace(self.state, tunables={**self.state.tunables, **agreed}, unsynced=None))
+
+    async def _take_lesson(self) -> None:
+        """Exchange what is known with the cloud, where that is due."""
+        if self._lessons is None or not self.state.is_untaught:
+            return
+        tunables = await self._lessons.exchange(self.state.next_round - 1, self.state.tunables, self._call_cloud)
+        await self._commit(replace(self.state, tunables=tunables, is_untaught=False))
 
     async def _call_cloud(self, message: Message) -> Message | None:
         """The cloud's answer; None where it stays away for too long, and the edge goes on alone."""

@@ -21,6 +21,7 @@ from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer
 from ecogen.tuning.aggregate import Update, aggregate, check_updates
+from ecogen.tuning.gathering import Gathering
 from ecogen.tuning.messages import SYNC, SyncOrder, SyncResult
 from ecogen.tuning.ranks import LoraRanks, Together
 from ecogen.tuning.strategies import fedavg
@@ -78,18 +79,16 @@ class CloudSync:
         self.state = state
         self._node_id, self._ranks = node_id, ranks
         self._path, self._members, self._worker = path, members, worker
-        self._evaluate, self._publish, self._patience_s = evaluate, publish, patience_s
-        self._pending: dict[int, dict[str, Update]] = {}
+        self._evaluate, self._publish = evaluate, publish
+        self._gathering: Gathering[Update] = Gathering(members, patience_s)
         self._closing: dict[int, asyncio.Task[None]] = {}
-        self._finished: set[str] = set()
 
     async def sync(self, peer: Peer, message: Message) -> Message:
         """Answer an edge with the average of its round, once that is closed."""
         order = message.read(SyncOrder)
         if order.round_index > self.state.round_index:
             update = Update(peer.node_id, message.tensors, order.num_examples)
-            self._pending.setdefault(order.round_index, {})[peer.node_id] = update
-            await self._members.wake()
+            await self._gathering.put(order.round_index, peer.node_id, update)
             await asyncio.shield(self._close(order.round_index))
         counted = self.state.counted.get(peer.node_id) == order.round_index
         if not counted:
@@ -101,13 +100,12 @@ class CloudSync:
         """The task that closes a round, begun by whoever comes first."""
         if round_index not in self._closing:
             task = self._closing[round_index] = asyncio.create_task(self._close_round(round_index))
-            task.add_done_callback(_seen)  # those who wait for it are told; where all have gone, nobody is
+            task.add_done_callback(note_seen)  # those who wait for it are told; where all have gone, nobody is
         return self._closing[round_index]
 
     async def _close_round(self, round_index: int) -> None:
         began_s = time.perf_counter()
-        await self._wait_for_all(round_index)
-        updates = list(self._pending.pop(round_index).values())
+        updates = list((await self._gathering.take(round_index)).values())
         tunables, _, error = await self._worker.compute(self._average, updates)
         score = await self._worker.compute(self._evaluate, tunables)
         members = sorted(update.sender_id for update in updates)
@@ -123,30 +121,9 @@ class CloudSync:
         ordered = sorted(updates, key=lambda update: update.sender_id)
         return self._ranks.put_together(self.state.tunables, ordered, {}, fedavg, Aggregation())
 
-    async def _wait_for_all(self, round_index: int) -> None:
-        """Until every edge has sent its update, or the missing ones are lost and do not come back in time."""
-
-        def are_gone() -> bool:
-            return not self._missing(round_index) & set(self._members.ready_ids)
-
-        while self._missing(round_index):
-            gone = are_gone()
-            news = await self._members.wait_for(
-                lambda gone=gone: not self._missing(round_index) or are_gone() != gone,  # type: ignore[misc]
-                self._patience_s if gone else None,
-            )
-            if not news:
-                return
-
-    def _missing(self, round_index: int) -> set[str]:
-        """The edges whose update of a round may still come; not those that went on alone to a later round."""
-        sent = {edge_id for index, updates in self._pending.items() if index >= round_index for edge_id in updates}
-        return set(self._members.expected) - sent - self._finished
-
     async def set_finished(self, edge_ids: set[str]) -> None:
         """These edges have done their last round; nobody waits for them any more."""
-        self._finished = set(edge_ids)
-        await self._members.wake()
+        await self._gathering.set_finished(edge_ids)
 
     def _record(
         self,
@@ -177,7 +154,7 @@ class CloudSync:
         self._publish(EventRecord("fenced", node_id, round_index, detail, time.time()))
 
 
-def _seen(task: asyncio.Task[None]) -> None:
+def note_seen(task: asyncio.Task[None]) -> None:
     """Take note of how a task ended, so that asyncio does not print it."""
     if not task.cancelled():
         task.exception()

@@ -146,6 +146,9 @@ def test_a_whole_model_draws_describes_and_invents(run_folder: Path) -> None:
     assert (drawn.log_likelihood < 0).all()
     said = model.describe(drawn.images[:3])
     assert said == [model.describe(image[None])[0] for image in drawn.images[:3]], "the same alone and among others"
+    with torch.no_grad():
+        likely = model._log_likelihood(drawn.codes, drawn.captions)
+    assert torch.allclose(likely, drawn.log_likelihood, atol=1e-3), "token by token as all at once"
     invented = model.invent(5, generator)
     assert len(invented.captions) == len(invented.images) == 5
     assert all(invented.captions)

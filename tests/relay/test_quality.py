@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from ecogen.relay.quality import copied_share, frechet_distance, nearest_distances
+from ecogen.relay.quality import copied_share, frechet_distance, nearest_distances, told_apart
 
 SEEDS = st.integers(0, 2**31)
 
@@ -54,3 +54,11 @@ def test_copies_are_found_and_others_are_not() -> None:
 def test_nearest_distances() -> None:
     ours, theirs = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     assert nearest_distances(ours, theirs).tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_who_is_told_apart() -> None:
+    scores = torch.tensor([3.0, 1.0, 2.0])
+    assert told_apart(scores, scores - 5) == 1
+    assert told_apart(scores - 5, scores) == 0
+    assert told_apart(scores, scores) == 0.5
+    assert told_apart(torch.tensor([1.0, 0.0]), torch.tensor([0.0])) == 0.75

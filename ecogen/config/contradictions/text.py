@@ -54,6 +54,8 @@ def _of_text(recipe: Recipe) -> Iterator[Contradiction]:
 def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:
     """Sources of pairs, and whether the sizes have room for them."""
     model, data = recipe.model, recipe.data
+    if recipe.relay.every:
+        yield from _of_relay(recipe)
     if not data.is_pairs:
         if data.sources:
             yield _contradiction("data.sources", "say where pairs are from; set data.name = 'pairs', or leave it out")
@@ -72,6 +74,17 @@ def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:
     if model.context_length < codes + CAPTION:
         said = f"{model.context_length} has no room for {codes} codes and a caption; {codes + CAPTION} at least"
         yield _contradiction("model.context_length", said, "model.patch_size")
+
+
+def _of_relay(recipe: Recipe) -> Iterator[Contradiction]:
+    if not recipe.data.is_pairs:
+        yield _contradiction("relay.every", "models teach each other by drawing; set data.name = 'pairs', or 0")
+    if not recipe.data.validation:
+        said = "lessons are refused by what an edge holds out; set data.validation above 0"
+        yield _contradiction("data.validation", said, "relay.every")
+    if recipe.tuning.cloud_every:
+        said = "edges that teach each other keep models of their own, which are not averaged; set 0"
+        yield _contradiction("tuning.cloud_every", said, "relay.every")
 
 
 def _wrong_for_text(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:

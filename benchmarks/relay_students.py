@@ -1,0 +1,200 @@
+"""Students of the cloud's generator: `python -m benchmarks.relay_students [--run runs/pairs] [--seeds 5]`.
+
+The cloud's model of `ecogen run pairs` knows handwritten digits from the edges' drawings alone. It teaches two students
+that are made anew and get nothing but what it draws: a decoder of less than a quarter of its size, and a vision
+transformer that says which digit an image shows. Beside each stands the same student, with as many steps, that was
+taught the edges' real training pairs instead. Both are judged on real test pairs that nobody learnt from, which are not
+looked at before the end: sizes and rates were chosen on validation pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, PreTrainedModel, ViTConfig
+
+from benchmarks.common import circumstances, wait_until_quiet, write_result
+from ecogen import config as recipes
+from ecogen.config import Pretraining
+from ecogen.engines import session
+from ecogen.engines.run_folder import load_recipe
+from ecogen.models.adapters import BACKBONE, load_tuned
+from ecogen.models.pair_model import PairModel
+from ecogen.relay.assessment import Assessor
+from ecogen.relay.students import labels_of, teach_classifier, teach_decoder
+from ecogen.relay.teacher import teach
+from ecogen.tuning.captions import DIGITS, digit_caption, digit_of
+from ecogen.tuning.pairs import Pairs, PairWriter
+
+KEPT = 0.97
+"""Of what the same student reaches that is taught real data, the least that is a success."""
+
+SAMPLES = 2000
+DECODER = Pretraining(steps=700, batch_size=32, matrix_rate=0.02, learning_rate=3e-3, weight_decay=0.1)
+CLASSIFIER = Pretraining(steps=900, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
+SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+VIT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student may learn from, as pictures and as codes."""
+
+    pairs: Pairs
+    writer: PairWriter
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return torch.tensor([digit_of(caption) for caption in self.pairs.captions])
+
+
+@dataclass(frozen=True)
+class Classroom:
+    """A run's models and pairs."""
+
+    teacher: PairModel
+    folder: Path
+    assessor: Assessor
+    drawn: Lesson
+    real: Lesson
+    tests: Pairs
+
+
+def gather(run: Path) -> Classroom:
+    """What a run left."""
+    recipe = load_recipe(run)
+    edge_ids = recipes.build_topology(recipe.topology).edge_ids
+    assessor, folder = Assessor.of(recipe, edge_ids), run / BACKBONE
+    teacher = PairModel.of(load_tuned(run), folder)
+    writer = PairWriter(teacher.tokenizer, teacher.images, recipe.model.context_length)
+    captions = {digit_caption(digit): 0 for digit in range(10)}
+    samples = teach(teacher, captions, SAMPLES, torch.Generator().manual_seed(0)).samples
+    drawn = Pairs(teacher.images.decode(samples.codes), samples.captions)
+    splits = assessor.splits.values()
+    real = joined([own.train for own in splits])
+    return Classroom(
+        teacher, folder, assessor, Lesson(drawn, writer), Lesson(real, writer), joined([own.test for own in splits])
+    )
+
+
+def joined(parts: list[Pairs]) -> Pairs:
+    captions = [caption for part in parts for caption in part.captions]
+    return Pairs(torch.cat([part.images for part in parts]), captions)
+
+
+def decoder_scores(room: Classroom, lesson: Lesson, seed: int) -> dict[str, float]:
+    """How a small decoder draws and describes that was taught a lesson."""
+    own = LlamaConfig(**{**room.teacher.model.config.to_dict(), **SMALL, "head_dim": 24})
+    spec = replaced(DECODER, seed)
+    student = teach_decoder(own, lesson.writer.both(lesson.pairs), spec, lambda *_: None)
+    return scores_of(room, student.eval(), seed) | {"parameters": num_parameters(student)}
+
+
+def scores_of(room: Classroom, model: PreTrainedModel, seed: int) -> dict[str, float]:
+    """Recognised pictures and right captions, of all digits."""
+    pairs = PairModel.of(model, room.folder)
+    asked = [digit_caption(digit) for digit in range(10) for _ in range(20)]
+    drawn = pairs.draw(asked, torch.Generator().manual_seed(seed)).images
+    said = pairs.describe(room.tests.images)
+    right = sum(ours == theirs for ours, theirs in zip(said, room.tests.captions, strict=True))
+    return {"recognised": room.assessor.recognised(drawn, asked), "captions right": right / len(said)}
+
+
+def classifier_scores(room: Classroom, lesson: Lesson, seed: int) -> dict[str, float]:
+    """How many digits a vision transformer names that was taught a lesson."""
+    size = room.teacher.images.config
+    own = ViTConfig(
+        **VIT,
+        image_size=size.image_size,
+        patch_size=size.patch_size,
+        num_channels=size.num_channels,
+        num_labels=len(DIGITS),
+    )
+    student = teach_classifier(own, lesson.pairs.images, lesson.labels, replaced(CLASSIFIER, seed), lambda *_: None)
+    wanted = torch.tensor([digit_of(caption) for caption in room.tests.captions])
+    right = (labels_of(student, room.tests.images) == wanted).double().mean()
+    return {"accuracy": float(right), "parameters": num_parameters(student)}
+
+
+def replaced(spec: Pretraining, seed: int) -> Pretraining:
+    return recipes.section_from_table(Pretraining, recipes.section_table(spec) | {"seed": seed})
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+STUDENTS = {"smaller decoder": decoder_scores, "vision transformer": classifier_scores}
+
+
+def measure(room: Classroom, seeds: int) -> dict[str, Any]:
+    """All students, of both lessons, seed by seed."""
+    found: dict[str, Any] = {}
+    for name, learn in STUDENTS.items():
+        runs = [(learn(room, room.drawn, seed), learn(room, room.real, seed)) for seed in range(seeds)]
+        measures = [key for key in runs[0][0] if key != "parameters"]
+        found[name] = {"parameters": runs[0][0]["parameters"]}
+        for key in measures:
+            drawn, real = ([run[side][key] for run in runs] for side in (0, 1))
+            found[name][key] = {
+                "of drawings": spread(drawn),
+                "of real data": spread(real),
+                "kept": round(statistics.fmean(drawn) / statistics.fmean(real), 4),
+            }
+        print(name, found[name], flush=True)
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "mean": round(statistics.fmean(values), 4),
+        "least": round(min(values), 4),
+        "most": round(max(values), 4),
+    }
+
+
+def main(run: Path | None, seeds: int) -> dict[str, Any]:
+    """Measure, write benchmarks/results/relay_students.json, and return it."""
+    quiet = wait_until_quiet()
+    with tempfile.TemporaryDirectory(prefix="ecogen-students-") as temporary:
+        if run is None:
+            run = Path(temporary) / "pairs"
+            asyncio.run(session.run(recipes.load("pairs"), run, resume=False, screen=Console(stderr=True)))
+        room = gather(run)
+        teacher = scores_of(room, room.teacher.model, 0) | {"parameters": num_parameters(room.teacher.model)}
+        students = measure(room, seeds)
+    rows = {f"{name}: {key}": row for name, of in students.items() for key, row in of.items() if key != "parameters"}
+    kept = {name: row["kept"] for name, row in rows.items()}
+    result = circumstances(("torch", "transformers")) | {
+        "others_before": quiet,
+        "seeds": seeds,
+        "samples": len(room.drawn.pairs),
+        "real_pairs": len(room.real.pairs),
+        "teacher": teacher,
+        "students": students,
+        "goals": {f"{name} at least {KEPT} of real data's": share >= KEPT for name, share in kept.items()}
+        | {
+            f"{name} at least four times smaller": 4 * of["parameters"] <= teacher["parameters"]
+            for name, of in students.items()
+        },
+    }
+    write_result("relay_students", result)
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a finished run of the recipe pairs; default a new one")
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    for goal, met in main(options.run, options.seeds)["goals"].items():
+        print(f"{'reached' if met else 'MISSED'}: {goal}")

@@ -1,0 +1,132 @@
+"""A node's whole generator: it teaches by drawing, and learns from what others drew and what it drew itself before.
+
+All of it runs on the compute thread, and is a pure function of its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ecogen.config import Relay
+from ecogen.models.family import whole_segment
+from ecogen.models.image_tokenizer import load_image_tokenizer
+from ecogen.models.pair_model import PairModel
+from ecogen.models.tokenizer import load_tokenizer
+from ecogen.models.tunables import Tunables
+from ecogen.placement import Segment
+from ecogen.planning.cost import ModelShape, backward_flops, forward_flops
+from ecogen.relay.samples import Captions, Samples, unpacked
+from ecogen.relay.teacher import Lesson, teach
+from ecogen.runtime.stage import MicrobatchKey, OptimizerSettings, Stage
+from ecogen.runtime.worker import Worker
+from ecogen.tuning.evaluate import Evaluator
+from ecogen.tuning.pairs import PairWriter
+from ecogen.tuning.passages import IGNORED, Passages, joined
+
+_CLIP_NORM, _WEIGHT_DECAY = 1.0, 0.01
+
+
+class Generator:
+    """The generator that a node holds as a whole.
+
+    Args:
+        folder: of its backbone, with both tokenizers.
+        length: T, to which passages are padded.
+
+    Raises:
+        CheckpointError: if the folder has no image tokenizer.
+    """
+
+    def __init__(self, stage: Stage, folder: Path, shape: ModelShape, worker: Worker, spec: Relay, length: int) -> None:
+        tokenizer, images = load_tokenizer(folder), load_image_tokenizer(folder)
+        self._stage, self._shape, self._worker, self._spec = stage, shape, worker, spec
+        self._model = PairModel(stage.model.whole, tokenizer, images)
+        self.writer = PairWriter(tokenizer, images, length)
+        self.images = images.config
+
+    def teach(
+        self,
+        tunables: Mapping[str, Tensor],
+        evidence: Mapping[str, int],
+        number: int,
+        key: Sequence[int],
+        *,
+        is_checked: bool = True,
+    ) -> Lesson:
+        """As `teacher.teach`, with these tunables."""
+        self._stage.begin(tunables)
+        lesson = teach(self._model, evidence, number, keyed(key), is_checked=is_checked)
+        passes = lesson.num_drawn * (1 + is_checked)  # of all tokens, each once, whether they are cached or not
+        self._worker.meter.add_flops(forward_flops(self._shape, self._segment, passes))
+        return lesson
+
+    def learn(
+        self, tunables: Mapping[str, Tensor], new: Passages, known: Passages | None, key: Sequence[int]
+    ) -> Tunables:
+        """The tunables after local steps.
+
+        Args:
+            known: what is rehearsed, `rehearsal` of each batch; None for nothing.
+        """
+        spec, generator = self._spec, keyed(key)
+        self._stage.begin(tunables, OptimizerSettings(spec.learning_rate, _WEIGHT_DECAY, _CLIP_NORM))
+        num_known = round(spec.rehearsal * spec.batch_size) if known is not None and len(known) else 0
+        for step in range(spec.steps):
+            self._worker.check_given_up()
+            self._stage.set_rate(spec.learning_rate * (1 + math.cos(math.pi * step / spec.steps)) / 2)
+            parts = [_some(new, spec.batch_size - num_known, generator)]
+            parts += [_some(known, num_known, generator)] if known is not None and num_known else []
+            self._step(step, joined(parts))
+        return self._stage.tunables
+
+    def _step(self, step: int, batch: Passages) -> None:
+        key, segment = MicrobatchKey(step, 0, 0), self._segment
+        counted = int((batch.labels != IGNORED).sum())
+        self._stage.loss(key, segment, batch.tokens, batch.labels, counted, input_grads=False)
+        self._stage.backward(key, None)
+        self._stage.step(self._stage.squared_norm(segment))
+        shape = self._shape
+        flops = forward_flops(shape, segment, len(batch)) + backward_flops(shape, segment, len(batch))
+        self._worker.meter.add_flops(flops)
+
+    def perplexity(self, passages: Passages) -> Callable[[Mapping[str, Tensor]], float]:
+        """Of passages, as a function of tunables."""
+        evaluate = Evaluator(self._stage, self._shape, self._worker, passages)
+
+        def measured(tunables: Mapping[str, Tensor]) -> float:
+            score = evaluate(tunables).perplexity
+            assert score is not None
+            return score
+
+        return measured
+
+    def passages(self, samples: Samples) -> Passages:
+        """Samples as a model learns from them, each both ways."""
+        return self.writer.both_of(samples.captions, samples.codes)
+
+    def read(self, body: Captions, tensors: Mapping[str, Tensor]) -> Samples:
+        """The samples in a message.
+
+        Raises:
+            ProtocolError: if they are none, or more than were asked for.
+        """
+        return unpacked(body, tensors, self.images.codebook_size, self.images.num_codes, self._spec.samples)
+
+    @property
+    def _segment(self) -> Segment:
+        return whole_segment(self._stage.model.whole.config)
+
+
+def keyed(key: Sequence[int]) -> torch.Generator:
+    """A generator whose numbers are those of a key."""
+    return torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2**62)))
+
+
+def _some(passages: Passages, number: int, generator: torch.Generator) -> Passages:
+    return passages[torch.randint(len(passages), (number,), generator=generator)]

@@ -1,0 +1,73 @@
+"""Students that learn from generated samples alone: a smaller decoder, or a vision transformer that names what it sees.
+
+They are whole models of their own, made anew: of the teacher they get nothing but what it drew.
+
+Shapes: N samples, C channels, S side of an image, K labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+from transformers import LlamaConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from ecogen.config import Pretraining
+from ecogen.tuning.augment import augment
+from ecogen.tuning.passages import Passages
+from ecogen.tuning.pretrain import schedule
+from ecogen.tuning.pretrain_decoder import pretrain_decoder
+
+_GATHERED = 256
+
+OnStep = Callable[[str, int, int, float], None]
+
+
+def teach_decoder(config: LlamaConfig, samples: Passages, spec: Pretraining, on_step: OnStep) -> PreTrainedModel:
+    """A decoder that has learnt from samples, each drawn as often as the others."""
+
+    def drawn(count: int, generator: torch.Generator) -> Passages:
+        return samples[torch.randint(len(samples), (count,), generator=generator)]
+
+    return pretrain_decoder(
+        config,
+        drawn,
+        seed=spec.seed,
+        on_step=on_step,
+        steps=spec.steps,
+        batch_size=spec.batch_size,
+        matrix_rate=spec.matrix_rate,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+    )
+
+
+def teach_classifier(
+    config: ViTConfig, images: Tensor, labels: Tensor, spec: Pretraining, on_step: OnStep
+) -> ViTForImageClassification:
+    """A vision transformer that has learnt from images [N, C, S, S] in [0, 1] and their labels [N]."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        student = ViTForImageClassification(config)
+    generator = torch.Generator().manual_seed(spec.seed)
+    optimizer = AdamW(student.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, betas=(0.9, 0.95))
+    for step in range(spec.steps):
+        optimizer.param_groups[0]["lr"] = spec.learning_rate * schedule((step + 1) / spec.steps)
+        chosen = torch.randint(len(images), (spec.batch_size,), generator=generator)
+        views = augment(images[chosen], 1.0, generator)
+        loss = cross_entropy(student(pixel_values=views).logits, labels[chosen], label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        on_step("classifier", step + 1, spec.steps, loss.item())
+    return student.eval()
+
+
+@torch.no_grad()
+def labels_of(student: ViTForImageClassification, images: Tensor) -> Tensor:
+    """The likeliest label of each image [N]."""
+    parts = [student(pixel_values=part).logits.argmax(-1) for part in torch.split(images, _GATHERED)]
+    return torch.cat(parts)

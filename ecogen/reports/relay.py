@@ -1,0 +1,104 @@
+"""The knowledge relay in figures: each lesson, what it changed and cost, and what sending the data would have been."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
+
+from ecogen.accounting.ledger import Bill, settle
+from ecogen.records import Record, RelayRecord, Taught
+from ecogen.topology import Topology
+
+
+class Score(TypedDict):
+    """Perplexity on held-out pairs before and after a lesson."""
+
+    before: float
+    after: float
+
+
+class Lesson(TypedDict):
+    """One lesson; `new` and `known` are by what the pairs are of."""
+
+    cycle: int
+    node_id: str
+    teachers: list[str]
+    accepted: bool
+    reason: str
+    version: int
+    num_drawn: int
+    num_samples: int
+    new: dict[str, Score]
+    known: dict[str, Score]
+    wall_s: float
+
+
+class Cycle(TypedDict):
+    """What one exchange of all lessons took: bytes of samples, as tensors; energy and emissions, modelled."""
+
+    cycle: int
+    sample_bytes: int
+    energy_j: float
+    emissions_g: float
+
+
+class Relay(TypedDict):
+    """All lessons in order, the bill of each cycle, and the bytes of the pairs that did not travel."""
+
+    up: list[Lesson]
+    down: list[Lesson]
+    cycles: list[Cycle]
+    data_bytes: int
+
+
+def relay_of(records: Sequence[Record], topology: Topology, data_bytes: int) -> Relay | None:
+    """The relay of a run; None without one.
+
+    Args:
+        data_bytes: of the pairs that the edges' devices tuned on.
+    """
+    told = sorted(
+        (record for record in records if isinstance(record, RelayRecord)), key=lambda one: (one.cycle, one.node_id)
+    )
+    if not told:
+        return None
+    return {
+        "up": [_lesson(one) for one in told if one.direction == "up"],
+        "down": [_lesson(one) for one in told if one.direction == "down"],
+        "cycles": [
+            _cycle(cycle, [one for one in told if one.cycle == cycle], topology)
+            for cycle in sorted({one.cycle for one in told})
+        ],
+        "data_bytes": data_bytes,
+    }
+
+
+def _lesson(record: RelayRecord) -> Lesson:
+    return {
+        "cycle": record.cycle,
+        "node_id": record.node_id,
+        "teachers": [*record.teachers],
+        "accepted": record.accepted,
+        "reason": record.reason,
+        "version": record.version,
+        "num_drawn": record.num_drawn,
+        "num_samples": record.num_samples,
+        "new": _scores(score for score in record.scores if score.is_new),
+        "known": _scores(score for score in record.scores if not score.is_new),
+        "wall_s": record.wall_s,
+    }
+
+
+def _scores(scores: Iterable[Taught]) -> dict[str, Score]:
+    return {score.name: {"before": score.before, "after": score.after} for score in scores}
+
+
+def _cycle(cycle: int, records: Sequence[RelayRecord], topology: Topology) -> Cycle:
+    ledger = settle(records, topology)
+    total = ledger.by_phase().get("relay", Bill.zero())
+    return {
+        "cycle": cycle,
+        "sample_bytes": sum(one.sample_bytes for one in records),
+        "energy_j": total.energy_j.mid,
+        "emissions_g": total.emissions_g.mid,
+    }

@@ -1,0 +1,56 @@
+"""The tables of the knowledge relay: lessons, and what each cycle of them took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ecogen.reports.relay import Relay, Score
+from ecogen.reports.tables import Column, Table, identifier, word
+from ecogen.reports.wording import format_count, format_grams, format_number
+from ecogen.units import format_bytes, format_joules
+
+
+def lessons_table(relay: Relay | None) -> Table:
+    """A row for each lesson; none without a relay."""
+    up, down = (relay["up"], relay["down"]) if relay else ([], [])
+    lessons = [*(("up", one) for one in up), *(("down", one) for one in down)]
+    rows = tuple(
+        (
+            str(one["cycle"] + 1),
+            f"{direction}, {', '.join(one['teachers']) or 'nobody'} to {one['node_id']}",
+            f"{format_count(one['num_samples'])} of {format_count(one['num_drawn'])}",
+            _told(one["new"]),
+            _told(one["known"]),
+            f"accepted, version {one['version']}" if one["accepted"] else f"refused: {one['reason']}",
+        )
+        for direction, one in sorted(lessons, key=lambda pair: (pair[1]["cycle"], pair[0] != "up"))
+    )
+    columns = (
+        word("cycle"),
+        identifier("lesson"),
+        Column("handed on", "of drawn"),
+        word("perplexity on what was taught"),
+        word("on what was known"),
+        word("outcome"),
+    )
+    return Table("Lessons of the knowledge relay", columns, rows)
+
+
+def cycles_table(relay: Relay | None) -> Table:
+    """What each cycle took, against sending the data; no rows without a relay."""
+    rows = tuple(
+        (
+            str(one["cycle"] + 1),
+            format_bytes(one["sample_bytes"]),
+            format_joules(one["energy_j"]),
+            f"{format_grams(one['emissions_g'])} CO2e",
+        )
+        for one in ([] if relay is None else relay["cycles"])
+    )
+    columns = (word("cycle"), Column("samples sent"), Column("energy", "modelled"), Column("emissions", "modelled"))
+    return Table("Cycles of the knowledge relay", columns, rows)
+
+
+def _told(scores: Mapping[str, Score]) -> str:
+    parts = (f"{name} {format_number(one['before'])} → {format_number(one['after'])}" for name, one in scores.items())
+    return "; ".join(parts)

@@ -1,0 +1,55 @@
+"""What the cloud gathers from its edges, one thing of each for every round; waits for those that are here."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from ecogen.runtime.membership import Members
+
+T = TypeVar("T")
+
+
+class Gathering(Generic[T]):
+    """Things by round and edge.
+
+    Args:
+        patience_s: how long a lost edge is waited for.
+    """
+
+    def __init__(self, members: Members, patience_s: float) -> None:
+        self._members, self._patience_s = members, patience_s
+        self._pending: dict[int, dict[str, T]] = {}
+        self._finished: set[str] = set()
+
+    async def put(self, round_index: int, edge_id: str, thing: T) -> None:
+        """An edge has sent its own."""
+        self._pending.setdefault(round_index, {})[edge_id] = thing
+        await self._members.wake()
+
+    async def take(self, round_index: int) -> dict[str, T]:
+        """What the edges sent for a round, once every one has, or the missing ones are lost for too long."""
+        await self._wait_for_all(round_index)
+        return self._pending.pop(round_index)
+
+    async def set_finished(self, edge_ids: set[str]) -> None:
+        """These edges have done their last round; nobody waits for them any more."""
+        self._finished = set(edge_ids)
+        await self._members.wake()
+
+    async def _wait_for_all(self, round_index: int) -> None:
+        def are_gone() -> bool:
+            return not self._missing(round_index) & set(self._members.ready_ids)
+
+        while self._missing(round_index):
+            gone = are_gone()
+            news = await self._members.wait_for(
+                lambda gone=gone: not self._missing(round_index) or are_gone() != gone,  # type: ignore[misc]
+                self._patience_s if gone else None,
+            )
+            if not news:
+                return
+
+    def _missing(self, round_index: int) -> set[str]:
+        """The edges that may still send something; not those that went on alone to a later round."""
+        sent = {edge_id for index, things in self._pending.items() if index >= round_index for edge_id in things}
+        return set(self._members.expected) - sent - self._finished

@@ -1,0 +1,123 @@
+"""What teachers hand on, how receivers mix it, and when they refuse it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecogen.errors import ProtocolError
+from ecogen.records import Taught
+from ecogen.relay.buffer import mixed
+from ecogen.relay.cloud import held_out, refusal
+from ecogen.relay.samples import Captions, Samples, balanced, joined, unpacked
+from ecogen.relay.teacher import kept_places
+
+CAPTIONS = st.lists(st.sampled_from(["one", "two", "three", "four"]), min_size=1, max_size=40)
+
+
+def some(captions: list[str], evidence: dict[str, int] | None = None) -> Samples:
+    """Samples whose first code tells their place."""
+    codes = torch.arange(len(captions))[:, None] * torch.tensor([1, 0, 0])
+    return Samples(codes, captions, evidence or {})
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@given(CAPTIONS)
+@settings(deadline=None)
+def test_samples_travel(captions: list[str]) -> None:
+    samples = some(captions, {caption: len(caption) for caption in captions})
+    body, tensors = samples.packed()
+    assert sorted(body.captions) == sorted(set(captions))
+    back = unpacked(body, tensors, 64, 3, 40)
+    assert (list(back.captions), back.evidence) == (captions, samples.evidence)
+    assert torch.equal(back.codes, samples.codes)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "are to be codes"),
+        ({"codes": torch.zeros(2, 4)}, "are to be codes"),
+        ({"codes": torch.zeros(2, 4), "shown": torch.zeros(2)}, r"codes \[N, 3\]"),
+        ({"codes": torch.zeros(5, 3), "shown": torch.zeros(5)}, "5 samples; 4 at most"),
+        ({"codes": torch.full((2, 3), 64), "shown": torch.zeros(2)}, "0..63"),
+        ({"codes": torch.full((2, 3), -1), "shown": torch.zeros(2)}, "0..63"),
+        ({"codes": torch.zeros(2, 3), "shown": torch.tensor([0, 1])}, "captions that are not there"),
+    ],
+)
+def test_what_are_no_samples(tensors: dict[str, torch.Tensor], said: str) -> None:
+    with pytest.raises(ProtocolError, match=said):
+        unpacked(Captions(("one",), (1,)), tensors, 64, 3, 4)
+    for body in (Captions(("one", "two"), (1,)), Captions(("o" * 300,), (1,))):
+        with pytest.raises(ProtocolError, match="256 characters at most, each with its evidence"):
+            unpacked(body, {"codes": torch.zeros(1, 3), "shown": torch.zeros(1)}, 64, 3, 4)
+
+
+@given(CAPTIONS, st.integers(0, 50))
+@settings(deadline=None)
+def test_balanced_over_captions(captions: list[str], number: int) -> None:
+    samples = some(captions)
+    chosen = balanced(samples, number, generator())
+    there, given_counts = Counter(captions), Counter(chosen.captions)
+    assert len(chosen) <= number
+    assert len(chosen) == min(number, len(captions))
+    assert len(set(chosen.codes[:, 0].tolist())) == len(chosen), "each once"
+    most = max(given_counts.values(), default=0)
+    for caption, count in there.items():  # who has fewer than another has all of its own
+        assert given_counts[caption] >= min(count, most - 1)
+
+
+def test_what_is_sure_is_handed_on() -> None:
+    asked = ["one"] * 40 + ["two"] * 40
+    said = ["one"] * 38 + ["two"] * 2 + ["one"] * 30 + ["two"] * 10
+    likelihood = torch.zeros(80)
+    likelihood[5] = -100.0
+    kept = kept_places(asked, said, likelihood)
+    assert kept == [place for place in range(38) if place != 5], "two is mostly read as one: it is not known"
+
+
+def test_teachers_are_weighed_by_evidence() -> None:
+    ours = some(["one"] * 50 + ["two"] * 50, {"one": 30, "two": 0})
+    theirs = some(["one"] * 50 + ["three"] * 50, {"one": 10, "three": 5})
+    new = mixed({"a": ours, "b": theirs}, 60, generator())
+    assert Counter(new.captions) == {"one": 20, "two": 20, "three": 20}
+    assert Counter(mixed({"a": ours, "b": some(["one"] * 50, {"one": 0})}, 40, generator()).captions)["one"] == 20
+    from_ours = mixed({"a": ours, "b": theirs}, 60, generator())
+    assert len(from_ours) == 60
+    assert joined([ours, theirs]).evidence == {"one": 40, "two": 0, "three": 5}
+
+
+def test_what_is_held_out_is_not_learnt() -> None:
+    told, learnt = held_out(some(["one"] * 20))
+    assert (len(told), len(learnt)) == (4, 16)
+    assert not set(told.codes[:, 0].tolist()) & set(learnt.codes[:, 0].tolist())
+
+
+def scores(new: tuple[float, float], known: tuple[float, float]) -> list[Taught]:
+    return [Taught("edge-0", *new, is_new=True), Taught("cloud", *known, is_new=False)]
+
+
+@pytest.mark.parametrize(
+    ("new", "known", "reason"),
+    [
+        ((9.0, 8.0), (5.0, 5.2), ""),
+        ((9.0, 9.0), (5.0, 5.0), "nothing was learnt"),
+        ((9.0, 9.5), (5.0, 5.0), "nothing was learnt"),
+        ((9.0, math.nan), (5.0, 5.0), "nothing was learnt"),
+        ((9.0, math.inf), (5.0, 5.0), "nothing was learnt"),
+        ((9.0, 3.0), (5.0, 5.3), "perplexity on cloud rose from 5.00 to 5.30"),
+        ((9.0, 3.0), (5.0, math.nan), "perplexity on cloud rose"),
+    ],
+)
+def test_what_is_refused(new: tuple[float, float], known: tuple[float, float], reason: str) -> None:
+    said = refusal(scores(new, known), 0.05)
+    assert said.startswith(reason)
+    assert bool(said) == bool(reason)
