@@ -37,7 +37,7 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 
 def test_there_are_all_verbs() -> None:
     verbs = {path.removeprefix("ecogen ") for path in COMMANDS} - {"ecogen"}
-    own = {"run", "plan", "report", "predict", "serve", "status", "watch", "node", "certs"}
+    own = {"run", "plan", "report", "predict", "generate", "serve", "status", "watch", "node", "certs"}
     assert verbs == own | {f"certs {verb}" for verb in ("init", "issue", "revoke", "show")}
 
 

@@ -55,7 +55,7 @@ def problems(**sections: dict[str, Any]) -> list[str]:
         ({"evaluation": {"inversion": True}}, "evaluation.inversion: the attacks are on images; set false for text"),
         (
             {"pretraining": {"corpus": "glyphs"}},
-            "pretraining.corpus: a text model learns from text; set 'documentation'",
+            "pretraining.corpus: a model for 'documentation' learns from text; set 'documentation'",
         ),
         ({"model": {"num_heads": 64}}, "model.num_heads: 64 heads of width 3, which is to be even"),
         ({"tunables": {"lora_targets": []}}, "tunables.lora_targets: name one projection or more"),

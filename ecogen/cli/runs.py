@@ -143,7 +143,10 @@ def generate(
     engine: Annotated[EngineName, typer.Option(help="All nodes in this process, or a process a node.")] = "inproc",
     as_json: Annotated[bool, typer.Option("--json", help="Print what it took as one JSON object.")] = False,
 ) -> None:
-    """Draw pictures with a run's text-image generator, through the split chain."""
+    """Draw pictures with a run's text-image generator.
+
+    Through the split chain, as `ecogen serve` does.
+    """
     from ecogen.engines.generating import generate as draw
     from ecogen.models.pair_tokens import TEMPERATURE
     from ecogen.serving.sampling import Sampling

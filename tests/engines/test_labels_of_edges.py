@@ -120,7 +120,7 @@ async def test_a_saved_run_answers_with_true_labels_of_each_edge(
         assert facts["saved_accuracy"] == pytest.approx(last)
     assert "The edges know different labels" in (tmp_path / "run" / "report.html").read_text()
 
-    with pytest.raises(CheckpointError, match=r"has a head for each edge; name one: edge-0, edge-1"):
+    with pytest.raises(CheckpointError, match=r"has a model for each edge; name one: edge-0, edge-1"):
         load_tuned(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"name one: edge-0, edge-1, not 'edge-7'"):
         load_tuned(tmp_path / "run", edge="edge-7")

@@ -191,7 +191,10 @@ def test_more_examples_than_there_are_are_refused(values: dict[str, Any], said: 
     [
         ("data.path=/a.npz", "data.path: digits come with scikit-learn, not from '/a.npz'"),
         ("pretraining.corpus=data", "pretraining.corpus: 'data' needs a data set with images that no device owns"),
-        ("data.name=minst", "data.name: input should be 'digits', 'mnist', 'documentation' or 'text', not 'minst'"),
+        (
+            "data.name=minst",
+            "data.name: input should be 'digits', 'mnist', 'documentation', 'text' or 'pairs', not 'minst'",
+        ),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(override: str, said: str) -> None:

@@ -37,7 +37,8 @@ def tiny(num_channels: int = 1) -> ViTConfig:
 
 def run(recipe: Pretraining, on_step: OnStep = lambda *_: None, *, num_channels: int = 1) -> ViTModel:
     arguments = section_table(recipe)
-    del arguments["corpus"]
+    for name in ("corpus", "image_steps"):
+        del arguments[name]
     return pretrain(tiny(num_channels), open_corpus(recipe, Data()), on_step=on_step, **arguments)
 
 

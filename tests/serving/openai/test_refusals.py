@@ -98,9 +98,9 @@ CHATS = [
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing required field 'content'"),
     ({"messages": [{"role": "user", "content": "", "colour": 1}]}, "messages[0].colour", "unknown field 'colour'"),
     (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": ""}}]}]},
         "messages[0].content[0]",
-        "of type 'image_url'",
+        "of type 'input_audio'",
     ),
     ({"messages": [{"role": "user", "content": "x" * 99}]}, "messages", "tokens, and at most 30"),
     ({"max_tokens": 64}, "max_tokens", "an answer of 64 tokens does not fit this model"),
