@@ -12,9 +12,9 @@ import msgspec
 
 from ecogen.errors import RunError
 
-Kind = Literal["backbone", "tunables", "activations", "gradients", "samples", "control"]
+Kind = Literal["backbone", "tunables", "activations", "gradients", "samples", "scores", "control"]
 """What a message carries. Samples are what generators drew. Labels, if sent at all, are counted as control."""
-KINDS: tuple[Kind, ...] = ("backbone", "tunables", "activations", "gradients", "samples", "control")
+KINDS: tuple[Kind, ...] = ("backbone", "tunables", "activations", "gradients", "samples", "scores", "control")
 
 LinkClass = Literal["cloud_edge", "edge_end", "d2d"]
 LINK_CLASSES: tuple[LinkClass, ...] = ("cloud_edge", "edge_end", "d2d")
@@ -147,7 +147,8 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
         version: of the receiver's model after it; that before it where the lesson was refused.
         num_drawn: pictures that the teachers drew.
         num_samples: those that were handed on.
-        sample_bytes: of these, as tensors.
+        num_disputed: of these, those that other teachers of their captions held for wrong, and nobody learnt from.
+        sample_bytes: of all that were handed on, as tensors, and of those that went on to other teachers.
         usages: of the receiver since its last report, what it waited for lessons apart, as tuning; what a reply sends
             is in the next report.
         reason: of a refusal.
@@ -167,6 +168,7 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
     usages: tuple[Usage, ...]
     reason: str = ""
     time_s: float = 0.0
+    num_disputed: int = 0
 
 
 class Hop(msgspec.Struct, frozen=True):

@@ -263,7 +263,7 @@ class Relay:
 
     every: Natural = 0  # rounds between two exchanges, of which each is a lesson up and one down; 0: none
     samples: Count = 400  # pairs that a teacher hands on, at most
-    steps: Count = 240  # in which a receiver learns from them
+    steps: Count = 240  # in which the cloud learns from them; an edge takes half of them, at half of the rate
     batch_size: Count = 24
     learning_rate: Positive = 8e-3  # of the first step, AdamW's; falls to 0 along half a cosine
     rehearsal: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of each batch, what the receiver itself drew before

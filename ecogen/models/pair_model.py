@@ -92,6 +92,13 @@ class PairModel:
         parts = [self._log_likelihood(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]
         return torch.cat(parts)
 
+    @torch.no_grad()
+    def confidence(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
+        """How likely the model holds captions to be what images in codes [N, T] show [N], of 0 to 1."""
+        starts = range(0, len(captions), _BATCH)
+        parts = [self._confidence(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]
+        return torch.cat(parts) if parts else torch.empty(0)
+
     def invent(self, count: int, generator: torch.Generator) -> Drawn:
         """Pairs of nothing: captions drawn from the model, and images for them."""
         starts = [count - start for start in range(0, count, _BATCH)]
@@ -107,6 +114,18 @@ class PairModel:
         first, stop = self.tokens.within
         logs = logits[:, tokens.shape[1] - 1 : -1, first:stop].float().log_softmax(-1)
         return logs.gather(2, codes[:, :, None]).sum((1, 2))
+
+    def _confidence(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
+        """The product of the probabilities of a caption's tokens, and of its end."""
+        written = self.tokens.written(codes)
+        shown = torch.cat([torch.full((len(codes), 1), self.tokenizer.bos_token_id), written], 1)
+        said = self.tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in said]
+        wanted = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        tokens = torch.cat([shown, wanted[:, :-1].clamp(min=0)], 1)  # what is behind a caption changes nothing before
+        logs = self.model(tokens).logits[:, shown.shape[1] - 1 :].float().log_softmax(-1)
+        each: Tensor = logs.gather(2, wanted.clamp(min=0)[:, :, None]).squeeze(2)
+        return (each * (wanted >= 0)).sum(1).exp()
 
     def _asked(self, captions: Sequence[str]) -> list[list[int]]:
         """The tokens that an image follows on."""

@@ -40,7 +40,7 @@ from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord, from_line, read_records, to_line
 from ecogen.relay.cloud import CloudRelay, known_glyphs
 from ecogen.relay.generator import Generator
-from ecogen.relay.messages import RELAY
+from ecogen.relay.messages import RELAY, VERDICT
 from ecogen.runtime.membership import Members
 from ecogen.runtime.stage import Stage
 from ecogen.storage import append_line, read_lines
@@ -113,7 +113,10 @@ class CloudRole:
         parent = Parent(Tier.EDGE, context, self._members, self._welcome, self._read, self._log.put)
         self.methods = {
             **parent.methods(),
-            **methods(Caller(Tier.EDGE), **{SYNC: self._on_sync, RELAY: self._on_relay, PUBLISH: self._publish}),
+            **methods(
+                Caller(Tier.EDGE),
+                **{SYNC: self._on_sync, RELAY: self._on_relay, VERDICT: self._on_verdict, PUBLISH: self._publish},
+            ),
             **methods(Caller(OPERATOR), **{STATUS: self._status, RESULT: self._result, DESCRIBE: self._describe}),
         }
 
@@ -206,10 +209,16 @@ class CloudRole:
     # Edges.
 
     async def _on_relay(self, peer: Peer, message: Message) -> Message:
+        return await (await self._relay_of(peer)).exchange(peer, message)
+
+    async def _on_verdict(self, peer: Peer, message: Message) -> Message:
+        return await (await self._relay_of(peer)).judged(peer, message)
+
+    async def _relay_of(self, peer: Peer) -> CloudRelay:
         await self._prepared.wait()
         if self._relay is None:
             raise ProtocolError(f"{peer.node_id} sent samples, and no relay is asked for; set relay.every")
-        return await self._relay.exchange(peer, message)
+        return self._relay
 
     async def _welcome(self, node_id: str) -> Message:
         await self._prepared.wait()

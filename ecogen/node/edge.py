@@ -148,6 +148,7 @@ class EdgeRole:
             Domain(evidence, held_out),
             self._outbox.put,
             seed=recipe.seed,
+            num_edges=len(edge_ids),
         )
 
     def _privacy(self) -> ClusterPrivacy | None:

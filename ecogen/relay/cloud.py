@@ -1,7 +1,8 @@
 """The cloud's part of the relay: it learns from what all edges drew, and draws for them what it knows by then.
 
-A lesson is taken once, when all edges that are here have sent theirs; who asks again is given the same answer. What a
-lesson makes worse is refused, and the model stays what it was. Every model that was accepted is kept as a version.
+A lesson is taken once, when all edges that are here have sent theirs and have said what they think of those of others;
+who asks again is given the same answer. What a lesson makes worse is refused, and the model stays what it was. Every
+model that was accepted is kept as a version.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
 from ecogen.config import Relay
+from ecogen.errors import ProtocolError
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables
 from ecogen.records import Record, RelayRecord, Taught
+from ecogen.relay.agreement import agreed, asked_of, num_disputed, shared_with
 from ecogen.relay.buffer import mixed
 from ecogen.relay.generator import Generator, keyed
-from ecogen.relay.messages import RELAY, Answer, Offer
+from ecogen.relay.messages import CONFIDENCE, RELAY, Answer, Offer, Review, Verdict
 from ecogen.relay.samples import Captions, Samples, joined
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.membership import Members
@@ -134,33 +138,63 @@ class CloudRelay:
         path = folder / "state.safetensors"
         self.state = RelayState.load(path, generator) if path.exists() else RelayState(first)
         self._first = first
-        self._gathering: Gathering[tuple[Samples, int]] = Gathering(members, patience_s)
+        self._offers: Gathering[tuple[Samples, int]] = Gathering(members, patience_s)
+        self._verdicts: Gathering[Tensor] = Gathering(members, patience_s)
+        self._offered: dict[int, asyncio.Task[Mapping[str, tuple[Samples, int]]]] = {}
         self._closing: dict[int, asyncio.Task[None]] = {}
         self._rehearsed: Passages | None = None
 
     async def exchange(self, peer: Peer, message: Message) -> Message:
-        """Take an edge's lesson, and answer with the cloud's once it has learnt from those of all.
+        """Take an edge's lesson, and answer with what those of others are about that it can judge.
 
         Raises:
             ProtocolError: if it holds no samples.
         """
         offer = message.read(Offer)
+        shared = self._nothing
         if offer.cycle > self.state.cycle:
             samples = self._generator.read(offer.captions, message.tensors)
-            await self._gathering.put(offer.cycle, peer.node_id, (samples, offer.num_drawn))
-            await asyncio.shield(self._close(offer.cycle))
+            if not is_done(self._offered.get(offer.cycle)):
+                await self._offers.put(offer.cycle, peer.node_id, (samples, offer.num_drawn))
+            shared = shared_with(samples_of(await asyncio.shield(self._gathered(offer.cycle))), peer.node_id)
+        body, tensors = shared.packed()
+        return Message.of(RELAY, Review(offer.cycle, body), kind="samples", tensors=tensors)
+
+    async def judged(self, peer: Peer, message: Message) -> Message:
+        """Take what an edge says of others' lessons, and answer with the cloud's once it has learnt from those of all.
+
+        Raises:
+            ProtocolError: if it says anything but how likely it holds each of them to be right.
+        """
+        cycle = message.read(Verdict).cycle
+        if cycle > self.state.cycle and cycle in self._offered:
+            offers = await asyncio.shield(self._gathered(cycle))
+            verdict = checked(message.tensors.get(CONFIDENCE), len(asked_of(samples_of(offers), peer.node_id)))
+            await self._verdicts.put(cycle, peer.node_id, verdict)
+            await asyncio.shield(self._close(cycle))
         return self._answer()
 
     async def set_finished(self, edge_ids: set[str]) -> None:
         """These edges come no more."""
-        await self._gathering.set_finished(edge_ids)
+        await self._offers.set_finished(edge_ids)
+        await self._verdicts.set_finished(edge_ids)
+
+    @property
+    def _nothing(self) -> Samples:
+        return Samples(torch.empty(0, self._generator.images.num_codes, dtype=torch.long), [], {})
 
     def _answer(self) -> Message:
-        lesson = self.state.lesson
-        assert lesson is not None
+        lesson = self.state.lesson or Lesson(self._nothing, 0)
         body, tensors = lesson.samples.packed()
         answer = Answer(self.state.cycle, body, lesson.num_drawn, self.state.version)
         return Message.of(RELAY, answer, kind="samples", tensors=tensors)
+
+    def _gathered(self, cycle: int) -> asyncio.Task[Mapping[str, tuple[Samples, int]]]:
+        """The task that waits for all offers of a cycle, begun by whoever comes first."""
+        if cycle not in self._offered:
+            task = self._offered[cycle] = asyncio.create_task(self._offers.take(cycle))
+            task.add_done_callback(note_seen)
+        return self._offered[cycle]
 
     def _close(self, cycle: int) -> asyncio.Task[None]:
         """The task that closes a cycle, begun by whoever comes first."""
@@ -170,16 +204,21 @@ class CloudRelay:
         return self._closing[cycle]
 
     async def _close_cycle(self, cycle: int) -> None:
-        offers = await self._gathering.take(cycle)
+        verdicts, offers = await self._verdicts.take(cycle), await self._gathered(cycle)
         waiting, began_s = self._worker.usage("tuning"), time.perf_counter()
-        state, record = await self._worker.compute(self._learn, cycle, offers)
+        state, record = await self._worker.compute(self._learn, cycle, offers, verdicts)
         self.state = state
+        del self._offered[cycle], self._closing[cycle]
         wall_s, usage = time.perf_counter() - began_s, self._worker.usage("relay")
         self._publish(msgspec.structs.replace(record, wall_s=wall_s, usages=(waiting, usage), time_s=time.time()))
 
-    def _learn(self, cycle: int, offers: Mapping[str, tuple[Samples, int]]) -> tuple[RelayState, RelayRecord]:
+    def _learn(
+        self, cycle: int, offers: Mapping[str, tuple[Samples, int]], verdicts: Mapping[str, Tensor]
+    ) -> tuple[RelayState, RelayRecord]:
         """On the compute thread: the state after a lesson, written to disk, and its record."""
-        lessons = {edge: samples for edge, (samples, _) in offers.items() if len(samples)}
+        offered = samples_of(offers)
+        left = agreed(offered, verdicts)
+        lessons = {edge: samples for edge, samples in left.items() if len(samples)}
         scores, tunables, reason = self._taken(cycle, lessons)
         version = self.state.version + (not reason)
         if not reason:
@@ -195,19 +234,20 @@ class CloudRelay:
             accepted=not reason,
             version=version,
             num_drawn=sum(number for _, number in offers.values()),
-            num_samples=sum(map(len, lessons.values())),
-            sample_bytes=sum(samples.nbytes for samples in lessons.values()),
+            num_samples=sum(map(len, offered.values())),
+            sample_bytes=sum(samples.nbytes + shared_with(offered, edge).nbytes for edge, samples in offered.items()),
             scores=scores,
             wall_s=0.0,
             usages=(),
             reason=reason,
+            num_disputed=num_disputed(offered, left.values()),
         )
         return state, record
 
     def _taken(self, cycle: int, lessons: Mapping[str, Samples]) -> tuple[tuple[Taught, ...], Tunables, str]:
         """How well the model does after learning from lessons, its tunables then, and why they are refused, if so."""
         if not lessons:
-            return (), self.state.tunables, "no edge drew what it was sure of"
+            return (), self.state.tunables, "no edge drew what it, and others who know of it, were sure of"
         generator, before, key = self._generator, self.state.tunables, [self._seed, cycle]
         parts = {edge: held_out(samples) for edge, samples in lessons.items()}
         number = self._spec.samples * len(parts)
@@ -233,8 +273,29 @@ class CloudRelay:
         evidence = dict.fromkeys((caption for part in earlier for caption in part.evidence), 0)
         evidence |= joined(list(lessons.values())).evidence if lessons else {}
         if not evidence:
-            return Lesson(_nothing(self._generator.images.num_codes), 0)
+            return Lesson(self._nothing, 0)
         return self._generator.teach(tunables, evidence, self._spec.samples, [self._seed, cycle, _TEACH_KEY])
+
+
+def is_done(task: asyncio.Task[Any] | None) -> bool:
+    """Whether a task has been begun and has ended."""
+    return task is not None and task.done()
+
+
+def samples_of(offers: Mapping[str, tuple[Samples, int]]) -> dict[str, Samples]:
+    """What each edge offered."""
+    return {edge: samples for edge, (samples, _) in offers.items()}
+
+
+def checked(verdict: Tensor | None, number: int) -> Tensor:
+    """A verdict on so many samples.
+
+    Raises:
+        ProtocolError: if it is none.
+    """
+    if verdict is None or verdict.shape != (number,) or not ((verdict >= 0) & (verdict <= 1)).all():
+        raise ProtocolError(f"a verdict is to say of {number} samples how likely each is right, from 0 to 1")
+    return verdict.float()
 
 
 def held_out(samples: Samples) -> tuple[Samples, Samples]:
@@ -257,7 +318,3 @@ def refusal(scores: list[Taught], tolerance: float) -> str:
         if not score.is_new and not score.after <= score.before * (1 + tolerance):
             return f"perplexity on {score.name} rose from {score.before:.2f} to {score.after:.2f}"
     return ""
-
-
-def _nothing(length: int) -> Samples:
-    return Samples(torch.empty(0, length, dtype=torch.long), [], {})

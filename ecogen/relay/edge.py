@@ -15,16 +15,23 @@ from torch import Tensor
 from ecogen.config import Relay
 from ecogen.models.tunables import Tunables
 from ecogen.records import Record, RelayRecord, Taught
+from ecogen.relay.agreement import checked_by_itself
 from ecogen.relay.cloud import held_out, refusal
 from ecogen.relay.generator import Generator
-from ecogen.relay.messages import RELAY, Answer, Offer
+from ecogen.relay.messages import CONFIDENCE, RELAY, VERDICT, Answer, Offer, Review, Verdict
 from ecogen.relay.samples import Samples
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message
 from ecogen.tuning.passages import Passages
 
-_TEACH_KEY, _LEARN_KEY = 25, 26
+_TEACH_KEY, _LEARN_KEY, _REHEARSE_KEY = 25, 26, 27
+
+_GENTLE = 0.5
+"""Share of the steps, and of the rate, at which an edge learns: it has been tuned to what it is there for."""
+
+_REHEARSED = 600
+"""Pictures that an edge draws of its own captions, to rehearse what it knows: as various as it knows them."""
 
 CallCloud = Callable[[Message], Awaitable[Message | None]]
 """Asks the cloud; None where it stays away."""
@@ -48,6 +55,7 @@ class EdgeRelay:
 
     Args:
         place: of the edge among all, which keys its random numbers.
+        num_edges: whose lessons it may be asked to judge.
         publish: takes each record.
     """
 
@@ -62,8 +70,9 @@ class EdgeRelay:
         publish: Callable[[Record], None],
         *,
         seed: int,
+        num_edges: int,
     ) -> None:
-        self._node_id, self._key = node_id, (seed, place)
+        self._node_id, self._key, self._num_edges = node_id, (seed, place), num_edges
         self._generator, self._worker, self._spec, self._domain = generator, worker, spec, domain
         self._publish = publish
 
@@ -75,27 +84,40 @@ class EdgeRelay:
         """The tunables after the exchange that follows a round; the same where the cloud stays away."""
         cycle, began_s = (round_index + 1) // self._spec.every - 1, time.perf_counter()
         own = await self._worker.compute(self._teach, cycle, tunables)
-        body, tensors = own.samples.packed()
-        offer = Offer(cycle, body, own.num_drawn)
-        reply = await ask(Message.of(RELAY, offer, kind="samples", tensors=tensors))
+        reply = await self._offer(cycle, own, tunables, ask)
         if reply is None:
             return dict(tunables)
         answer = reply.read(Answer)
         lesson = Lesson(self._generator.read(answer.captions, reply.tensors), answer.num_drawn)
-        after, record = await self._worker.compute(self._learn, cycle, tunables, lesson, own.samples, answer.version)
+        after, record = await self._worker.compute(self._learn, cycle, tunables, lesson, answer.version)
         wall_s, usage = time.perf_counter() - began_s, self._worker.usage("relay")
         self._publish(msgspec.structs.replace(record, wall_s=wall_s, usages=(usage,), time_s=time.time()))
         return after
+
+    async def _offer(self, cycle: int, own: Lesson, tunables: Mapping[str, Tensor], ask: CallCloud) -> Message | None:
+        """The cloud's lesson in return for one's own; offered again to a cloud that has forgotten it."""
+        body, tensors = own.samples.packed()
+        offer = Message.of(RELAY, Offer(cycle, body, own.num_drawn), kind="samples", tensors=tensors)
+        while review := await ask(offer):
+            shared = self._generator.read(review.read(Review).captions, review.tensors, self._num_edges)
+            said = await self._worker.compute(self._generator.confidence, tunables, shared)
+            verdict = Message.of(VERDICT, Verdict(cycle), kind="scores", tensors={CONFIDENCE: said})
+            answer = await ask(verdict)
+            if answer is None or answer.read(Answer).cycle >= cycle:
+                return answer
+        return None
 
     def _teach(self, cycle: int, tunables: Mapping[str, Tensor]) -> Lesson:
         key = [*self._key, cycle, _TEACH_KEY]
         return self._generator.teach(tunables, self._domain.evidence, self._spec.samples, key)
 
     def _learn(
-        self, cycle: int, before: Mapping[str, Tensor], lesson: Lesson, own: Samples, version: int
+        self, cycle: int, before: Mapping[str, Tensor], lesson: Lesson, version: int
     ) -> tuple[Tunables, RelayRecord]:
         """On the compute thread: the tunables after a lesson, or those before where it is refused."""
-        scores, after, reason = self._taken(cycle, before, lesson.samples, own)
+        said = self._generator.confidence(before, lesson.samples)
+        taken = checked_by_itself(lesson.samples, self._domain.evidence, said)
+        scores, after, reason = self._taken(cycle, before, taken)
         record = RelayRecord(
             self._node_id,
             cycle,
@@ -110,18 +132,21 @@ class EdgeRelay:
             wall_s=0.0,
             usages=(),
             reason=reason,
+            num_disputed=len(lesson.samples) - len(taken),
         )
         return (dict(before) if reason else after), record
 
     def _taken(
-        self, cycle: int, before: Mapping[str, Tensor], lesson: Samples, own: Samples
+        self, cycle: int, before: Mapping[str, Tensor], lesson: Samples
     ) -> tuple[tuple[Taught, ...], Tunables, str]:
         if not len(lesson):
-            return (), dict(before), "the cloud drew nothing that it was sure of"
+            return (), dict(before), "the cloud drew nothing that it, and this edge, were sure of"
         generator = self._generator
         told, learnt = held_out(lesson)
-        rehearsal = generator.passages(own) if len(own) else None
-        after = generator.learn(before, generator.passages(learnt), rehearsal, [*self._key, cycle, _LEARN_KEY])
+        key = [*self._key, cycle]
+        known = generator.teach(before, self._domain.evidence, _REHEARSED, [*key, _REHEARSE_KEY], is_checked=False)
+        rehearsal = generator.passages(known.samples)
+        after = generator.learn(before, generator.passages(learnt), rehearsal, [*key, _LEARN_KEY], share=_GENTLE)
         of_new, of_own = generator.perplexity(generator.passages(told)), generator.perplexity(self._domain.held_out)
         scores = [
             Taught("cloud", of_new(before), of_new(after), is_new=True),

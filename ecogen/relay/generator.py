@@ -66,20 +66,34 @@ class Generator:
         self._worker.meter.add_flops(forward_flops(self._shape, self._segment, passes))
         return lesson
 
+    def confidence(self, tunables: Mapping[str, Tensor], samples: Samples) -> Tensor:
+        """How likely a model with these tunables holds the captions of samples to be right [N]."""
+        self._stage.begin(tunables)
+        self._worker.meter.add_flops(forward_flops(self._shape, self._segment, len(samples)))
+        return self._model.confidence(samples.codes, samples.captions)
+
     def learn(
-        self, tunables: Mapping[str, Tensor], new: Passages, known: Passages | None, key: Sequence[int]
+        self,
+        tunables: Mapping[str, Tensor],
+        new: Passages,
+        known: Passages | None,
+        key: Sequence[int],
+        *,
+        share: float = 1.0,
     ) -> Tunables:
         """The tunables after local steps.
 
         Args:
             known: what is rehearsed, `rehearsal` of each batch; None for nothing.
+            share: of the recipe's steps, and of its rate.
         """
         spec, generator = self._spec, keyed(key)
-        self._stage.begin(tunables, OptimizerSettings(spec.learning_rate, _WEIGHT_DECAY, _CLIP_NORM))
+        steps, rate = math.ceil(share * spec.steps), share * spec.learning_rate
+        self._stage.begin(tunables, OptimizerSettings(rate, _WEIGHT_DECAY, _CLIP_NORM))
         num_known = round(spec.rehearsal * spec.batch_size) if known is not None and len(known) else 0
-        for step in range(spec.steps):
+        for step in range(steps):
             self._worker.check_given_up()
-            self._stage.set_rate(spec.learning_rate * (1 + math.cos(math.pi * step / spec.steps)) / 2)
+            self._stage.set_rate(rate * (1 + math.cos(math.pi * step / steps)) / 2)
             parts = [_some(new, spec.batch_size - num_known, generator)]
             parts += [_some(known, num_known, generator)] if known is not None and num_known else []
             self._step(step, joined(parts))
@@ -110,13 +124,14 @@ class Generator:
         """Samples as a model learns from them, each both ways."""
         return self.writer.both_of(samples.captions, samples.codes)
 
-    def read(self, body: Captions, tensors: Mapping[str, Tensor]) -> Samples:
-        """The samples in a message.
+    def read(self, body: Captions, tensors: Mapping[str, Tensor], teachers: int = 1) -> Samples:
+        """The samples in a message, of so many teachers at most.
 
         Raises:
             ProtocolError: if they are none, or more than were asked for.
         """
-        return unpacked(body, tensors, self.images.codebook_size, self.images.num_codes, self._spec.samples)
+        most = teachers * self._spec.samples
+        return unpacked(body, tensors, self.images.codebook_size, self.images.num_codes, most)
 
     @property
     def _segment(self) -> Segment:

@@ -1,4 +1,7 @@
-"""What an edge and the cloud say to each other in the knowledge relay: samples, and beside them counts only."""
+"""What an edge and the cloud say to each other in the knowledge relay: samples and scores, and beside them counts only.
+
+An edge sends an `Offer`, is given a `Review` of what others offered, returns its `Verdict`, and is given an `Answer`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import msgspec
 
 from ecogen.relay.samples import Captions
 
-RELAY = "relay"
+RELAY, VERDICT = "relay", "relay_verdict"
+CONFIDENCE = "confidence"
 
 Number = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -25,11 +29,25 @@ class Offer(msgspec.Struct, frozen=True):
     num_drawn: Number
 
 
+class Review(msgspec.Struct, frozen=True):
+    """Cloud to edge: what others offered of captions that you know too. Tensors: the samples, N of them."""
+
+    cycle: int
+    captions: Captions
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Edge to cloud: how likely I hold these captions to be right. Tensors: `CONFIDENCE` [N], of 0 to 1."""
+
+    cycle: Number
+
+
 class Answer(msgspec.Struct, frozen=True):
     """Cloud to edge: what the cloud can draw by now. Tensors: the samples.
 
     Attributes:
-        cycle: of the cloud's last lesson; a later one than was asked for where that closed without this edge.
+        cycle: of the cloud's last lesson; a later one than was asked for where that closed without this edge, and an
+            earlier one where the cloud was lost meanwhile, and is to be offered it again.
         version: of the cloud's model.
     """
 

@@ -62,9 +62,16 @@ class Samples:
     def packed(self) -> tuple[Captions, dict[str, Tensor]]:
         """As a message holds them."""
         places = {caption: place for place, caption in enumerate(dict.fromkeys(self.captions))}
-        shown = torch.tensor([places[caption] for caption in self.captions], dtype=torch.int32)
+        shown = torch.tensor([places[caption] for caption in self.captions], dtype=torch.int64)
         body = Captions(tuple(places), tuple(self.evidence.get(caption, 0) for caption in places))
-        return body, {CODES: self.codes.to(torch.int32), SHOWN: shown}
+        return body, {CODES: _small(self.codes), SHOWN: _small(shown)}
+
+
+def _small(numbers: Tensor) -> Tensor:
+    """Numbers of 0 or more in the smallest type that holds them."""
+    most = int(numbers.max()) if numbers.numel() else 0
+    kinds = (torch.uint8, torch.int16, torch.int32)
+    return numbers.to(next(kind for kind in kinds if most <= torch.iinfo(kind).max))
 
 
 def unpacked(body: Captions, tensors: Mapping[str, Tensor], num_codes: int, length: int, most: int) -> Samples:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ecogen.config import Aggregation
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
@@ -154,7 +155,7 @@ class CloudSync:
         self._publish(EventRecord("fenced", node_id, round_index, detail, time.time()))
 
 
-def note_seen(task: asyncio.Task[None]) -> None:
+def note_seen(task: asyncio.Task[Any]) -> None:
     """Take note of how a task ended, so that asyncio does not print it."""
     if not task.cancelled():
         task.exception()

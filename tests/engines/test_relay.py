@@ -84,7 +84,9 @@ def is_version(folder: Path, number: int, done: Finished) -> bool:
 async def test_a_lesson_that_harms_is_refused_and_changes_nothing(
     foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(_: Generator, tunables: Mapping[str, torch.Tensor], *__: object) -> dict[str, torch.Tensor]:
+    def spoil(
+        _: Generator, tunables: Mapping[str, torch.Tensor], *__: object, **___: object
+    ) -> dict[str, torch.Tensor]:
         return {name: tensor + 3 for name, tensor in tunables.items()}
 
     monkeypatch.setattr(Generator, "learn", spoil)
@@ -105,8 +107,8 @@ async def test_who_is_sure_of_nothing_hands_on_nothing(foundation: Path, tmp_pat
     told = lessons(done)
     assert {one.num_samples for one in told} == {0}
     assert {one.reason for one in told} == {
-        "no edge drew what it was sure of",
-        "the cloud drew nothing that it was sure of",
+        "no edge drew what it, and others who know of it, were sure of",
+        "the cloud drew nothing that it, and this edge, were sure of",
     }
 
 
@@ -115,7 +117,7 @@ async def test_who_is_sure_of_nothing_hands_on_nothing(foundation: Path, tmp_pat
 async def test_a_node_that_is_killed_gives_and_takes_the_same_lessons(
     victim: str, foundation: Path, tmp_path: Path
 ) -> None:
-    recipe = relayed(foundation)
+    recipe = relayed(foundation, data={"sources": {"edge-1": {"name": "digits", "labels": [4, 5, 6, 7, 8, 9]}}})
     whole = await run(recipe, tmp_path / "whole")
     async with running(recipe, tmp_path / "killed") as (federation, engine):
         finishing = asyncio.create_task(finish(federation))
@@ -131,8 +133,23 @@ async def test_a_node_that_is_killed_gives_and_takes_the_same_lessons(
 
 
 @pytest.mark.usefixtures("sure")
+@pytest.mark.parametrize("confidence", [1.0, 0.0])
+async def test_edges_that_know_the_same_check_each_others_lessons(
+    confidence: float, foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has fewer real examples of a caption than another that holds its pictures for wrong teaches none of it."""
+    monkeypatch.setattr(Generator, "confidence", lambda _, __, samples: torch.full((len(samples),), confidence))
+    digits = {"name": "digits", "labels": [0, 1, 2]}
+    done = await run(relayed(foundation, data={"sources": {"edge-0": digits, "edge-1": digits}}), tmp_path)
+    ups = [one for one in lessons(done) if one.direction == "up"]
+    downs = [one for one in lessons(done) if one.direction == "down"]
+    assert [one.num_samples for one in ups] == [40, 40]
+    assert {bool(one.num_disputed) for one in [*ups, *downs] if one.num_samples} == {confidence == 0}
+
+
+@pytest.mark.usefixtures("sure")
 async def test_what_crosses_the_link(foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between cloud and edges: the backbone and tunables on joining, then samples; nothing of anybody's data."""
+    """Between cloud and edges: the backbone and tunables on joining, samples and scores; nothing of anybody's data."""
     sent: list[Message] = []
     pack = MemoryTransport.pack
 
@@ -145,15 +162,23 @@ async def test_what_crosses_the_link(foundation: Path, tmp_path: Path, monkeypat
     recipe = relayed(foundation)
     done = await run(recipe, tmp_path)
     held = {(message.kind, message.method) for message in sent if message.tensors}
-    assert held == {("backbone", "fetch"), ("tunables", "join"), ("samples", "relay")}
+    assert held == {
+        ("backbone", "fetch"),
+        ("tunables", "join"),
+        ("samples", "relay"),  # an offer, what others offered of the same captions, and the cloud's answer
+        ("scores", "relay_verdict"),  # on what others offered
+    }
     samples = [message for message in sent if message.kind == "samples"]
-    assert len(samples) == 2 * 2 * 2
+    assert len(samples) == 2 * 2 * 3
     assert {name for message in samples for name in message.tensors} == {"codes", "shown"}
     for message in samples:
         told = msgspec.msgpack.decode(message.body)
         assert told.keys() <= {"cycle", "captions", "num_drawn", "version"}
         assert set(told["captions"]["captions"]) <= {digit_caption(digit) for digit in range(10)}
         assert message.tensors["codes"].shape == (len(message.tensors["shown"]), SIZES.num_codes)
+    for scores in (message for message in sent if message.kind == "scores"):
+        assert scores.tensors.keys() == {"confidence"}
+        assert msgspec.msgpack.decode(scores.body).keys() == {"cycle"}
     assert len(lessons(done)) == 6
 
 
@@ -165,9 +190,10 @@ async def test_lessons_are_billed(foundation: Path, tmp_path: Path) -> None:
     assert ledger.by_phase()["relay"].energy_j.mid > 0
     lines = [line for line in ledger.traffic() if line.kind == "samples"]
     assert [line.link_class for line in lines] == ["cloud_edge"]
-    codes = 20 * 4 * 4  # samples, codes of each, bytes of one
-    assert lines[0].messages == 2 * 2 * 2
-    assert 8 * codes < lines[0].sent_bytes < 8 * (codes + 20 * 4 + 1000)
+    codes = 20 * 4  # samples, codes of each, of a byte
+    assert lines[0].messages == 2 * 2 * 3
+    assert 8 * codes < lines[0].sent_bytes < 8 * (codes + 20 + 1000) + 4 * 1000
+    assert [line.link_class for line in ledger.traffic() if line.kind == "scores"] == ["cloud_edge"]
     assert sum(usage.flops for one in lessons(done) for usage in one.usages) > 0
 
 

@@ -17,7 +17,7 @@ from ecogen.reports.tables import rounds_table
 from ecogen.topology import Topology
 from tests.reports.conftest import LOST, recipe_with, records_of
 
-KINDS = ("backbone", "tunables", "activations", "gradients", "samples", "control")
+KINDS = ("backbone", "tunables", "activations", "gradients", "samples", "scores", "control")
 LINKS = ("cloud_edge", "edge_end", "d2d")
 
 
