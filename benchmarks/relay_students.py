@@ -154,6 +154,17 @@ def measure(room: Classroom, seeds: int) -> dict[str, Any]:
     return found
 
 
+def lines(result: dict[str, Any]) -> list[str]:
+    """What each student kept, for people."""
+    return [
+        f"{name}, {key}: {of['of drawings']['mean']:.3f} of drawings, {of['of real data']['mean']:.3f} of real data, "
+        f"{100 * of['kept']:.0f} % kept"
+        for name, student in result["students"].items()
+        for key, of in student.items()
+        if key != "parameters"
+    ]
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {
         "mean": round(statistics.fmean(values), 4),
@@ -162,7 +173,7 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def main(run: Path | None, seeds: int) -> dict[str, Any]:
+def main(run: Path | None = None, seeds: int = 5) -> dict[str, Any]:
     """Measure, write benchmarks/results/relay_students.json, and return it."""
     quiet = wait_until_quiet()
     with tempfile.TemporaryDirectory(prefix="ecogen-students-") as temporary:

@@ -57,8 +57,8 @@ class Assessor:
             num_drawn=len(asked),
             recognised=self.recognised(drawn, asked) if is_written else None,
             real_recognised=self.recognised(own.test.images, own.test.captions) if is_written else None,
-            frechet=self._frechet(drawn, own) if is_written else None,
-            real_frechet=self._frechet(own.train.images, own) if is_written else None,
+            frechet=self.frechet(drawn, edge_id) if is_written else None,
+            real_frechet=self.frechet(own.train.images, edge_id) if is_written else None,
             copies=copied_share(drawn, own.train.images, own.test.images),
             members_by_drawings=told_apart(*(-nearest_distances(part.images, drawn) for part in (own.train, own.test))),
             members_by_model=told_apart(
@@ -90,9 +90,9 @@ class Assessor:
         seen = self._judge.labels(images).tolist()
         return _share([label == digit_of(caption) for label, caption in zip(seen, captions, strict=True)])
 
-    def _frechet(self, images: Tensor, own: PairSplits) -> float:
-        """Distance to the test images, of as many images as these are."""
-        real = own.test.images
+    def frechet(self, images: Tensor, edge_id: str) -> float:
+        """Distance to an edge's test images, of as many images as these are."""
+        real = self.splits[edge_id].test.images
         number = min(len(images), len(real))
         chosen = torch.linspace(0, len(images) - 1, number).long()
         return frechet_distance(self._judge.features(images[chosen]), self._judge.features(real[:number]))
