@@ -204,6 +204,46 @@ class RequestRecord(msgspec.Struct, frozen=True, tag="request", tag_field="type"
         return self.t_ul_s + self.t_inference_s + self.t_dl_s
 
 
+PictureTask = Literal["draw", "describe"]
+
+
+class CrossingRecord(msgspec.Struct, frozen=True, tag="crossing", tag_field="type", kw_only=True):
+    """One picture or caption of a text-image generator at another node: what crossed the link, and how long it took.
+
+    Attributes:
+        node_id: who asked.
+        crossing: tokens, where pictures become tokens at the one who asks; or pictures (and text), where they do at the
+            generator.
+        sent_bytes, received_bytes: of the order and of the answer, whole messages as the codec wrote them.
+        framing_bytes: what gRPC, HTTP/2 and TLS add to both, modelled; also where the run had no wire.
+        encode_s, generate_s, decode_s: measured, each without waiting for a turn: to tokens, from tokens to tokens, and
+            from tokens.
+        transfer_s: measured on the network of the run: there and back, with the codec, without the generator's node.
+        link_s: modelled from the recipe's link: RTT and (bytes + framing) / bandwidth, both ways.
+        answer: a digest of the picture or caption.
+        modules_bytes: of the modules' files, which are fetched once.
+        usages: none; the closing books have them.
+    """
+
+    request_id: str
+    node_id: str
+    generator_id: str
+    task: PictureTask
+    crossing: Literal["tokens", "pictures"]
+    sent_bytes: int
+    received_bytes: int
+    framing_bytes: int
+    encode_s: float
+    generate_s: float
+    decode_s: float
+    transfer_s: float
+    link_s: float
+    answer: str
+    modules_bytes: int
+    usages: tuple[Usage, ...] = ()
+    time_s: float = 0.0
+
+
 class ServedCounts(msgspec.Struct, frozen=True):
     """Requests that have ended, answered or broken off, and what they were.
 
@@ -269,7 +309,7 @@ class EventRecord(msgspec.Struct, frozen=True, tag="event", tag_field="type"):
     time_s: float = 0.0
 
 
-Record = RoundRecord | PhaseRecord | RelayRecord | RequestRecord | ServedRecord | EventRecord
+Record = RoundRecord | PhaseRecord | RelayRecord | RequestRecord | CrossingRecord | ServedRecord | EventRecord
 
 _ENCODER = msgspec.json.Encoder()
 _DECODER: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)

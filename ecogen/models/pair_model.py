@@ -72,7 +72,7 @@ class PairModel:
         """
         heat = self._temperature if temperature is None else temperature
         parts = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
-        drawn = [self._draw(part, generator, heat) for part in parts]
+        drawn = [self.draw_codes(self._said(part), generator, heat) for part in parts]
         codes, likelihoods = (torch.cat(one) for one in zip(*drawn, strict=True))
         return Drawn(self.images.decode(codes), codes, captions, likelihoods)
 
@@ -82,7 +82,7 @@ class PairModel:
 
     def describe_codes(self, codes: Tensor) -> list[str]:
         """The likeliest caption of each image in codes [N, T]."""
-        return [text for part in codes.split(_BATCH) for text in self._describe(part)]
+        return [self._text(row) for part in codes.split(_BATCH) for row in self.caption_tokens(part)]
 
     @torch.no_grad()
     def log_likelihood(self, images: Tensor, captions: Sequence[str]) -> Tensor:
@@ -106,7 +106,7 @@ class PairModel:
         return self.draw(captions, generator)
 
     def _log_likelihood(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
-        tokens, mask = _padded_left(self._asked(captions), self._padding)
+        tokens, mask = _padded_left(self._asked(self._said(captions)), self._padding)
         own = codes + self.tokens.first
         mask = torch.cat([mask, torch.ones_like(own)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -119,23 +119,30 @@ class PairModel:
         """The product of the probabilities of a caption's tokens, and of its end."""
         written = self.tokens.written(codes)
         shown = torch.cat([torch.full((len(codes), 1), self.tokenizer.bos_token_id), written], 1)
-        said = self.tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in said]
+        rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in self._said(captions)]
         wanted = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         tokens = torch.cat([shown, wanted[:, :-1].clamp(min=0)], 1)  # what is behind a caption changes nothing before
         logs = self.model(tokens).logits[:, shown.shape[1] - 1 :].float().log_softmax(-1)
         each: Tensor = logs.gather(2, wanted.clamp(min=0)[:, :, None]).squeeze(2)
         return (each * (wanted >= 0)).sum(1).exp()
 
-    def _asked(self, captions: Sequence[str]) -> list[list[int]]:
+    def _said(self, captions: Sequence[str]) -> list[list[int]]:
+        said: list[list[int]] = self.tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+        return said
+
+    def _asked(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The tokens that an image follows on."""
-        said = self.tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [[self.tokenizer.bos_token_id, *row, self.tokens.begin] for row in said]
+        return [[self.tokenizer.bos_token_id, *row, self.tokens.begin] for row in prompts]
 
     @torch.no_grad()
-    def _draw(self, captions: Sequence[str], generator: torch.Generator, temperature: float) -> tuple[Tensor, Tensor]:
-        state = _State(self.model, *_padded_left(self._asked(captions), self._padding))
-        codes, likelihood = [], torch.zeros(len(captions))
+    def draw_codes(
+        self, prompts: Sequence[Sequence[int]], generator: torch.Generator, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [N, T] for the tokens of captions, and how likely they are [N]; no text or image is read or made."""
+        state = _State(self.model, *_padded_left(self._asked(prompts), self._padding))
+        codes, likelihood = [], torch.zeros(len(prompts))
         for _ in range(self.tokens.length):
             logits = state.logits[:, self.tokens.first : self.tokens.first + self.tokens.num_codes]
             logs = (logits.float() / temperature).log_softmax(-1)
@@ -146,7 +153,8 @@ class PairModel:
         return torch.cat(codes, 1), likelihood
 
     @torch.no_grad()
-    def _describe(self, codes: Tensor) -> list[str]:
+    def caption_tokens(self, codes: Tensor) -> list[list[int]]:
+        """The tokens of the likeliest caption of each image in codes [N, T]; no text or image is read or made."""
         written = self.tokens.written(codes).tolist()
         rows = [[self.tokenizer.bos_token_id, *row] for row in written]
         return self._captions(_State(self.model, *_padded_left(rows, self._padding)), None)
@@ -154,10 +162,11 @@ class PairModel:
     @torch.no_grad()
     def _invent_captions(self, count: int, generator: torch.Generator) -> list[str]:
         rows = [[self.tokenizer.bos_token_id]] * count
-        return self._captions(_State(self.model, *_padded_left(rows, self._padding)), generator)
+        said = self._captions(_State(self.model, *_padded_left(rows, self._padding)), generator)
+        return list(map(self._text, said))
 
-    def _captions(self, state: _State, generator: torch.Generator | None) -> list[str]:
-        """Text up to what ends it: the likeliest, or with a generator drawn."""
+    def _captions(self, state: _State, generator: torch.Generator | None) -> list[list[int]]:
+        """The tokens of text up to what ends it: the likeliest, or with a generator drawn."""
         ends = torch.tensor([self.tokenizer.eos_token_id, self.tokens.begin])
         said = list[Tensor]()
         for _ in range(_LONGEST_CAPTION):
@@ -172,12 +181,14 @@ class PairModel:
             state.add(said[-1])
             if torch.isin(torch.cat(said, 1), ends).any(1).all():
                 break
-        return [self._text(row) for row in torch.cat(said, 1).tolist()]
+        return [self._until_end(row) for row in torch.cat(said, 1).tolist()]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        ends = {self.tokenizer.eos_token_id, self.tokens.begin}
+        return tokens[: next((index for index, token in enumerate(tokens) if token in ends), len(tokens))]
 
     def _text(self, tokens: Sequence[int]) -> str:
-        ends = {self.tokenizer.eos_token_id, self.tokens.begin}
-        stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-        text: str = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text.strip()
 
     @property

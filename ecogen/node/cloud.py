@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from ecogen.node.context import (
     Welcome,
     methods,
 )
+from ecogen.node.crossings import asked_generator
 from ecogen.node.parent import Parent
 from ecogen.node.status import ask_heard, status_of
 from ecogen.planning.clusters import place_clusters
@@ -43,6 +44,7 @@ from ecogen.relay.generator import Generator
 from ecogen.relay.messages import RELAY, VERDICT
 from ecogen.runtime.membership import Members
 from ecogen.runtime.stage import Stage
+from ecogen.serving.crossing import CROSS, AskedGenerator
 from ecogen.storage import append_line, read_lines
 from ecogen.topology import Tier
 from ecogen.transport.base import Message, Peer, Stream
@@ -117,6 +119,7 @@ class CloudRole:
                 Caller(Tier.EDGE),
                 **{SYNC: self._on_sync, RELAY: self._on_relay, VERDICT: self._on_verdict, PUBLISH: self._publish},
             ),
+            **methods(Caller(Tier.EDGE), **{CROSS: self._on_crossing}),
             **methods(Caller(OPERATOR), **{STATUS: self._status, RESULT: self._result, DESCRIBE: self._describe}),
         }
 
@@ -157,6 +160,7 @@ class CloudRole:
             ranks=LoraRanks.of(recipe),
         )
         self._relay = await context.worker.compute(self._make_relay) if recipe.relay.every else None
+        self._asked = await context.worker.compute(self._make_asked) if recipe.evaluation.crossings else None
         self._report(ProgressReport("delivery", 0, len(self._topology.end_ids)))
         await self._set_finished()
         self._prepared.set()
@@ -219,6 +223,20 @@ class CloudRole:
         if self._relay is None:
             raise ProtocolError(f"{peer.node_id} sent samples, and no relay is asked for; set relay.every")
         return self._relay
+
+    async def _on_crossing(self, peer: Peer, message: Message) -> Message:
+        """Draw or describe for an edge, with what the cloud knows now."""
+        await self._prepared.wait()
+        if self._asked is None:
+            raise ProtocolError(f"{peer.node_id} asks for a picture, and none is asked for; set evaluation.crossings")
+        return await self._asked.answer(message)
+
+    def _make_asked(self) -> AskedGenerator:
+        folder, length = self._foundation.folder, self._recipe.model.context_length
+        return asked_generator(self._context, self._stage, folder, self._shape, length, self._tunables)
+
+    def _tunables(self) -> Mapping[str, Tensor]:
+        return self._sync.state.tunables if self._relay is None else self._relay.state.tunables
 
     async def _welcome(self, node_id: str) -> Message:
         await self._prepared.wait()
@@ -307,8 +325,7 @@ class CloudRole:
 
     async def _result(self, _: Peer, __: Message) -> Message:
         await self._prepared.wait()
-        tunables = self._sync.state.tunables if self._relay is None else self._relay.state.tunables
-        return Message.of(RESULT, tensors=tunables, counted=False)
+        return Message.of(RESULT, tensors=self._tunables(), counted=False)
 
     def _on_step(self, phase: str, step: int, total: int, loss: float) -> None:
         """Called from the compute thread."""

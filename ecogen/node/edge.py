@@ -30,6 +30,7 @@ from ecogen.node.context import (
     Welcome,
     methods,
 )
+from ecogen.node.crossings import compare_crossings
 from ecogen.node.device import ASK, Ask, Asked, Install
 from ecogen.node.parent import Parent
 from ecogen.node.status import tell_heard
@@ -201,6 +202,10 @@ class EdgeRole:
         await self._rounds.run()
         await self._install()
         await self._serve_requests()
+        if self._recipe.evaluation.crossings:
+            await compare_crossings(
+                self._context, self._cloud_id, self._foundation.folder, self._recipe, self._outbox.put
+            )
         await self._close_books()
         self._announce("finished", f"{self._rounds.state.next_round} rounds")
 

@@ -57,6 +57,9 @@ def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:
     if recipe.relay.every:
         yield from _of_relay(recipe)
     if not data.is_pairs:
+        if recipe.evaluation.crossings:
+            said = "only a text-image generator draws and describes; set data.name = 'pairs', or 0"
+            yield _contradiction("evaluation.crossings", said)
         if data.sources:
             yield _contradiction("data.sources", "say where pairs are from; set data.name = 'pairs', or leave it out")
         return
