@@ -205,6 +205,7 @@ class RequestRecord(msgspec.Struct, frozen=True, tag="request", tag_field="type"
 
 
 PictureTask = Literal["draw", "describe"]
+Crossing = Literal["tokens", "pictures"]
 
 
 class CrossingRecord(msgspec.Struct, frozen=True, tag="crossing", tag_field="type", kw_only=True):
@@ -229,7 +230,7 @@ class CrossingRecord(msgspec.Struct, frozen=True, tag="crossing", tag_field="typ
     node_id: str
     generator_id: str
     task: PictureTask
-    crossing: Literal["tokens", "pictures"]
+    crossing: Crossing
     sent_bytes: int
     received_bytes: int
     framing_bytes: int

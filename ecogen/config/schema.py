@@ -313,7 +313,7 @@ class Evaluation:
     requests: Natural = 20  # requests through the split chain of each edge once the model is tuned
     inversion: bool = False  # attack what crosses the first cut, and report how much it recovers
     drawings: Count = 200  # of pairs: images that each edge's tuned model draws, to be judged, one a caption at least
-    crossings: Natural = 0  # of pairs: pictures that each edge has the cloud draw and describe, in tokens and as pictures
+    crossings: Natural = 0  # of pairs: pictures that each edge has the cloud draw and describe, both ways
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,7 +15,8 @@ from ecogen import config as recipes
 from ecogen.engines.attached import operator_of
 from ecogen.engines.served import Served, name_of
 from ecogen.errors import CheckpointError, RunError, TransportError
-from ecogen.models.folder import CONFIG, ModelFolder, open_folder, write_text_files
+from ecogen.models.folder import CONFIG, ModelFolder, open_folder, read_text_files, write_text_files
+from ecogen.models.picture_modules import digest_of_modules
 from ecogen.node.books import hand_in_books
 from ecogen.node.context import DESCRIBE, LOCATE, Located, Welcome
 from ecogen.serving.gateway import Gateway
@@ -43,7 +44,7 @@ async def join_serving(
 
     Raises:
         RunError: if the federation does not serve.
-        CheckpointError: if it serves another model than `found`.
+        CheckpointError: if it serves another model than `found`, or one with other tokenizers.
         AuthenticationError, NodeLostError: as `operator_of`.
     """
     async with operator_of(cloud_id, address, certificates) as (transport, status):
@@ -115,6 +116,12 @@ def _check_same(found: Served, welcome: Welcome, cloud_id: str) -> None:
         raise CheckpointError(
             f"{found.folder} is not the model that {cloud_id} serves: their digests are {digest} and {welcome.digest}; "
             "give that one, or none and its adapters with --adapter NAME=DIR"
+        )
+    own, theirs = digest_of_modules(read_text_files(found.folder)), digest_of_modules(welcome.files)
+    if own != theirs:
+        raise CheckpointError(
+            f"{found.folder} makes other tokens of text and pictures than {cloud_id} does: its tokenizers have the "
+            f"digest {own}, those of {cloud_id} {theirs}; give the folder that it serves, or none and fetch them"
         )
 
 

@@ -15,7 +15,7 @@ from ecogen.models.pair_model import PairModel
 from ecogen.models.picture_modules import load_modules
 from ecogen.node.context import NodeContext
 from ecogen.planning.cost import ModelShape, forward_flops
-from ecogen.records import CrossingRecord
+from ecogen.records import Crossing, CrossingRecord
 from ecogen.runtime.stage import Stage
 from ecogen.serving.crossing import AskedGenerator, Front, Told
 from ecogen.tuning.captions import DIGITS, digit_caption
@@ -73,13 +73,12 @@ async def compare_crossings(
 
 async def _both(front: Front, number: int) -> list[CrossingRecord]:
     """One picture drawn and described both ways, which take turns in being the first."""
-    records = []
+    records = list[CrossingRecord]()
     caption, picture = Told(text=digit_caption(number % len(DIGITS))), Told()
-    for place in (number, number + 1):
+    ways: tuple[Crossing, ...] = ("pictures", "tokens") if number % 2 else ("tokens", "pictures")
+    for crossing in ways:
         request_id = f"{front.node_id}-crossing-{number}"
-        crossing = "pictures" if place % 2 else "tokens"
         picture, drawn = await front.ask(request_id, "draw", caption, number, crossing)
         _, described = await front.ask(request_id, "describe", picture, number, crossing)
         records += [drawn, described]
     return records
-

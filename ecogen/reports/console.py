@@ -189,6 +189,7 @@ def _summary_rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("emissions", f"{format_grams(emissions_g.mid)} CO2e", f"{format_range(emissions_g, format_grams)}, modelled"),
         *_privacy_rows(summary),
         *_latency_rows(summary),
+        *_crossing_rows(summary),
         ("wall time", format_seconds(summary["wall_s"]), f"engine {summary['engine']}"),
         *_event_rows(summary),
     ]
@@ -245,6 +246,21 @@ def _latency_rows(summary: Summary) -> list[tuple[str, str, str]]:
     parts = ("uplink", "t_ul"), ("inference", "t_inference"), ("downlink", "t_dl")
     remark = ", ".join(f"{name} {format_seconds(latency_s[key])}" for name, key in parts)
     return [("latency", format_seconds(latency_s["total"]), f"medians: {remark}")]
+
+
+def _crossing_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """What crosses the link to a generator for a picture, where the modules are here or there."""
+    found = summary["crossings"]
+    if found is None:
+        return []
+    return [
+        (
+            f"{placed['task']}, {placed['crossing']}",
+            format_bytes(placed["sent_bytes"] + placed["received_bytes"]),
+            f"modules at the {placed['modules']}; {format_seconds(placed['total_s'])} with the modelled link",
+        )
+        for placed in found["placements"]
+    ]
 
 
 def _event_rows(summary: Summary) -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from ecogen.measurements import EXACT_DB, Inversion, InversionAttack
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.reports import drawing, plots, relay_tables, tables
+from ecogen.reports.crossings_table import crossings_table
 from ecogen.reports.page import render_page
 from ecogen.reports.summary import Perplexity, RunFacts, Summary, round_indices, summarise
 from ecogen.reports.timeline import notable_events, start_s, timeline
@@ -74,6 +75,7 @@ def render_report(
         | {
             "lessons": relay_tables.lessons_table(summary["relay"]),
             "cycles": relay_tables.cycles_table(summary["relay"]),
+            "crossings": crossings_table(summary["crossings"]),
         },
         inputs="text" if recipe.data.is_text else "images",
         hidden_parts=drawing.hidden_parts(topology),

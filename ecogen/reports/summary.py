@@ -13,6 +13,7 @@ from ecogen.config import Recipe
 from ecogen.measurements import Drawings, InversionAttack, Probe
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, PhaseRecord, Record, RequestRecord, RoundRecord
+from ecogen.reports.crossings import Crossings, crossings_of
 from ecogen.reports.relay import Relay, relay_of
 from ecogen.topology import Topology
 
@@ -135,6 +136,7 @@ class Summary(TypedDict):
     copies: dict[str, float] | None
     caption_accuracy: dict[str, float] | None
     relay: Relay | None
+    crossings: Crossings | None
     spent: list[Spent]
     tunable_fraction: float
     lora_error: float | None
@@ -167,6 +169,7 @@ def summarise(
         "copies": {edge: found.copies for edge, found in facts.drawings.items()} or None,
         "caption_accuracy": {edge: found.caption_accuracy for edge, found in facts.drawings.items()} or None,
         "relay": relay_of(records, topology, facts.data_bytes),
+        "crossings": crossings_of(records),
         "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,
         "lora_error": _lora_error(records),

@@ -13,7 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 import torch
@@ -22,7 +22,7 @@ from ecogen.errors import CheckpointError, ProtocolError
 from ecogen.models.pair_model import PairModel
 from ecogen.models.pair_tokens import TEMPERATURE
 from ecogen.models.picture_modules import PictureModules
-from ecogen.records import CrossingRecord, PictureTask
+from ecogen.records import Crossing, CrossingRecord, PictureTask
 from ecogen.runtime.worker import Worker
 from ecogen.topology import Link
 from ecogen.transport.base import Message, Transport
@@ -57,8 +57,8 @@ class Order(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         seed: of what is drawn.
-        modules: the digest of those whose tokens these are, and which the answer is to be in; empty where the generator's
-            own are to read and make text and pictures.
+        modules: the digest of those whose tokens these are, and which the answer is to be in; empty where those of the
+            generator's node are to read and make text and pictures.
     """
 
     task: PictureTask
@@ -191,7 +191,7 @@ class Front:
     link: Link
 
     async def ask(
-        self, request_id: str, task: PictureTask, told: Told, seed: int, crossing: Literal["tokens", "pictures"]
+        self, request_id: str, task: PictureTask, told: Told, seed: int, crossing: Crossing
     ) -> tuple[Told, CrossingRecord]:
         """A picture for a caption, or a caption for a picture.
 
