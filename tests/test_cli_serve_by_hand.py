@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -175,6 +176,11 @@ async def another_gateway_answers(certificates: Path, nodes: Nodes, model: Path,
     save_decoder("llama", other := adapter.parent / "other")
     with pytest.raises(CheckpointError, match="is not the model that cloud serves"):
         async with join_serving(*parent, Served(other, "other")):
+            pass
+    shutil.copytree(model, same := adapter.parent / "same")
+    (same / "tokenizer.json").write_text((model / "tokenizer.json").read_text() + " ")
+    with pytest.raises(CheckpointError, match="makes other tokens of text and pictures than cloud does"):
+        async with join_serving(*parent, Served(same, "same")):
             pass
     async with join_serving(*parent, find_served(model)) as (gateway, _):
         await gateway.drain(DEVICES[0])

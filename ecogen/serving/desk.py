@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, suppress
 
 import msgspec
@@ -47,12 +47,20 @@ class Cancel(msgspec.Struct, frozen=True):
 
 
 class News(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Edge to gateway, of one answer: its next token; or what it took, in the end; or why it ends."""
+    """Edge to gateway, of one answer: its next token; or all of them; or what it took, in the end; or why it ends."""
 
     request_id: str
+    whole: tuple[Chosen, ...] = ()
     chosen: Chosen | None = None
     finish: Finish | None = None
     failure: Failure | None = None
+
+
+def one_by_one(news: News) -> Iterator[News]:
+    """News as they would be if no tokens had come together."""
+    for chosen in news.whole:
+        yield News(news.request_id, chosen=chosen)
+    yield msgspec.structs.replace(news, whole=()) if news.whole else news
 
 
 class AllNews(msgspec.Struct, frozen=True):
@@ -116,16 +124,18 @@ class Desk:
             task_of.cancel()
 
     async def _serve(self, wanted: Generate) -> None:
-        request_id = wanted.request_id
+        request_id, held = wanted.request_id, list[Chosen]()
         try:
             async with aclosing(self._answer(wanted)) as answer:
                 one = await anext(answer)
                 while isinstance(one, Chosen):
                     is_stopped = request_id in self._stopped
-                    if not is_stopped:
-                        await self._news.put(News(request_id, one))
+                    if wanted.request.is_whole:
+                        held.append(one)
+                    elif not is_stopped:
+                        await self._news.put(News(request_id, chosen=one))
                     one = await answer.asend(is_stopped)
-                await self._news.put(News(request_id, finish=one))
+                await self._news.put(News(request_id, tuple(held), finish=one))
         except EcoGenError as problem:
             await self._news.put(News(request_id, failure=failure_of(problem)))
         except Exception:

@@ -15,7 +15,7 @@ from itertools import count
 
 from ecogen.errors import NodeLostError, ServingError, TransportError, UnavailableError
 from ecogen.serving.balance import Balancer
-from ecogen.serving.desk import CANCEL, GENERATE, STOP, AllNews, Cancel, Generate, News, Stop
+from ecogen.serving.desk import CANCEL, GENERATE, STOP, AllNews, Cancel, Generate, News, Stop, one_by_one
 from ecogen.serving.generation import Finish, GenerationRequest, ServedModel
 from ecogen.serving.loading import DRAIN, Drain
 from ecogen.serving.sampling import Chosen
@@ -239,7 +239,8 @@ class Gateway:
             while (message := await stream.receive()) is not None:
                 for news in message.read(AllNews).news:
                     if answer := edge.answers.get(news.request_id):
-                        answer.put_nowait(news)
+                        for one in one_by_one(news):
+                            answer.put_nowait(one)
             await stream.close()  # the edge has closed its end
         except TransportError as lost:
             problem = NodeLostError(edge.node_id, str(lost))

@@ -48,6 +48,8 @@ class GenerationRequest:
         tenant: whose request it is, where there are tenants; an adapter of another's is not there for it.
         wording: of the prompt, for those who do not insist on an answer to just that.
         is_probe: nobody asked; a gateway wants to see whether the model answers. Not counted as a request.
+        is_whole: nobody reads the answer before it is over, as of a picture: its tokens may come all at once, in one
+            message. If the edge is lost before that, the answer begins anew.
     """
 
     model: str
@@ -58,6 +60,7 @@ class GenerationRequest:
     tenant: str | None = None
     wording: Wording | None = None
     is_probe: bool = False
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,17 @@ from ecogen.node.serving_edge import ServingEdge
 from ecogen.serving import cluster as cluster_module
 from ecogen.serving.chain import ServedChain
 from ecogen.serving.decoder_stage import DecoderStage
-from ecogen.serving.generation import GenerationRequest
+from ecogen.serving.desk import NEWS
+from ecogen.serving.gateway import Gateway
+from ecogen.serving.generation import Finish, GenerationRequest
 from ecogen.serving.sampling import Chosen, Sampling
 from ecogen.serving.stage_times import stage_times
+from ecogen.transport.base import Message
+from ecogen.transport.memory import MemoryTransport
 from tests.greedy import Agree, alone
 from tests.models.decoders import save_decoder
 from tests.models.test_mixed_lora import save_adapter
+from tests.runs import until
 from tests.serving.federations import (
     GREEDY,
     SPEC,
@@ -119,6 +125,38 @@ async def test_an_edge_lost_in_mid_generation(model: Path, tmp_path: Path) -> No
         await engine.kill(edge)
         rest = [one async for one in tokens]
         assert [one.token for one in [*begun, *rest] if isinstance(one, Chosen)] == wanted
+
+
+async def test_what_nobody_reads_before_its_end_comes_in_one_message(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = list[int]()
+    pack = MemoryTransport.pack
+
+    def weighed(self: MemoryTransport, message: Message, receiver_id: str) -> Any:
+        parcel = pack(self, message, receiver_id)
+        sizes.extend([parcel.num_bytes] * (message.method == NEWS))
+        return parcel
+
+    monkeypatch.setattr(MemoryTransport, "pack", weighed)
+    async with serving(tiny_recipe(model, devices=1, edges=2), tmp_path) as (gateway, engine):
+        streamed = [one async for one in gateway.generate(request(gateway, [5, 6, 7], 20))]
+        many = sizes.copy()
+        sizes.clear()
+        whole = replace(request(gateway, [5, 6, 7], 20), is_whole=True)
+        told = [one async for one in gateway.generate(whole)]
+        assert told[:-1] == streamed[:-1]
+        assert isinstance(told[-1], Finish)
+        assert len(sizes) == 1 < len(many)
+        assert sum(sizes) < sum(many) / 2
+        again = asyncio.create_task(_all(gateway, replace(whole, max_new=40)))
+        await until(lambda: any(edge.answers for edge in gateway._edges))
+        await engine.kill(next(edge.node_id for edge in gateway._edges if edge.answers))
+        assert (await again)[:20] == told[:20], "at the other edge, from the beginning"
+
+
+async def _all(gateway: Gateway, asked: GenerationRequest) -> list[Chosen | Finish]:
+    return [one async for one in gateway.generate(asked)]
 
 
 async def test_an_edge_that_cannot_hold_the_model_leaves_answers_to_another(

@@ -78,6 +78,7 @@ class Drawing:
         prompt = len(requests[0].prompt)
         self._metrics.tokens_in.inc(prompt)
         drawn = await self._all(requests)
+        self._metrics.tokens_out.inc(sum(len(tokens) for tokens, _ in drawn))
         self._metrics.bill([finish for _, finish in drawn])
         pictures = await asyncio.to_thread(lambda: [self._shown(tokens) for tokens, _ in drawn])
         took = usage(prompt, sum(len(tokens) for tokens, _ in drawn), [finish for _, finish in drawn])
@@ -97,11 +98,10 @@ class Drawing:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, request: GenerationRequest) -> tuple[list[int], Finish | None]:
-        tokens, finish, on_token = list[int](), None, self._metrics.token_timer()
+        tokens, finish = list[int](), None
         async with aclosing(self._serving.generate(request)) as answer:
             async for event in answer:
                 if isinstance(event, Chosen):
-                    on_token()
                     tokens.append(event.token)
                 else:
                     finish = event
@@ -123,7 +123,8 @@ def picture_request(text: TextModel, model: ServedModel, caption: str, sampling:
     prompt, room = (*text.encode_caption(caption), tokens.begin), model.max_tokens - tokens.length
     if len(prompt) > room:
         raise ServingError(f"{len(prompt)} tokens, and at most {room} are taken before a picture; shorten it")
-    return GenerationRequest(model.name, prompt, replace(sampling, within=tokens.within), tokens.length)
+    sampling = replace(sampling, within=tokens.within)
+    return GenerationRequest(model.name, prompt, sampling, tokens.length, is_whole=True)
 
 
 def _of_pictures(took: Json) -> Json:
