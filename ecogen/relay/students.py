@@ -16,10 +16,14 @@ from torch.optim import AdamW
 from transformers import LlamaConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from ecogen.config import Pretraining
+from ecogen.errors import DataError
 from ecogen.tuning.augment import augment
 from ecogen.tuning.passages import Passages
 from ecogen.tuning.pretrain import schedule
 from ecogen.tuning.pretrain_decoder import pretrain_decoder
+
+TEMPERATURE = 2.0
+"""At which students learn from a teacher's probabilities; chosen on validation digits."""
 
 _GATHERED = 256
 
@@ -46,9 +50,23 @@ def teach_decoder(config: LlamaConfig, samples: Passages, spec: Pretraining, on_
 
 
 def teach_classifier(
-    config: ViTConfig, images: Tensor, labels: Tensor, spec: Pretraining, on_step: OnStep
+    config: ViTConfig,
+    images: Tensor,
+    labels: Tensor,
+    spec: Pretraining,
+    on_step: OnStep,
+    *,
+    probabilities: Tensor | None = None,
 ) -> ViTForImageClassification:
-    """A vision transformer that has learnt from images [N, C, S, S] in [0, 1] and their labels [N]."""
+    """A vision transformer that has learnt from images [N, C, S, S] in [0, 1] and their labels [N].
+
+    Args:
+        probabilities: what a teacher says of each image [N, K]; then that is learnt, and not the labels.
+
+    Raises:
+        DataError: if there are no images, or not as many labels, or a label or probabilities are not of K.
+    """
+    _check_lesson(config, images, labels, probabilities)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         student = ViTForImageClassification(config)
@@ -58,12 +76,39 @@ def teach_classifier(
         optimizer.param_groups[0]["lr"] = spec.learning_rate * schedule((step + 1) / spec.steps)
         chosen = torch.randint(len(images), (spec.batch_size,), generator=generator)
         views = augment(images[chosen], 1.0, generator)
-        loss = cross_entropy(student(pixel_values=views).logits, labels[chosen], label_smoothing=0.05)
+        logits = student(pixel_values=views).logits
+        if probabilities is None:
+            loss = cross_entropy(logits, labels[chosen], label_smoothing=0.05)
+        else:
+            loss = distillation_loss(logits, probabilities[chosen], TEMPERATURE)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         on_step("classifier", step + 1, spec.steps, loss.item())
     return student.eval()
+
+
+def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
+    """Cross entropy of a student's logits [B, K] with a teacher's probabilities [B, K], both softened.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2: both at a temperature,
+    and the loss times its square, so that gradients are of one size at any. A teacher's probabilities tell its logits
+    but for a constant, so they can be softened after the fact.
+    """
+    softened = (probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log() / temperature).softmax(-1)
+    return cross_entropy(logits / temperature, softened) * temperature**2
+
+
+def _check_lesson(config: ViTConfig, images: Tensor, labels: Tensor, probabilities: Tensor | None) -> None:
+    count, known = len(images), config.num_labels
+    if not count or len(labels) != count:
+        raise DataError(f"a lesson has {count} images and {len(labels)} labels; give one label for each of some images")
+    if labels.min() < 0 or labels.max() >= known:
+        raise DataError(
+            f"labels are {int(labels.min())}..{int(labels.max())}, the student knows 0..{known - 1}; set its num_labels"
+        )
+    if probabilities is not None and probabilities.shape != (count, known):
+        raise DataError(f"probabilities are {list(probabilities.shape)}; the student learns from [{count}, {known}]")
 
 
 @torch.no_grad()
