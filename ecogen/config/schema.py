@@ -87,11 +87,28 @@ class Partition:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LaterSource:
+    """What an edge's images with captions are from a round on, in place of those before: its domain changes."""
+
+    round: Annotated[int, Field(ge=2)]  # the first with these, counted from 1
+    name: str = ""  # as that of `PairSource`; empty: the same as before
+    labels: tuple[Natural, ...] = ()
+
+
+@dataclass(frozen=True, config=STRICT)
 class PairSource:
     """Where an edge's images with captions are from."""
 
     name: str = "digits"  # or "mnist", or a folder with captions.jsonl
     labels: tuple[Natural, ...] = ()  # of digits, those that the edge has; all where none are named
+    later: LaterSource | None = None
+
+    @property
+    def domains(self) -> tuple[PairSource, ...]:
+        """What the edge has at first and, where that changes, then."""
+        if self.later is None:
+            return (self,)
+        return (self, PairSource(self.later.name or self.name, self.later.labels))
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -46,6 +46,7 @@ from ecogen.storage import write_atomically
 from ecogen.tuning.data import load_splits
 from ecogen.tuning.inversion import attack_first_cut
 from ecogen.tuning.labels import LabelSet, without_heads
+from ecogen.tuning.pair_data import domain_at
 from ecogen.tuning.passages import Passages, perplexity
 from ecogen.tuning.probe import probe_foundation
 from ecogen.tuning.task import task_of
@@ -137,7 +138,12 @@ def _perplexities(folder: Path, recipe: recipes.Recipe, own: Collection[str]) ->
     """
     topology = recipes.build_topology(recipe.topology)
     task = task_of(recipe, topology, folder / BACKBONE)
-    held_out = {edge_id: task.evaluated(edge_id) for edge_id in topology.edge_ids if is_here(recipe.data, edge_id)}
+    last = recipe.tuning.rounds - 1
+    held_out = {
+        edge_id: task.evaluated(edge_id, domain_at(recipe.data, edge_id, last))
+        for edge_id in topology.edge_ids
+        if is_here(recipe.data, edge_id)
+    }
     return {
         edge: _perplexity(load_tuned(folder, edge=edge if edge in own else None), passages)
         for edge, passages in held_out.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -218,11 +218,18 @@ class DeviceRole:
         """This device's partition: an equal part of its cluster's."""
         recipe, node_id = self._recipe, self._context.node_id
         cluster_index = list(topology.clusters).index(topology.cluster_of(node_id).cluster_id)
-        data = LocalData(task.owned(node_id, owners), recipe.seed, cluster_index, owners.index(node_id))
+        prefix: str | None = f"{digest} {shape.lowest_tunable_block} {recipe.wire.activations}"
         if reason := why_not_kept(recipe.tuning, recipe.wire, shape):
             logger.info("activations from below the tunables are sent in every epoch: %s", reason)
-            return data.with_views(recipe.tuning, None)
-        return data.with_views(recipe.tuning, f"{digest} {shape.lowest_tunable_block} {recipe.wire.activations}")
+            prefix = None
+
+        def owned(domain: int = 0) -> LocalData:
+            examples = task.owned(node_id, owners, domain)
+            data = LocalData(examples, recipe.seed, cluster_index, owners.index(node_id))
+            return data.with_views(recipe.tuning, prefix)
+
+        later = recipe.data.sources.get(self._edge_id, recipes.PairSource()).later
+        return owned() if later is None else replace(owned(), later=(later.round - 1, owned(1)))
 
     # What others ask for.
 

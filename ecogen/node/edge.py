@@ -36,7 +36,7 @@ from ecogen.node.parent import Parent
 from ecogen.node.status import tell_heard
 from ecogen.placement import Placement, neighbours_of, segments_held
 from ecogen.planning.clusters import place_clusters
-from ecogen.records import EventKind, EventRecord, PhaseRecord
+from ecogen.records import EventKind, EventRecord, PhaseRecord, Score
 from ecogen.relay.edge import Domain, EdgeRelay
 from ecogen.relay.generator import Generator
 from ecogen.runtime.membership import Members, attend
@@ -50,7 +50,7 @@ from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.foundation import fetch_foundation
 from ecogen.tuning.messages import placement_table
-from ecogen.tuning.pair_data import read_domain
+from ecogen.tuning.pair_data import domain_at, domains_of, read_domain
 from ecogen.tuning.privacy import ClusterPrivacy
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds
@@ -108,7 +108,7 @@ class EdgeRole:
         self._members.expected = [node_id for placement in self._placements.values() for node_id in placement.node_ids]
         self._foundation = await self._fetch_foundation(welcome.offered)
         self._stage = await context.worker.compute(self._load)
-        self._evaluate = await context.worker.compute(self._evaluator)
+        self._evaluators = await context.worker.compute(self._make_evaluators)
         path = context.folder / "state.safetensors"
         own = get_tunables(self._stage.model)  # of which the cloud has all, but for the head where labels differ
         state = EdgeState.load(path) if path.exists() else EdgeState({**own, **tunables}, welcome.next_round)
@@ -176,12 +176,19 @@ class EdgeRole:
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return read_backbone(self._foundation, self._config, names)
 
-    def _evaluator(self) -> Evaluator:
-        recipe = self._recipe
+    def _make_evaluators(self) -> list[Evaluator]:
+        """Of each domain that this edge has in its time."""
+        recipe, node_id = self._recipe, self._context.node_id
         task = task_of(recipe, recipes.build_topology(recipe.topology), self._foundation.folder)
-        kept_bytes = int(recipe.tuning.prefix_memory_mib * MIB)
-        examples = task.evaluated(self._context.node_id)
-        return Evaluator(self._stage, self._shape, self._context.worker, examples, kept_bytes)
+        domains = range(len(domains_of(recipe.data, node_id)))
+        kept_bytes = int(recipe.tuning.prefix_memory_mib * MIB) // len(domains)
+        stage, shape, worker = self._stage, self._shape, self._context.worker
+        return [Evaluator(stage, shape, worker, task.evaluated(node_id, domain), kept_bytes) for domain in domains]
+
+    def _evaluate(self, tunables: Mapping[str, Tensor]) -> Score:
+        """By what is this edge's domain in the round under way."""
+        domain = domain_at(self._recipe.data, self._context.node_id, self._rounds.state.next_round)
+        return self._evaluators[domain](tunables)
 
     async def _welcome(self, device_id: str) -> Message:
         await self._prepared.wait()

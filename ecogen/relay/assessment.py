@@ -21,7 +21,7 @@ from ecogen.models.pictures import grid_of, png_of
 from ecogen.relay.judge import Judge, train_judge
 from ecogen.relay.quality import copied_share, frechet_distance, nearest_distances, told_apart
 from ecogen.tuning.captions import DIGITS, digit_of
-from ecogen.tuning.pair_data import WRITTEN, PairSplits, read_pairs, source_of
+from ecogen.tuning.pair_data import WRITTEN, PairSplits, domains_of, read_pairs
 from ecogen.tuning.pairs import Pairs
 
 _SHOWN = 10
@@ -30,10 +30,16 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Assessor:
-    """Knows the pairs of all edges."""
+    """Knows the pairs of all edges.
+
+    Attributes:
+        splits: by edge, of the domain that it has in the end.
+        earlier: of those that it had before, where it has changed.
+    """
 
     recipe: Recipe
     splits: Mapping[str, PairSplits]
+    earlier: Sequence[PairSplits] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, edge_ids: Sequence[str]) -> Assessor:
@@ -43,7 +49,15 @@ class Assessor:
             DataError: if a source is damaged.
         """
         size = (recipe.model.num_channels, recipe.model.image_size)
-        return cls(recipe, {edge: read_pairs(recipe.data, edge_ids, edge, size, recipe.seed) for edge in edge_ids})
+        splits = {
+            edge: [
+                read_pairs(recipe.data, edge_ids, edge, size, recipe.seed, domain)
+                for domain in range(len(domains_of(recipe.data, edge)))
+            ]
+            for edge in edge_ids
+        }
+        earlier = [before for own in splits.values() for before in own[:-1]]
+        return cls(recipe, {edge: own[-1] for edge, own in splits.items()}, earlier)
 
     def drawings(self, edge_id: str, model: PairModel, seed: int = 0) -> Drawings:
         """How well a generator draws and describes what an edge knows."""
@@ -52,7 +66,7 @@ class Assessor:
         asked = _repeated(captions, self.recipe.evaluation.drawings)
         drawn = model.draw(asked, generator).images
         said = model.describe(own.test.images)
-        is_written = source_of(self.recipe.data, edge_id) in WRITTEN
+        is_written = self._source(edge_id) in WRITTEN
         return Drawings(
             num_drawn=len(asked),
             recognised=self.recognised(drawn, asked) if is_written else None,
@@ -73,14 +87,17 @@ class Assessor:
     @property
     def data_bytes(self) -> int:
         """Of all pairs that are tuned on, as pixels of a byte and captions."""
-        pairs = [own.train for own in self.splits.values()]
+        pairs = [own.train for own in (*self.splits.values(), *self.earlier)]
         captions = sum(len(caption.encode()) for part in pairs for caption in part.captions)
         return sum(part.images.numel() for part in pairs) + captions
+
+    def _source(self, edge_id: str) -> str:
+        return domains_of(self.recipe.data, edge_id)[-1].name
 
     @cached_property
     def _judge(self) -> Judge:
         """Has learnt from the training images of all edges with handwritten digits."""
-        written = [own.train for edge, own in self.splits.items() if source_of(self.recipe.data, edge) in WRITTEN]
+        written = [own.train for edge, own in self.splits.items() if self._source(edge) in WRITTEN]
         images = torch.cat([pairs.images for pairs in written])
         labels = torch.tensor([digit_of(caption) for pairs in written for caption in pairs.captions])
         return train_judge(images, labels, len(DIGITS), self.recipe.seed)

@@ -55,6 +55,7 @@ class LocalData:
     Attributes:
         examples: images, or passages of text.
         views: the images that each example has, epoch by epoch in turn; empty where every epoch draws new ones.
+        later: what it owns instead from a round on, where its edge's domain changes.
     """
 
     examples: Batch
@@ -62,6 +63,11 @@ class LocalData:
     cluster_index: int
     owner_index: int = 0
     views: Sequence[Batch] = ()
+    later: tuple[int, LocalData] | None = None
+
+    def at(self, round_index: int) -> LocalData:
+        """What it owns in a round."""
+        return self.later[1] if self.later is not None and round_index >= self.later[0] else self
 
     def with_views(self, tuning: Tuning, prefix: str | None) -> LocalData:
         """The same with images that come again, where the recipe has them; with keys for a prefix of that version."""
@@ -189,11 +195,12 @@ class DeviceTuning:
         by_edge = self._tuning.unlabelled.teacher == "edge"
         await self._worker.compute(self._stage.begin, tunables, settings, correction, keeps_begun=by_edge)
         self._check_ordered(order.key)
-        steps = self._begin(order.key, order.key.round_index if order.draw is None else order.draw)
+        data = None if self._data is None else self._data.at(order.key.round_index)
+        steps = self._begin(order.key, order.key.round_index if order.draw is None else order.draw, data)
         result = await steps.run()
         usage = self._worker.usage("tuning", self._memory_bytes)
-        num_examples = self._data.num_examples(self._tuning) if self._data else 0
-        has_unlabelled = self._data is not None and self._data.num_unlabelled(self._tuning) > 0
+        num_examples = data.num_examples(self._tuning) if data else 0
+        has_unlabelled = data is not None and data.num_unlabelled(self._tuning) > 0
         body = TuneResult(num_examples, result.loss, usage, result.confident if has_unlabelled else None)
         answer = await self._worker.compute(self._answer, order.key.attempt, tunables, result)
         return Message.of(TUNE, body, kind="tunables", tensors=answer)
@@ -253,8 +260,7 @@ class DeviceTuning:
             self._current.fail(error)
         self._lost = error
 
-    def _begin(self, key: AttemptKey, draw: int) -> LocalSteps:
-        data = self._data
+    def _begin(self, key: AttemptKey, draw: int, data: LocalData | None) -> LocalSteps:
         batches = None if data is None else partial(data.batches, self._tuning, draw)
         self._current = LocalSteps(
             key,

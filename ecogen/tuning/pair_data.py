@@ -1,7 +1,8 @@
 """The pairs of each edge: handwritten digits with captions, or a folder of images that says what they show.
 
 Every node makes the same division from the seed. Several edges may have pairs of one source: each label's examples are
-dealt over those that know it, so that no two edges have the same.
+dealt over those that know it, so that no two edges have the same. Where an edge's domain changes with the rounds, what
+it has then is dealt as that of one more edge would be: all of it is new.
 
 Shapes: N pairs, C channels, S side of an image.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,9 @@ CAPTIONS = "captions.jsonl"
 WRITTEN = ("digits", "mnist")
 """The sources that are handwritten digits."""
 
+_Share = tuple[str, int]
+"""Whose pairs: an edge's, in one of its domains."""
+
 _DEAL_KEY, _SPLIT_KEY = 10, 11  # so that the same seed draws different numbers for different purposes
 
 
@@ -55,41 +59,62 @@ class PairSplits:
     test: Pairs
 
 
-def source_of(data: Data, edge_id: str) -> str:
+def domains_of(data: Data, edge_id: str) -> Sequence[PairSource]:
+    """What an edge's pairs are of, at first and then."""
+    return data.sources.get(edge_id, PairSource()).domains
+
+
+def domain_at(data: Data, edge_id: str, round_index: int) -> int:
+    """Which of its domains an edge has in a round."""
+    later = data.sources.get(edge_id, PairSource()).later
+    return int(later is not None and round_index + 1 >= later.round)
+
+
+def source_of(data: Data, edge_id: str, domain: int = 0) -> str:
     """Where an edge's pairs are from: one of `WRITTEN`, or a folder's path."""
-    return data.sources.get(edge_id, PairSource()).name
+    return domains_of(data, edge_id)[domain].name
 
 
-def read_pairs(data: Data, edge_ids: Sequence[str], edge_id: str, size: tuple[int, int], seed: int) -> PairSplits:
+def read_pairs(
+    data: Data, edge_ids: Sequence[str], edge_id: str, size: tuple[int, int], seed: int, domain: int = 0
+) -> PairSplits:
     """An edge's pairs.
 
     Args:
         size: C and S.
+        domain: which of the edge's domains they are of.
 
     Raises:
         DataError: if its source is missing or damaged, or has too few.
     """
-    source = source_of(data, edge_id)
-    sharing = [name for name in edge_ids if source_of(data, name) == source]
+    source, own_share = source_of(data, edge_id, domain), (edge_id, domain)
+    shares = {(name, place): own for name in edge_ids for place, own in enumerate(domains_of(data, name))}
+    sharing = {share: own.labels or range(NUM_LABELS) for share, own in shares.items() if own.name == source}
     if source in WRITTEN:
-        own = _written(data, source, sharing, edge_id, size, seed)
+        own = _written(source, sharing, own_share, size, seed)
     else:
         pairs = _of_folder(_folder(source), size)
         order = np.random.default_rng([seed, _DEAL_KEY]).permutation(len(pairs))
-        own = pairs[np.sort(order[sharing.index(edge_id) :: len(sharing)])]
-    return _split(own, data, edge_id, [seed, edge_ids.index(edge_id), _SPLIT_KEY])
+        own = pairs[np.sort(order[list(sharing).index(own_share) :: len(sharing)])]
+    key = [seed, edge_ids.index(edge_id), _SPLIT_KEY, domain]
+    return _split(own, data, edge_id, key[:-1] if domain == 0 else key)
 
 
-def _written(data: Data, source: str, sharing: Sequence[str], edge_id: str, size: tuple[int, int], seed: int) -> Pairs:
-    """An edge's share of the digits that it knows."""
+def _written(
+    source: str, known: Mapping[_Share, Sequence[int]], own: _Share, size: tuple[int, int], seed: int
+) -> Pairs:
+    """An edge's share of the digits that it knows.
+
+    Args:
+        known: the labels of everyone who has a share.
+    """
     pool = open_data(Data(name="mnist" if source == "mnist" else "digits")).own
-    known = {name: data.sources.get(name, PairSource()).labels or range(NUM_LABELS) for name in sharing}
     generator, shares = np.random.default_rng([seed, _DEAL_KEY]), list[NDArray[np.int64]]()
     for label in range(NUM_LABELS):
-        knowing = [name for name in sharing if label in known[name]]
+        knowing = [share for share, labels in known.items() if label in labels]
         order = generator.permutation(np.flatnonzero(pool.labels.numpy() == label))
-        if edge_id in knowing:
-            shares.append(order[knowing.index(edge_id) :: len(knowing)])
+        if own in knowing:
+            shares.append(order[knowing.index(own) :: len(knowing)])
     chosen = np.sort(np.concatenate(shares))
     images = resized(pool.images[chosen].to(torch.float32)[:, None] / pool.white, size[1]).clamp(0, 1)
     return Pairs(images.expand(-1, size[0], -1, -1), [digit_caption(int(label)) for label in pool.labels[chosen]])
@@ -154,7 +179,7 @@ def _split(pairs: Pairs, data: Data, edge_id: str, key: Sequence[int]) -> PairSp
 
 
 def read_domain(
-    recipe: Recipe, edge_ids: Sequence[str], edge_id: str, writer: PairWriter, images: ImageTokens
+    recipe: Recipe, edge_ids: Sequence[str], edge_id: str, writer: PairWriter, images: ImageTokens, domain: int = 0
 ) -> tuple[dict[str, int], Passages]:
     """What an edge knows by its validation pairs: how many there are of each caption, and they themselves.
 
@@ -162,12 +187,17 @@ def read_domain(
         DataError: if its source is missing or damaged, or has too few.
     """
     size = (images.num_channels, images.image_size)
-    own = read_pairs(recipe.data, edge_ids, edge_id, size, recipe.seed).validation
+    own = read_pairs(recipe.data, edge_ids, edge_id, size, recipe.seed, domain).validation
     return dict(Counter(own.captions)), writer.both(own)
 
 
 def read_pair_passages(
-    recipe: Recipe, edge_ids: Sequence[str], edge_id: str, tokenizer: PreTrainedTokenizerBase, images: ImageTokenizer
+    recipe: Recipe,
+    edge_ids: Sequence[str],
+    edge_id: str,
+    tokenizer: PreTrainedTokenizerBase,
+    images: ImageTokenizer,
+    domain: int = 0,
 ) -> TextSplits:
     """An edge's pairs in a model's tokens, each both ways.
 
@@ -175,6 +205,6 @@ def read_pair_passages(
         DataError: if its source is missing or damaged, or has too few.
     """
     size = (images.config.num_channels, images.config.image_size)
-    splits = read_pairs(recipe.data, edge_ids, edge_id, size, recipe.seed)
+    splits = read_pairs(recipe.data, edge_ids, edge_id, size, recipe.seed, domain)
     writer = PairWriter(tokenizer, images, recipe.model.context_length)
     return TextSplits(*(writer.both(part) for part in (splits.train, splits.validation, splits.test)))

@@ -23,7 +23,7 @@ from ecogen.models.tunables import Tunables
 from ecogen.topology import Topology
 from ecogen.tuning.data import Examples, Indices, hide_labels, load_splits, partition_examples
 from ecogen.tuning.labels import LabelSet, common_labels, label_sets, without_heads
-from ecogen.tuning.pair_data import read_pair_passages, read_pairs
+from ecogen.tuning.pair_data import domain_at, domains_of, read_pair_passages, read_pairs
 from ecogen.tuning.passages import Batch, Passages, joined
 from ecogen.tuning.text import TextSplits, check_documents, check_text, is_here, read_text
 
@@ -37,18 +37,18 @@ class Task(Protocol):
     def shared(self, tunables: Mapping[str, Tensor]) -> Tunables:
         """What all edges have in common of the tunables, which the cloud averages."""
 
-    def evaluated(self, edge_id: str | None = None) -> Batch | None:
+    def evaluated(self, edge_id: str | None = None, domain: int = 0) -> Batch | None:
         """What an edge or, with None, the cloud is to evaluate; None where it is nothing."""
 
-    def owned(self, node_id: str, owners: Sequence[str]) -> Batch:
-        """A device's own training examples.
+    def owned(self, node_id: str, owners: Sequence[str], domain: int = 0) -> Batch:
+        """A device's own training examples, in one of its edge's domains.
 
         Args:
             owners: the devices of its cluster that own some, in order.
         """
 
     def asked(self, edge_id: str, indices: Sequence[int]) -> Batch:
-        """Test examples of an edge, to send through its chains.
+        """Test examples of an edge, of the domain that it has in the end, to send through its chains.
 
         Raises:
             DataError: if there are no such.
@@ -87,17 +87,19 @@ def check_sources(recipe: Recipe, edge_ids: Sequence[str]) -> None:
     if not recipe.data.is_pairs:
         check_documents(recipe.data, edge_ids)
         return
+    size = (recipe.model.num_channels, recipe.model.image_size)
     for edge_id in edge_ids:
-        read_pairs(recipe.data, edge_ids, edge_id, (recipe.model.num_channels, recipe.model.image_size), recipe.seed)
+        for domain in range(len(domains_of(recipe.data, edge_id))):
+            read_pairs(recipe.data, edge_ids, edge_id, size, recipe.seed, domain)
 
 
-def _reader(recipe: Recipe, edge_ids: Sequence[str], folder: Path) -> Callable[[str], TextSplits]:
-    """What reads an edge's passages, in the tokens of a model."""
+def _reader(recipe: Recipe, edge_ids: Sequence[str], folder: Path) -> Callable[[str, int], TextSplits]:
+    """What reads an edge's passages in one of its domains, in the tokens of a model."""
     tokenizer, length = load_tokenizer(folder), recipe.model.context_length
     if recipe.data.is_pairs:
         images = load_image_tokenizer(folder)
-        return lambda edge_id: read_pair_passages(recipe, edge_ids, edge_id, tokenizer, images)
-    return lambda edge_id: read_text(recipe.data, edge_ids, edge_id, tokenizer, length, recipe.seed)
+        return lambda edge_id, domain: read_pair_passages(recipe, edge_ids, edge_id, tokenizer, images, domain)
+    return lambda edge_id, _: read_text(recipe.data, edge_ids, edge_id, tokenizer, length, recipe.seed)
 
 
 class ImageTask:
@@ -120,14 +122,14 @@ class ImageTask:
     def shared(self, tunables: Mapping[str, Tensor]) -> Tunables:
         return dict(tunables) if self._common else without_heads(tunables)
 
-    def evaluated(self, edge_id: str | None = None) -> Examples | None:
+    def evaluated(self, edge_id: str | None = None, domain: int = 0) -> Examples | None:
         known = self._common if edge_id is None else self._labels[edge_id]
         split = self._recipe.evaluation.split
         if split == "none" or known is None:  # without common labels there is no head in the cloud
             return None
         return known.keep(getattr(self._splits, split))
 
-    def owned(self, node_id: str, owners: Sequence[str]) -> Examples:
+    def owned(self, node_id: str, owners: Sequence[str], domain: int = 0) -> Examples:
         recipe, topology, owner_index = self._recipe, self._topology, owners.index(node_id)
         cluster = topology.cluster_of(node_id)
         place = topology.clusters_of(cluster.edge_id).index(cluster)
@@ -156,10 +158,10 @@ class PassageTask:
     """The next token of passages: of text, or of images with captions.
 
     Args:
-        read: an edge's passages.
+        read: an edge's passages in one of its domains.
     """
 
-    def __init__(self, recipe: Recipe, topology: Topology, read: Callable[[str], TextSplits]) -> None:
+    def __init__(self, recipe: Recipe, topology: Topology, read: Callable[[str, int], TextSplits]) -> None:
         self._recipe, self._topology, self._edge = recipe, topology, lru_cache(maxsize=None)(read)
 
     def config(self, foundation: Foundation, edge_id: str | None = None) -> PreTrainedConfig:
@@ -168,28 +170,30 @@ class PassageTask:
     def shared(self, tunables: Mapping[str, Tensor]) -> Tunables:
         return dict(tunables)
 
-    def evaluated(self, edge_id: str | None = None) -> Passages | None:
+    def evaluated(self, edge_id: str | None = None, domain: int = 0) -> Passages | None:
         split = self._recipe.evaluation.split
         if split == "none":
             return None
         edge_ids = self._topology.edge_ids if edge_id is None else [edge_id]
         here = [name for name in edge_ids if name == edge_id or is_here(self._recipe.data, name)]
-        return joined([getattr(self._edge(name), split) for name in here]) if here else None
+        return joined([getattr(self._edge(name, domain), split) for name in here]) if here else None
 
-    def owned(self, node_id: str, owners: Sequence[str]) -> Passages:
+    def owned(self, node_id: str, owners: Sequence[str], domain: int = 0) -> Passages:
         cluster = self._topology.cluster_of(node_id)
         clusters = self._topology.clusters_of(cluster.edge_id)
-        own = self._edge(cluster.edge_id).of_cluster(clusters.index(cluster), len(clusters))
+        own = self._edge(cluster.edge_id, domain).of_cluster(clusters.index(cluster), len(clusters))
         return own[range(owners.index(node_id), len(own), len(owners))]
 
     def asked(self, edge_id: str, indices: Sequence[int]) -> Passages:
-        edge = self._edge(edge_id)
+        data, last = self._recipe.data, self._recipe.tuning.rounds - 1
+        edge = self._edge(edge_id, domain_at(data, edge_id, last))
         held_out = edge.test if len(edge.test) else edge.validation
         return held_out[_checked(indices, len(held_out))]
 
     def check(self) -> None:
         for edge_id in self._topology.edge_ids:
-            check_text(self._edge(edge_id), len(self._topology.clusters_of(edge_id)), edge_id)
+            for domain in range(len(domains_of(self._recipe.data, edge_id))):
+                check_text(self._edge(edge_id, domain), len(self._topology.clusters_of(edge_id)), edge_id)
 
 
 def _checked(indices: Sequence[int], count: int) -> Sequence[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ecogen.config.contradictions.contradiction import Contradiction
-from ecogen.config.schema import MADE_HERE, NUM_LABELS, Recipe
+from ecogen.config.schema import MADE_HERE, NUM_LABELS, PairSource, Recipe
 
 MARKS = 266
 """Tokens of a tokenizer that is made here besides codes and words: bytes and marks."""
@@ -64,9 +64,11 @@ def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:
             yield _contradiction("data.sources", "say where pairs are from; set data.name = 'pairs', or leave it out")
         return
     for edge_id, source in data.sources.items():
-        if source.labels and (source.name not in ("digits", "mnist") or max(source.labels) >= NUM_LABELS):
-            said = f"{source.name!r} has no labels {[*source.labels]}; digits and mnist have 0 to {NUM_LABELS - 1}"
-            yield _contradiction(f"data.sources.{edge_id}.labels", said)
+        for own, place in zip(source.domains, ("labels", "later.labels"), strict=False):
+            if own.labels and (own.name not in ("digits", "mnist") or max(own.labels) >= NUM_LABELS):
+                said = f"{own.name!r} has no labels {[*own.labels]}; digits and mnist have 0 to {NUM_LABELS - 1}"
+                yield _contradiction(f"data.sources.{edge_id}.{place}", said)
+        yield from _of_later(recipe, edge_id, source)
     if model.source not in MADE_HERE:
         return
     needed = MARKS + model.codebook_size
@@ -77,6 +79,18 @@ def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:
     if model.context_length < codes + CAPTION:
         said = f"{model.context_length} has no room for {codes} codes and a caption; {codes + CAPTION} at least"
         yield _contradiction("model.context_length", said, "model.patch_size")
+
+
+def _of_later(recipe: Recipe, edge_id: str, source: PairSource) -> Iterator[Contradiction]:
+    if source.later is None:
+        return
+    place, rounds = f"data.sources.{edge_id}.later", recipe.tuning.rounds
+    if source.later.round > rounds:
+        said = f"there is no round {source.later.round}; the last is tuning.rounds {rounds}"
+        yield _contradiction(f"{place}.round", said, "tuning.rounds")
+    if recipe.tuning.cloud_every:
+        said = "a domain that changes is for edges that keep models of their own; set tuning.cloud_every = 0"
+        yield _contradiction(place, said, "tuning.cloud_every")
 
 
 def _of_relay(recipe: Recipe) -> Iterator[Contradiction]:
