@@ -86,8 +86,8 @@ class RoundRecord(msgspec.Struct, frozen=True, tag="round", tag_field="type"):
         lora_error: by how much LoRA's products miss the mean of the members' products, as a share of that mean's norm;
             None where they are averaged factor by factor.
         num_examples: examples behind the aggregate, each counted once a round; 0 where that is private.
-        epsilon: of an edge with differential privacy of its clusters: spent so far. Loss, members and missing are then
-            private too, and not told; usages are spread evenly over the clusters.
+        epsilon: of an edge with differential privacy: spent so far. The loss is then private too, and not told; where
+            clusters are protected, so are members and missing, and usages are spread evenly over the clusters.
         confident: share of unlabelled examples with a pseudo-label, over local steps and clusters; None without any.
         perplexity: as `accuracy`, of a language model; such has no accuracy.
     """

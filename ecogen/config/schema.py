@@ -306,12 +306,26 @@ class Aggregation:
 
 @dataclass(frozen=True, config=STRICT)
 class Privacy:
-    """Differential privacy of clusters: DP-FedAvg, McMahan et al. 2018, https://arxiv.org/abs/1710.06963."""
+    """Differential privacy of clusters or of examples.
+
+    Of clusters: DP-FedAvg, McMahan et al. 2018, https://arxiv.org/abs/1710.06963. Of examples: DP-SGD, Abadi et al.
+    2016, https://arxiv.org/abs/1607.00133, with `tuning.batch_size` as the mean of Poisson draws.
+    """
 
     # z: the noise's deviation by clip_norm; 0: nothing is clipped or noised
     noise_multiplier: Annotated[float, Field(ge=0, le=1e3)] = 0.0
-    clip_norm: Positive = 1.0  # S: the longest change of all its tunables that a cluster may make in a round
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # with which epsilon may fail; below 1 / clusters
+    # The longest change of all its tunables that a cluster may make in a round (S), or gradient of an example (C)
+    clip_norm: Positive = 1.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # with which epsilon may fail; below 1 / how many there are
+    unit: Literal["cluster", "example"] = "cluster"  # what is protected; an example is a passage, or a pair
+
+    @property
+    def protects_clusters(self) -> bool:
+        return self.unit == "cluster" and self.noise_multiplier > 0
+
+    @property
+    def protects_examples(self) -> bool:
+        return self.unit == "example" and self.noise_multiplier > 0
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -51,7 +51,7 @@ from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.foundation import fetch_foundation
 from ecogen.tuning.messages import placement_table
 from ecogen.tuning.pair_data import domain_at, domains_of, read_domain
-from ecogen.tuning.privacy import ClusterPrivacy
+from ecogen.tuning.privacy import ClusterPrivacy, ExamplePrivacy
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds
 from ecogen.tuning.task import task_of
@@ -129,6 +129,7 @@ class EdgeRole:
             ranks=LoraRanks.of(recipe),
             seed=recipe.seed,
             privacy=self._privacy(),
+            examples=ExamplePrivacy(recipe.privacy) if recipe.privacy.protects_examples else None,
             wire=recipe.wire,
             keeps_head=not tunables.keys() >= own.keys(),
             lessons=await context.worker.compute(self._make_relay) if recipe.relay.every else None,
@@ -154,7 +155,7 @@ class EdgeRole:
 
     def _privacy(self) -> ClusterPrivacy | None:
         spec = self._recipe.privacy
-        if not spec.noise_multiplier:
+        if not spec.protects_clusters:
             return None
         return ClusterPrivacy(spec, self._recipe.tuning.participation, len(self._placements))
 
@@ -259,7 +260,7 @@ class EdgeRole:
         usages = [reply.read(Ready).usage for reply in replies] + [self._context.worker.usage("serving")]
         self._books_closed = True
         wall_s = max(usage.wall_s for usage in usages)
-        if self._recipe.privacy.noise_multiplier:  # a device's last window begins with the last round it took part in
+        if self._recipe.privacy.protects_clusters:  # a device's last window begins with the last round it took part in
             usages = list(spread(usages, [placement.node_ids for placement in self._placements.values()]))
         self._outbox.put(PhaseRecord(self._context.node_id, "serving", wall_s, tuple(usages), time_s=time.time()))
 

@@ -233,8 +233,13 @@ def _privacy_rows(summary: Summary) -> list[tuple[str, str, str]]:
     spent = summary["privacy"]
     if spent is None:
         return []
-    remark = f"at delta {spent['delta']:g}, of each of {spent['clusters']} clusters an edge"
-    rows = [("epsilon", format_epsilon(spent["epsilon"]), remark)]
+    at_delta = f"at delta {spent['delta']:g}"
+    if spent["unit"] == "example":
+        edges = [(edge, epsilon) for edge, epsilon in spent["edges"].items() if epsilon is not None]
+        rows = [(f"epsilon {edge}", format_epsilon(epsilon), f"{at_delta}, of each example") for edge, epsilon in edges]
+    else:
+        remark = f"{at_delta}, of each of {spent['clusters']} clusters an edge"
+        rows = [("epsilon", format_epsilon(spent["epsilon"]), remark)]
     warning = warn_of_epsilon(spent["epsilon"])
     return [*rows, ("warning", "", warning)] if warning else rows
 

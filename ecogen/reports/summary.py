@@ -101,12 +101,14 @@ class Spent(TypedDict):
 
 
 class PrivacyLoss(TypedDict):
-    """What differential privacy of the clusters cost; epsilon is the largest of all edges, since each has its own.
+    """What differential privacy cost, of each cluster or example; epsilon is the largest of all edges.
 
     `per_round` has None where no edge recorded that round. `clusters` are those of an edge.
     """
 
+    unit: str
     epsilon: float
+    edges: dict[str, float | None]
     delta: float
     per_round: list[float | None]
     noise_multiplier: float
@@ -297,8 +299,11 @@ def privacy_loss(records: Sequence[Record], recipe: Recipe, topology: Topology) 
     measured = [epsilon for epsilon in per_round if epsilon is not None]
     if not measured:
         return None
+    spent = ([epsilon for epsilon in edge if epsilon is not None] for edge in per_edge)
     return {
+        "unit": recipe.privacy.unit,
         "epsilon": max(measured),
+        "edges": {edge: max(own, default=None) for edge, own in zip(topology.edge_ids, spent, strict=True)},
         "delta": recipe.privacy.delta,
         "per_round": per_round,
         "noise_multiplier": recipe.privacy.noise_multiplier,

@@ -53,8 +53,8 @@ def warn_of_epsilon(epsilon: float) -> str:
     if epsilon <= WEAK_EPSILON:
         return ""
     return (
-        f"epsilon is above {WEAK_EPSILON:g}: hardly a promise; take more noise, fewer rounds, a smaller share of the "
-        "clusters, or more clusters"
+        f"epsilon is above {WEAK_EPSILON:g}: hardly a promise; take more noise, fewer rounds, or more clusters or "
+        "examples and a smaller share of them at a time"
     )
 
 

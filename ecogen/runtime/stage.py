@@ -18,6 +18,7 @@ from ecogen.errors import CheckpointError, ConfigError
 from ecogen.models.segmented import Segmented
 from ecogen.models.tunables import Tunables, copy_of, named_tunables, normalised_matrices, overwrite, tunables_of
 from ecogen.placement import Segment
+from ecogen.runtime.example_gradients import ExampleGradients, ExampleNoise
 
 _SUM = "sum of gradients"  # beside an optimizer's own keys
 
@@ -48,14 +49,25 @@ class MicrobatchKey(NamedTuple):
 
 
 class Stage:
-    """Forward and backward of one node's segments, and the local steps of their tunables."""
+    """Forward and backward of one node's segments, and the local steps of their tunables.
 
-    def __init__(self, model: Segmented, *, device: str = "cpu", dtype: str = "float32") -> None:
+    Args:
+        noise: what protects each example, where something does.
+
+    Raises:
+        CheckpointError: if examples are to be protected, and something is tuned of which their gradients are not told
+            apart.
+    """
+
+    def __init__(
+        self, model: Segmented, *, device: str = "cpu", dtype: str = "float32", noise: ExampleNoise | None = None
+    ) -> None:
         self.device = torch.device(resolve_device(device))
         self.dtype = getattr(torch, dtype)
         self.model = model.to(self.device)
         self._lower_frozen()
         self._named = dict(named_tunables(model))  # looked up once: walking the modules costs as much as a small block
+        self._examples = ExampleGradients(model, self._named, noise) if noise else None
         self._parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._tunable_bytes = sum(parameter.nbytes for parameter in self._named.values())
         self._peak_bytes = 0
@@ -81,6 +93,8 @@ class Stage:
             keeps_begun: `infer` will be asked for outputs with these tunables.
         """
         self._graphs.clear()
+        if self._examples is not None:
+            self._examples.clear()
         overwrite(self._named, tunables)
         parameters = list(self._named.values())
         for parameter in parameters:
@@ -122,6 +136,8 @@ class Stage:
         """A segment's output, keeping its graph until `backward`."""
         inputs = inputs.to(self.device).detach()
         inputs.requires_grad_(input_grads)
+        if self._examples is not None:
+            self._examples.expect(key.microbatch, len(inputs), tunables_of(self._named, [segment]))
         outputs = self._run(segment, inputs)
         self._graphs[key] = (inputs, outputs)
         in_flight = sum(i.nbytes + o.nbytes for i, o in self._graphs.values())
@@ -145,7 +161,7 @@ class Stage:
         Args:
             labels: [B] class indices; of text [B, T], the token that follows each, below zero where none counts.
             batch_size: labels of the whole batch that count, so that shares of its microbatches sum to its mean.
-            weights: [B] times which each row's cross-entropy counts; None for 1.
+            weights: [B], of text [B * T], times which each one's cross-entropy counts; None for 1.
         """
         logits = self.forward(key, segment, inputs, input_grads=input_grads)
         inputs, logits = self._graphs.pop(key)
@@ -153,7 +169,7 @@ class Stage:
         rows, aims = logits.flatten(0, -2).float(), labels.to(self.device).flatten()
         total = torch.nn.functional.cross_entropy(rows, aims, reduction=reduction)
         if weights is not None:
-            total = total @ weights
+            total = total @ weights.to(total)
         self._graphs[key] = (inputs, total / batch_size)
         return float(total.detach()) / batch_size
 
@@ -190,6 +206,27 @@ class Stage:
         named = {name: p.grad for name, p in self._named.items() if p.grad is not None}
         grads = list(tunables_of(named, [segment]).values())
         return float(torch.stack(torch._foreach_norm(grads)).double().square().sum()) if grads else 0.0
+
+    def example_norms(self, key: MicrobatchKey, segment: Segment) -> list[float]:
+        """The squared norms of what each example of a microbatch gave to one segment's tunables."""
+        assert self._examples is not None
+        return self._examples.squared_norms(key.microbatch, tunables_of(self._named, [segment]))
+
+    def noised_step(self, squared_norms: Sequence[float], expected: int) -> None:
+        """One local step with examples clipped by their norms over the whole chain, and noise.
+
+        Args:
+            expected: how many examples a step has on average.
+        """
+        assert self._examples is not None
+        copies = 1 + 2 * (self._settings.optimizer == "adamw")
+        self._peak_bytes = max(self._peak_bytes, copies * self._tunable_bytes + self._examples.nbytes)
+        means = self._examples.noised_means(squared_norms, expected)
+        for name, parameter in self._named.items():
+            parameter.grad = means.get(name)
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, squared_norm: float) -> None:
         """One local step, with gradients clipped by the norm over the whole chain."""

@@ -23,7 +23,7 @@ from ecogen.transport.base import Message, Transport
 from ecogen.transport.codec import Packed
 from ecogen.tuning.aggregate import Update, check_update
 from ecogen.tuning.edge_state import EdgeState
-from ecogen.tuning.messages import TUNE, AttemptKey, TuneOrder, TuneResult, split_controls, with_controls
+from ecogen.tuning.messages import TUNE, AttemptKey, Sampled, TuneOrder, TuneResult, split_controls, with_controls
 from ecogen.tuning.ranks import LoraRanks
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,18 @@ MAX_TRIES = 10
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one attempt of one cluster gave."""
+    """What one attempt of one cluster gave.
+
+    Attributes:
+        sampled: how its devices drew their examples, where each is protected.
+    """
 
     key: AttemptKey
     update: Update
     loss: float | None
     usages: tuple[Usage, ...]
     confident: float | None = None
+    sampled: frozenset[Sampled] = frozenset()
 
 
 @dataclass
@@ -166,7 +171,8 @@ class Attempts:
         update = replace(update, tunables=self._exact(update.tunables, begun))
         loss = next((result.loss for result in results if result.loss is not None), None)
         confident = next((result.confident for result in results if result.confident is not None), None)
-        return Outcome(key, update, loss, tuple(result.usage for result in results), confident)
+        sampled = frozenset(result.sampled for result in results if result.sampled is not None)
+        return Outcome(key, update, loss, tuple(result.usage for result in results), confident, sampled)
 
     def _exact(self, answer: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What the edge's own tunables become by a cluster's changes, where rounded ones travelled."""

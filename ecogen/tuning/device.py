@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from ecogen.config import Tuning, Wire
 from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables, tunables_of
 from ecogen.runtime.compression import restore_all
+from ecogen.runtime.example_gradients import ExampleNoise
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.prefix_cache import PrefixCache, prefix_keys
 from ecogen.runtime.stage import OptimizerSettings, Stage
@@ -32,13 +34,15 @@ from ecogen.tuning.messages import (
     TUNE,
     AttemptKey,
     Flow,
+    Sampled,
     TuneOrder,
     TuneResult,
     split_controls,
     with_controls,
 )
-from ecogen.tuning.passages import Batch
+from ecogen.tuning.passages import Batch, Passages
 from ecogen.tuning.route import Route
+from ecogen.tuning.sampling import Draws
 from ecogen.tuning.visits import LocalResult
 
 logger = logging.getLogger(__name__)
@@ -144,6 +148,7 @@ class DeviceTuning:
         cache: where it keeps prefix activations; None where none are kept.
         controls: this device's memory of SCAFFOLD; None for methods without.
         feedback: what makes of its tunables a change in fewer bytes; None where they are sent as they are.
+        noise: what protects each example, where something does; the stage's.
         update_factor: times what it learned is what it answers with: 1, but for a fault on purpose.
     """
 
@@ -161,7 +166,12 @@ class DeviceTuning:
         update_factor: float = 1.0,
         controls: Controls | None = None,
         feedback: Feedback | None = None,
+        noise: ExampleNoise | None = None,
     ) -> None:
+        self._noise, self._draws = noise, None
+        if noise is not None and data is not None:
+            assert isinstance(data.examples, Passages)
+            self._draws = Draws.of(data.examples, tuning.batch_size)
         self._controls, self._feedback = controls, feedback
         self._routes, self._tuning, self._stage, self._worker = list(routes), tuning, stage, worker
         self._neighbours, self._data, self._update_factor = neighbours, data, update_factor
@@ -201,9 +211,22 @@ class DeviceTuning:
         usage = self._worker.usage("tuning", self._memory_bytes)
         num_examples = data.num_examples(self._tuning) if data else 0
         has_unlabelled = data is not None and data.num_unlabelled(self._tuning) > 0
-        body = TuneResult(num_examples, result.loss, usage, result.confident if has_unlabelled else None)
+        confident = result.confident if has_unlabelled else None
+        body = TuneResult(num_examples, result.loss, usage, confident, self._sampled())
         answer = await self._worker.compute(self._answer, order.key.attempt, tunables, result)
         return Message.of(TUNE, body, kind="tunables", tensors=answer)
+
+    def _sampled(self) -> Sampled | None:
+        """How this device's examples were drawn in an attempt, where each is protected."""
+        draws = self._draws
+        return None if draws is None else Sampled(draws.rate, draws.num_steps * self._tuning.local_epochs)
+
+    def _batches(self, data: LocalData, draw: int, epoch: int) -> Iterator[Batch]:
+        """Of one local epoch: by the seed, but in secret where each example is protected."""
+        if self._draws is None:
+            return data.batches(self._tuning, draw, epoch)
+        assert isinstance(data.examples, Passages)
+        return self._draws.batches(data.examples, random.SystemRandom())
 
     def _recall(
         self, counted: int | None, control: Mapping[str, Tensor], tunables: Mapping[str, Tensor]
@@ -261,7 +284,7 @@ class DeviceTuning:
         self._lost = error
 
     def _begin(self, key: AttemptKey, draw: int, data: LocalData | None) -> LocalSteps:
-        batches = None if data is None else partial(data.batches, self._tuning, draw)
+        is_plain = self._noise is None
         self._current = LocalSteps(
             key,
             self._routes,
@@ -269,12 +292,14 @@ class DeviceTuning:
             self._worker,
             self._neighbours,
             num_epochs=self._tuning.local_epochs,
-            batches=batches,
+            batches=partial(self._batches, data, draw) if data else None,
             num_microbatches=self._tuning.microbatches,
             wire_types=self._wire_types,
-            own_keys=data.keys if data else None,
+            own_keys=data.keys if data and is_plain else None,  # private draws have no keys
             cache=self._cache,
             unlabelled=self._tuning.unlabelled,
+            noise=self._noise,
+            expected=self._draws.expected if self._draws else None,
             collect=self._own_tunables,
         )
         if self._lost is not None:

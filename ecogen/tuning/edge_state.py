@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.records import RoundRecord, from_line, to_line
+from ecogen.tuning.messages import Sampled
 
 _MEMORY = "memory of the strategy: "
 
@@ -36,6 +37,7 @@ class EdgeState:
         record: of the round that was committed last, so that it is published even if the edge dies before.
         memory: what the strategy of aggregation keeps from round to round.
         counted: the attempts of each cluster that are in the tunables; all others never were.
+        sampled: how devices drew their examples, where each is protected; of all that ever took part.
         is_untaught: whether lessons are still to be exchanged with the cloud after the last round.
     """
 
@@ -46,6 +48,7 @@ class EdgeState:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     counted: Mapping[str, Counted] = field(default_factory=dict)
     is_untaught: bool = False
+    sampled: frozenset[Sampled] = frozenset()
 
     def times_counted(self, cluster_id: str) -> int:
         """How many of a cluster's attempts are in the tunables."""
@@ -61,7 +64,7 @@ class EdgeState:
     def save(self, path: Path) -> None:
         """Write it atomically."""
         names = ("next_round", "unsynced", "counted", "is_untaught")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names} | {"sampled": sorted(self.sampled)}
         record = to_line(self.record).decode() if self.record else ""
         tensors = {**self.tunables, **{_MEMORY + name: tensor for name, tensor in self.memory.items()}}
         save_tensors(path, tensors, {"state": json.dumps(values), "record": record})
@@ -76,4 +79,5 @@ class EdgeState:
         memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in [*tensors] if name.startswith(_MEMORY)}
         values = json.loads(metadata["state"])
         counted = {cluster: Counted(*numbers) for cluster, numbers in values.pop("counted", {}).items()}
-        return cls(tensors, record=record, memory=memory, counted=counted, **values)
+        sampled = frozenset(Sampled(*numbers) for numbers in values.pop("sampled", ()))
+        return cls(tensors, record=record, memory=memory, counted=counted, sampled=sampled, **values)

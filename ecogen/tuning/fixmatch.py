@@ -47,8 +47,10 @@ def mixed_batch(labelled: Examples, strong: Tensor, weak: Tensor) -> Examples:
 
 
 def cut_batch(batch: Batch, count: int) -> Sequence[Batch]:
-    """A batch in at most `count` microbatches of nearly equal size, in order; both views of an image in one."""
-    if not isinstance(batch, Examples) or bool((batch.labels >= 0).all()):
+    """A batch in at most `count` microbatches of nearly equal size, in order; all that is of one example in one."""
+    if not isinstance(batch, Examples):
+        return batch.split_examples(min(count, batch.num_examples))
+    if bool((batch.labels >= 0).all()):
         return batch.split(min(count, len(batch)))
     groups = [torch.where(rows)[0] for rows in (batch.labels >= 0, batch.labels == STRONG, batch.labels == WEAK)]
     count = min(count, max(len(group) for group in groups))

@@ -6,6 +6,7 @@ computes and another sends, so the cycle of a U-shaped route cannot block itself
 
 Gradients are clipped by their norm over the whole chain: its square is summed along the way back with a batch's
 gradients and travels forward with the next batch's activations, which is when each device takes its optimizer step.
+Where each example is protected, its own squared norm goes the same way, and each device clips it and adds noise.
 
 Below the lowest tunable, activations are the same in every epoch. A device that is given a `PrefixCache` keeps them,
 and the owner sends them only once: `want` asks for room, `hold` tells the keys that are there.
@@ -30,6 +31,7 @@ from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables
 from ecogen.records import Kind
 from ecogen.runtime.compression import TENSOR
+from ecogen.runtime.example_gradients import ExampleNoise
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import Stage
@@ -80,6 +82,8 @@ class LocalSteps:
         own_keys: on an owner whose prefix activations should be kept: of all its examples.
         cache: where this device keeps those of others.
         unlabelled: what is made of unlabelled examples, where batches have some.
+        noise: what protects each example, where something does; the stage's.
+        expected: on an owner, how many of its examples a step then has on average.
         collect: what this device answers with, called after the last step on the compute thread.
     """
 
@@ -98,12 +102,15 @@ class LocalSteps:
         own_keys: Tensor | None = None,
         cache: PrefixCache | None = None,
         unlabelled: Unlabelled | None = None,
+        noise: ExampleNoise | None = None,
+        expected: int | None = None,
         collect: Callable[[], Tunables] = dict,
     ) -> None:
         self.key, self.routes = key, list(routes)
         self._num_turns = num_epochs * len(self.routes)
         self._stage, self._worker, self._neighbours = stage, worker, neighbours
         self._batches, self._num_microbatches, self._own_keys = batches, num_microbatches, own_keys
+        self._expected = expected
         self._visits = Visits(
             routes,
             neighbours.node_id,
@@ -113,6 +120,7 @@ class LocalSteps:
             cache=cache,
             unlabelled=unlabelled or Unlabelled(),
             collect=collect,
+            noise=noise,
         )
         self._inbox: list[_Task] = []
         self._arrived = asyncio.Event()
@@ -239,19 +247,22 @@ class LocalSteps:
     async def _local_step(self, begun: Flow, batch: Batch) -> Flow:
         """Send one batch through the chain; returns where the next one begins."""
         parts = cut_batch(batch, self._num_microbatches)
-        sizes = int((batch.labels >= 0).sum()), len(parts)
+        counted = int((batch.labels >= 0).sum()) if self._expected is None else self._expected
+        sizes = counted, len(parts)
         num_unlabelled = int((batch.labels == STRONG).sum())
         for index, part in enumerate(parts):
             await self._credits.acquire()
             flow = Flow(self.key, begun.step, begun.turn, index, 0, *sizes, begun.squared_norm)
             num_weak = int((part.labels == WEAK).sum())
-            self._launch(msgspec.structs.replace(flow, num_weak=num_weak, num_unlabelled=num_unlabelled), part)
-        returned = [await self._returned.get() for _ in parts]
+            counts = {"num_weak": num_weak, "num_unlabelled": num_unlabelled}
+            self._launch(msgspec.structs.replace(flow, **counts, squared_norms=begun.squared_norms), part)
+        returned = sorted([await self._returned.get() for _ in parts], key=lambda flow: flow.microbatch)
         return Flow(
             self.key,
             begun.step + 1,
             begun.turn,
             squared_norm=sum(flow.squared_norm for flow in returned),
+            squared_norms=tuple(norm for flow in returned for norm in flow.squared_norms),
             loss=begun.loss + sum(flow.loss for flow in returned),
             confident=begun.confident + sum(flow.confident for flow in returned),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from torch import Tensor
@@ -50,6 +50,18 @@ class TuneOrder(msgspec.Struct, frozen=True):
     counted: int | None = None
 
 
+class Sampled(NamedTuple):
+    """How an attempt drew a device's examples.
+
+    Attributes:
+        rate: the probability with which each was in a step.
+        steps: local steps on examples of this device.
+    """
+
+    rate: float
+    steps: int
+
+
 class TuneResult(msgspec.Struct, frozen=True):
     """Device to edge: done.
 
@@ -60,12 +72,14 @@ class TuneResult(msgspec.Struct, frozen=True):
         loss: mean training loss over the local steps, from the start device.
         confident: mean share of unlabelled examples with a pseudo-label over the local steps; None without any.
         usage: of this device since its last report.
+        sampled: where examples are protected, how those of this device were drawn; None where it owns none.
     """
 
     num_examples: Annotated[int, msgspec.Meta(ge=0)]
     loss: float | None
     usage: Usage
     confident: float | None = None
+    sampled: Sampled | None = None
 
 
 class SyncOrder(msgspec.Struct, frozen=True):
@@ -101,6 +115,9 @@ class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
         num_weak: the last rows, which only predict: they have no gradient (`tuning.fixmatch`).
         num_unlabelled: unlabelled examples of the whole batch, each of which is a strong and a weak view.
         confident: as `loss`, of the share of unlabelled examples with a pseudo-label.
+        squared_norms: as `squared_norm`, where examples are protected: of the gradient of each example, backward of
+            the microbatch's, forward of all examples of the previous step. Then `batch_size` is how many examples a
+            step has on average.
     """
 
     key: AttemptKey
@@ -115,6 +132,7 @@ class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
     num_weak: Annotated[int, msgspec.Meta(ge=0)] = 0
     num_unlabelled: Annotated[int, msgspec.Meta(ge=0)] = 0
     confident: float = 0.0
+    squared_norms: tuple[float, ...] = ()
 
 
 def split_controls(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -8,7 +8,7 @@ Shapes: N pairs, C channels, S side of an image, T tokens of a passage.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from ecogen.models.image_tokenizer import ImageTokenizer
 from ecogen.models.pair_tokens import PairTokens, pair_tokens
 from ecogen.tuning.passages import IGNORED, Passages
+
+WAYS = 2
+"""In which each pair is told, as passages side by side: they are one example."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ class PairWriter:
 
     def both_of(self, captions: Sequence[str], codes: Tensor) -> Passages:
         """As `both`, of images in codes [N, T]."""
-        twice = [caption for caption in captions for _ in range(2)]
-        return self._written(twice, codes.repeat_interleave(2, 0), np.arange(len(twice)) % 2 == 0)
+        often = [caption for caption in captions for _ in range(WAYS)]
+        passages = self._written(often, codes.repeat_interleave(WAYS, 0), np.arange(len(often)) % WAYS == 0)
+        return replace(passages, rows=WAYS)
 
     def _passages(self, pairs: Pairs, is_drawn: NDArray[np.bool_]) -> Passages:
         return self._written(pairs.captions, self._images.encode(pairs.images), is_drawn)

@@ -8,7 +8,7 @@ Shapes: N passages, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,11 +27,17 @@ class Passages:
 
     Attributes:
         keys: of the passages, where what a frozen prefix makes of them is kept [N].
+        rows: how many, side by side, are one example told in several ways.
     """
 
     tokens: Tensor
     labels: Tensor
     keys: Tensor | None = None
+    rows: int = 1
+
+    @property
+    def num_examples(self) -> int:
+        return len(self) // self.rows
 
     @property
     def inputs(self) -> Tensor:
@@ -52,7 +58,7 @@ class Passages:
         if self.keys is not None or not len(counted):
             return self
         stop = int(counted[-1]) + 1
-        return Passages(self.tokens[:, :stop], self.labels[:, :stop])
+        return Passages(self.tokens[:, :stop], self.labels[:, :stop], rows=self.rows)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -66,6 +72,15 @@ class Passages:
         keys = [None] * count if self.keys is None else self.keys.tensor_split(count)
         parts = zip(self.tokens.tensor_split(count), self.labels.tensor_split(count), keys, strict=True)
         return [Passages(*part) for part in parts]
+
+    def split_examples(self, count: int) -> list[Passages]:
+        """As `split`, with all rows of an example in one part."""
+        return [self.examples(part) for part in np.array_split(np.arange(self.num_examples), count)]
+
+    def examples(self, indices: Sequence[int] | NDArray[np.int64]) -> Passages:
+        """Whole examples, each with all its rows."""
+        first = np.asarray(indices, dtype=np.int64)[:, None] * self.rows
+        return replace(self[(first + np.arange(self.rows)).reshape(-1)], rows=self.rows)
 
 
 Batch = Examples | Passages

@@ -1,4 +1,5 @@
 """Differential privacy of clusters: who takes part is secret, updates are clipped, and noise is added to their sum.
+Or of examples, which devices clip and noise in each local step (`runtime.example_gradients`).
 
 DP-FedAvg, McMahan et al. 2018, Algorithm 1, https://arxiv.org/abs/1710.06963, with unweighted updates, flat clipping
 and the estimator of fixed denominator. Two federations are neighbours where one cluster's updates are nothing in one
@@ -12,8 +13,9 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,12 +24,11 @@ from torch import Tensor
 from ecogen.config import Privacy
 from ecogen.errors import AggregationError, ConfigError
 from ecogen.models.tunables import Tunables
+from ecogen.runtime.example_gradients import ExampleNoise, Normal
 from ecogen.tuning.aggregate import Update
+from ecogen.tuning.messages import Sampled
 
 logger = logging.getLogger(__name__)
-
-Normal = Callable[[int], Tensor]
-"""Draws so many independent standard normal numbers, in double precision."""
 
 _HOPELESS = 100.0  # epsilon of which nobody needs to know whether it is tight
 _MANTISSA_BITS = 52  # (k + 1/2) / 2^52 is exact in double precision and never 0 or 1
@@ -110,8 +111,9 @@ def check_accountant() -> None:
         )
 
 
+@lru_cache(maxsize=256)
 def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> float:
-    """What so many rounds of the Poisson-subsampled Gaussian mechanism cost together: an upper bound.
+    """What so many rounds, or steps, of the Poisson-subsampled Gaussian mechanism cost together: an upper bound.
 
     Opacus' accountant of privacy loss distributions (Gopi et al. 2021, https://arxiv.org/abs/2106.02848); where there
     is no privacy to speak of, its looser one of Renyi divergences (Mironov et al. 2019,
@@ -128,6 +130,37 @@ def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> 
         warnings.simplefilter("ignore", UserWarning)  # of the rough one's orders
         bound = float(rough.get_epsilon(delta))
         return bound if bound > _HOPELESS else float(tight.get_epsilon(delta))
+
+
+def example_noise(spec: Privacy, rows: int, normal: Normal = secure_normal) -> ExampleNoise | None:
+    """What protects each example in a recipe's local steps; None where they are not noised.
+
+    Args:
+        rows: passages of a batch that are one example, side by side.
+    """
+    if spec.unit != "example" or not spec.noise_multiplier:
+        return None
+    return ExampleNoise(spec.clip_norm, spec.noise_multiplier, rows, normal)
+
+
+@dataclass(frozen=True)
+class ExamplePrivacy:
+    """What protects each example of one edge: DP-SGD in the local steps of its clusters.
+
+    An example is one device's, and only the steps on that device's examples look at it (parallel composition): so what
+    is spent is the most of any device.
+    """
+
+    spec: Privacy
+
+    def epsilon(self, sampled: Collection[Sampled], rounds: int) -> float:
+        """Spent after so many rounds, each counted as one in which every device took part.
+
+        Args:
+            sampled: how devices drew their examples in a round.
+        """
+        z, delta = self.spec.noise_multiplier, self.spec.delta
+        return max((epsilon(z, one.rate, one.steps * rounds, delta) for one in sampled), default=0.0)
 
 
 @dataclass(frozen=True)

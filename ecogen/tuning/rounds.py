@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 from torch import Tensor
 
 from ecogen.config import Aggregation, Tuning, Wire
@@ -35,7 +36,7 @@ from ecogen.tuning.discretion import conceal
 from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.labels import without_heads
 from ecogen.tuning.messages import SYNC, SyncOrder
-from ecogen.tuning.privacy import ClusterPrivacy, draw_by_seed, draw_secretly
+from ecogen.tuning.privacy import ClusterPrivacy, ExamplePrivacy, draw_by_seed, draw_secretly
 from ecogen.tuning.ranks import LoraRanks, Together
 from ecogen.tuning.strategies import strategy_of
 
@@ -72,6 +73,7 @@ class EdgeRounds:
         ranks: how LoRA's do, where ranks differ or products are averaged.
         seed: draws who takes part in a round, where not all do.
         privacy: what protects the clusters, where something does.
+        examples: what protects each example, where something does.
         wire: the types in which tunables travel to and from devices.
         lessons: what is exchanged with the cloud, where something is.
         keeps_head: the cloud averages all but the head, since other edges' heads are for other labels.
@@ -97,6 +99,7 @@ class EdgeRounds:
         ranks: LoraRanks | None = None,
         seed: int = 0,
         privacy: ClusterPrivacy | None = None,
+        examples: ExamplePrivacy | None = None,
         wire: Wire | None = None,
         keeps_head: bool = False,
         lessons: Lessons | None = None,
@@ -121,7 +124,7 @@ class EdgeRounds:
             is_discreet=privacy is not None,
             has_controls=aggregation.strategy == "scaffold",
         )
-        self._lessons = lessons
+        self._lessons, self._examples = lessons, examples
         self._buffer: Buffer | None = None
         if aggregation.buffer:
             patience_s = tuning.rejoin_timeout_s
@@ -151,10 +154,15 @@ class EdgeRounds:
         if self._privacy is not None:  # how many examples the clusters have is theirs to know
             weight = self._privacy.num_clusters
             record = await self._worker.compute(self._conceal, record)
+        sampled = self.state.sampled.union(*(outcome.sampled for outcome in outcomes))
+        if self._examples is not None:  # the loss is the examples', and not noised
+            spent = await self._worker.compute(self._examples.epsilon, sampled, round_index + 1)
+            record = msgspec.structs.replace(record, loss=None, epsilon=spent)
         unsynced = weight if self._is_sync_due(round_index) else None
         counted = self.state.count((outcome.update.sender_id, outcome.key.attempt) for outcome in outcomes)
         is_untaught = self._lessons is not None and self._lessons.is_due(round_index)
-        await self._commit(EdgeState(tunables, round_index + 1, unsynced, record, memory, counted, is_untaught))
+        state = EdgeState(tunables, round_index + 1, unsynced, record, memory, counted, is_untaught, sampled)
+        await self._commit(state)
         self._publish(record)
         await self._agree()
         await self._take_lesson()

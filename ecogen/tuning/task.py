@@ -182,7 +182,7 @@ class PassageTask:
         cluster = self._topology.cluster_of(node_id)
         clusters = self._topology.clusters_of(cluster.edge_id)
         own = self._edge(cluster.edge_id, domain).of_cluster(clusters.index(cluster), len(clusters))
-        return own[range(owners.index(node_id), len(own), len(owners))]
+        return own.examples(range(owners.index(node_id), own.num_examples, len(owners)))
 
     def asked(self, edge_id: str, indices: Sequence[int]) -> Passages:
         data, last = self._recipe.data, self._recipe.tuning.rounds - 1

@@ -32,7 +32,7 @@ class TextSplits:
 
     def of_cluster(self, index: int, num_clusters: int) -> Passages:
         """The training passages of one of its clusters; all of them have nearly as many."""
-        return self.train.split(num_clusters)[index]
+        return self.train.split_examples(num_clusters)[index]
 
 
 def read_text(
@@ -76,8 +76,8 @@ def check_text(splits: TextSplits, num_clusters: int, edge_id: str) -> None:
     Raises:
         DataError: if not.
     """
-    if len(splits.train) < num_clusters:
-        raise DataError(f"{edge_id} has {len(splits.train)} training passages for {num_clusters} clusters; add text")
+    if (count := splits.train.num_examples) < num_clusters:
+        raise DataError(f"{edge_id} has {count} training passages for {num_clusters} clusters; add text")
 
 
 def _folder(data: Data, edge_id: str) -> Path:

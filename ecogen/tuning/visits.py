@@ -20,6 +20,7 @@ from ecogen.models.tunables import Tunables
 from ecogen.placement import Segment
 from ecogen.planning.cost import ModelShape, backward_flops, forward_flops
 from ecogen.runtime.compression import TENSOR, compress, restore
+from ecogen.runtime.example_gradients import ExampleNoise, example_weights
 from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import MicrobatchKey, Stage
 from ecogen.tuning.fixmatch import targets, without_weak
@@ -69,6 +70,7 @@ class Visits:
         wire_types: of what this device sends, by method; float32 where nothing is said.
         cache: where it keeps prefix activations.
         unlabelled: what is made of unlabelled examples, where batches have some.
+        noise: what protects each example, where something does; the stage's.
         collect: what it answers with after the last step.
     """
 
@@ -83,11 +85,13 @@ class Visits:
         cache: PrefixCache | None,
         unlabelled: Unlabelled,
         collect: Callable[[], Tunables],
+        noise: ExampleNoise | None = None,
     ) -> None:
         self._routes, self._own_id, self._stage, self._meter = routes, node_id, stage, meter
         self._wire_types, self._cache, self._unlabelled, self._collect = wire_types, cache, unlabelled, collect
         self._backwards: dict[int, int] = {}  # visit -> microbatches of this step that came back
         self._step = 0
+        self._noise, self._expected = noise, 1  # examples that the step has on average
 
     def execute(self, method: str, flow: Flow, tensors: Mapping[str, Tensor]) -> Parcel | LocalResult:
         """Compute what a message asks for; returns what to send and to which visit, or the result at the end."""
@@ -105,9 +109,13 @@ class Visits:
     def _step_up_to(self, flow: Flow) -> None:
         """Take the optimizer step before this one, unless it is taken."""
         if flow.step > self._step:
-            self._stage.step(flow.squared_norm)
+            if self._noise is not None:
+                self._stage.noised_step(flow.squared_norms, self._expected)
+            else:
+                self._stage.step(flow.squared_norm)
             self._step = flow.step
             self._backwards.clear()
+        self._expected = flow.batch_size or self._expected
 
     def give_up(self, flow: Flow) -> dict[str, Tensor]:
         """What the next owner goes on with: tunables and optimizer states, stepped for the last time here."""
@@ -138,10 +146,14 @@ class Visits:
         if visit == route.last:
             size, spec = flow.batch_size, self._unlabelled
             aim = targets(tensors[LABELS], len(inputs), weak_outputs, spec, size, flow.num_unlabelled)
-            loss = self._stage.loss(
-                key, segment, inputs, aim.labels, size, weights=aim.weights, input_grads=input_grads
-            )
-            flow = at(flow, visit, loss=loss, squared_norm=0.0, confident=aim.confident)
+            weights = aim.weights
+            if self._noise is not None:  # examples by themselves, until they are clipped
+                size, weights = 1, example_weights(aim.labels, self._noise.rows)
+            loss = self._stage.loss(key, segment, inputs, aim.labels, size, weights=weights, input_grads=input_grads)
+            if self._noise is not None:
+                loss /= flow.batch_size
+            flow = at(flow, visit, loss=loss, confident=aim.confident)
+            flow = msgspec.structs.replace(flow, squared_norm=0.0, squared_norms=())
             return self._backward(flow, None, inputs)
         outputs = self._stage.forward(key, segment, inputs, input_grads=input_grads)
         if weak_outputs is not None:
@@ -180,7 +192,7 @@ class Visits:
         assert passed is not None
         self._meter.add_flops(backward_flops(_shape(route, passed), segment, len(passed)))
         input_grads = self._stage.backward(MicrobatchKey(flow.step, flow.microbatch, visit), grads)
-        flow = at(flow, visit, squared_norm=flow.squared_norm + self._norm_when_complete(flow))
+        flow = self._with_norm(flow)
         if visit > route.lowest:
             assert input_grads is not None
             return self._parcel(BACKWARD, visit - 1, flow, input_grads)
@@ -191,6 +203,15 @@ class Visits:
         stays = self._route(flow).node_id(visit) == self._own_id
         wire_type = "float32" if stays else self._wire_types.get(method, "float32")
         return Parcel(method, visit, at(flow, visit), compress(tensor.cpu(), wire_type))
+
+    def _with_norm(self, flow: Flow) -> Flow:
+        """The same with the gradient's squared norm at this visit added; where examples are protected, with theirs."""
+        if self._noise is None:
+            return msgspec.structs.replace(flow, squared_norm=flow.squared_norm + self._norm_when_complete(flow))
+        key = MicrobatchKey(flow.step, flow.microbatch, flow.visit)
+        own = self._stage.example_norms(key, self._route(flow).segment(flow.visit))
+        above = flow.squared_norms or (0.0,) * len(own)
+        return msgspec.structs.replace(flow, squared_norms=tuple(a + b for a, b in zip(above, own, strict=True)))
 
     def _norm_when_complete(self, flow: Flow) -> float:
         """The squared norm of a visit's gradients once its last microbatch is back, 0 before."""

@@ -50,6 +50,22 @@ def test_epsilon_is_that_of_the_edge_that_spent_most(
     assert (spent["delta"], spent["noise_multiplier"], spent["clip_norm"], spent["clusters"]) == (1e-3, 1.5, 0.5, 3)
 
 
+def test_of_examples_each_edge_has_its_own(
+    records: list[Record], ledger: Ledger, recipe: Recipe, topology: Topology, facts: RunFacts
+) -> None:
+    private = replace(recipe, privacy=Privacy(1.5, 0.5, 1e-3, "example"))
+    given = (spending(records, topology, 8.0), ledger, private, topology, facts)
+    spent = summarise(*given)["privacy"]
+    assert spent is not None
+    assert (spent["unit"], spent["edges"]) == ("example", dict(zip(topology.edge_ids, (4.0, 8.0), strict=True)))
+    page, told = render_report(*given), shown(show_summary(summarise(*given)), width=250)
+    for edge, epsilon in zip(topology.edge_ids, ("4.00", "8.00"), strict=True):
+        assert f"Epsilon {epsilon} of {edge}" in page
+        assert f"epsilon {edge}" in told
+        assert epsilon in told
+    assert "Differential privacy of examples" in page
+
+
 def test_without_noise_there_is_nothing_to_tell(
     records: list[Record], ledger: Ledger, recipe: Recipe, topology: Topology, facts: RunFacts
 ) -> None:

@@ -20,8 +20,8 @@ from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, Stream
 from ecogen.transport.memory import MemoryNetwork
 from ecogen.tuning.edge_state import EdgeState
-from ecogen.tuning.messages import SYNC, TUNE, SyncOrder, SyncResult, TuneOrder, TuneResult
-from ecogen.tuning.privacy import ClusterPrivacy
+from ecogen.tuning.messages import SYNC, TUNE, Sampled, SyncOrder, SyncResult, TuneOrder, TuneResult
+from ecogen.tuning.privacy import ClusterPrivacy, ExamplePrivacy
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.rounds import EdgeRounds
 
@@ -52,6 +52,7 @@ class Device:
         self.names: set[str] = set()
         self.problems: list[EcoGenError] = []
         self.before_answer: Callable[[], Awaitable[object]] | None = None
+        self.sampled: Sampled | None = None
 
     async def handle(self, _: Peer, message: Message) -> Message:
         assert message.method == TUNE
@@ -62,7 +63,7 @@ class Device:
         if self.before_answer is not None:
             await self.before_answer()
         loss = 0.5 if self.node_id == "near-0" else 1.5 if self.node_id == "far-0" else None
-        result = TuneResult(self.num_examples, loss, Usage(self.node_id, "tuning", 1.0, 1.0))
+        result = TuneResult(self.num_examples, loss, Usage(self.node_id, "tuning", 1.0, 1.0), sampled=self.sampled)
         tensors = {name: tensor + self.step for name, tensor in message.tensors.items()}
         return Message.of(TUNE, result, kind="tunables", tensors=tensors)
 
@@ -123,6 +124,7 @@ class Edge:
         aggregation: Aggregation = FEDAVG,
         ranks: LoraRanks | None = None,
         privacy: ClusterPrivacy | None = None,
+        examples: ExamplePrivacy | None = None,
         **tuning: Any,
     ) -> EdgeRounds:
         return EdgeRounds(
@@ -140,6 +142,7 @@ class Edge:
             aggregation=aggregation,
             ranks=ranks,
             privacy=privacy,
+            examples=examples,
         )
 
     async def run(self, state: EdgeState | None = None, aggregation: Aggregation = FEDAVG, **tuning: Any) -> EdgeState:

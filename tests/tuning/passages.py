@@ -20,6 +20,7 @@ from ecogen.models.profile import decoder_shape
 from ecogen.models.segmented import Segmented
 from ecogen.models.tunables import adapted_layers, adapter_config, attach_tunables, named_tunables
 from ecogen.placement import Placement, Segment, neighbours_of, place, rotations, segments_held
+from ecogen.runtime.example_gradients import ExampleNoise
 from ecogen.runtime.stage import Stage
 from ecogen.tuning.passages import IGNORED, Passages
 from ecogen.tuning.route import Route
@@ -60,8 +61,9 @@ class TextCase:
         attach_tunables(model, self.spec)
         return model
 
-    def stages(self) -> dict[str, Stage]:
-        return {node_id: Stage(self.model_of(self.held_by(node_id))) for node_id in self.placement.node_ids}
+    def stages(self, noise: ExampleNoise | None = None) -> dict[str, Stage]:
+        nodes = self.placement.node_ids
+        return {node_id: Stage(self.model_of(self.held_by(node_id)), noise=noise) for node_id in nodes}
 
     @cached_property
     def tunables(self) -> dict[str, Tensor]:

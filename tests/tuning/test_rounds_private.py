@@ -12,8 +12,8 @@ from torch import Tensor
 from ecogen.config import Aggregation, Privacy
 from ecogen.errors import NodeLostError
 from ecogen.transport.base import Message, Peer
-from ecogen.tuning.messages import SyncOrder
-from ecogen.tuning.privacy import ClusterPrivacy
+from ecogen.tuning.messages import Sampled, SyncOrder
+from ecogen.tuning.privacy import ClusterPrivacy, ExamplePrivacy, epsilon
 from ecogen.tuning.rounds import EdgeState
 from tests.tuning.edges import Cloud, Edge, values
 
@@ -115,3 +115,29 @@ async def test_a_sampled_round_waits_for_one_of_those_who_were_drawn(alone: Edge
     assert chosen == ["near"]
     assert values(outcome.update.tunables) == {1.0}
     assert not alone.devices["far-0"].rounds
+
+
+# Privacy of examples.
+
+OF_EXAMPLES = ExamplePrivacy(Privacy(1.0, 1.0, 0.01, "example"))
+
+
+async def test_of_examples_epsilon_is_that_of_the_device_that_spent_most(edge: Edge) -> None:
+    edge.devices["near-0"].sampled, edge.devices["far-0"].sampled = Sampled(0.1, 4), Sampled(0.1, 8)
+    rounds = edge.rounds(examples=OF_EXAMPLES, rounds=2)
+    await rounds.run()
+    spent = [record.epsilon for record in edge.round_records]
+    assert spent == [epsilon(1.0, 0.1, 8 * number, 0.01) for number in (1, 2)]
+    for record in edge.round_records:
+        assert record.loss is None
+        assert (record.num_examples, record.members) == (40, ("near", "far"))  # who took part is no secret
+
+
+async def test_of_examples_an_edge_that_comes_back_forgets_nobody(edge: Edge) -> None:
+    """Those of a cluster that is lost meanwhile were drawn before, and are as little protected as they were."""
+    edge.devices["near-0"].sampled, edge.devices["far-0"].sampled = Sampled(0.1, 4), Sampled(0.1, 8)
+    await edge.rounds(examples=OF_EXAMPLES).run()
+    edge.devices["far-1"].problems = [NodeLostError("far-0", "gone")]
+    await edge.rounds(EdgeState.load(edge.path), examples=OF_EXAMPLES, rounds=2).run()
+    assert edge.round_records[-1].missing == ("far",)
+    assert edge.round_records[-1].epsilon == epsilon(1.0, 0.1, 16, 0.01)

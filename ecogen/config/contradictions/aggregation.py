@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from ecogen.config.contradictions.contradiction import Contradiction
+from ecogen.config.contradictions.examples import of_examples
 from ecogen.config.nodes import cluster_counts
 from ecogen.config.schema import BESIDE_FAULTY, Recipe
 
@@ -61,7 +62,7 @@ def _of_buffer(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction((place, "aggregation.strategy"), text)
     drawing = {
         "tuning.participation": recipe.tuning.participation < 1,
-        "privacy.noise_multiplier": recipe.privacy.noise_multiplier > 0,
+        "privacy.noise_multiplier": recipe.privacy.protects_clusters,
     }
     for other in (other for other, is_drawing in drawing.items() if is_drawing):
         text = f"{place}: {other} draws who takes part in a round, and with a buffer who is quickest does"
@@ -83,12 +84,17 @@ def of_feedback(recipe: Recipe) -> Iterator[Contradiction]:
 
 def of_privacy(recipe: Recipe) -> Iterator[Contradiction]:
     """What would break the guarantee, or make it mean nothing."""
-    if not recipe.privacy.noise_multiplier:
+    noise = recipe.privacy.noise_multiplier
+    if not noise:
         return
-    strategy, delta, noise = recipe.aggregation.strategy, recipe.privacy.delta, recipe.privacy.noise_multiplier
     if noise < _LEAST_NOISE:
         text = f"privacy.noise_multiplier: {noise:g} protects nobody; set {_LEAST_NOISE:g} or more, or 0"
         yield Contradiction(("privacy.noise_multiplier",), text)
+    yield from _of_clusters(recipe) if recipe.privacy.unit == "cluster" else of_examples(recipe)
+
+
+def _of_clusters(recipe: Recipe) -> Iterator[Contradiction]:
+    strategy, delta = recipe.aggregation.strategy, recipe.privacy.delta
     clusters = max(cluster_counts(recipe.topology), default=0)
     if strategy not in _OF_THE_MEAN:
         text = (
