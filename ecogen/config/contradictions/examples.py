@@ -32,7 +32,7 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     has_sums = recipe.aggregation.strategy == "scaffold"
     yield "aggregation.strategy", has_sums, "scaffold sends sums of gradients that are not noised; use another"
     changes = any(source.later is not None for source in data.sources.values())
-    yield "data.sources", changes, "what an edge's pairs are later is drawn from before its rounds; leave 'later' out"
+    yield "data.sources", changes, "an edge has pairs of one domain while each is protected; leave 'later' out"
     is_buffered = recipe.aggregation.buffer > 0
     yield "aggregation.buffer", is_buffered, "epsilon counts rounds, and with a buffer some clusters do more; set 0"
     said = f"{delta:g} is not below 1 / data.train = {1 / data.train:g}: telling all about one example in {1 / delta:g}"
