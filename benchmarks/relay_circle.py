@@ -38,8 +38,9 @@ from ecogen.models.pair_model import PairModel
 from ecogen.models.tunables import get_tunables
 from ecogen.records import Record, RelayRecord
 from ecogen.relay.assessment import Assessor
-from ecogen.relay.cloud import CloudRelay, RelayState
-from ecogen.relay.edge import EdgeRelay
+from ecogen.relay.cloud import CloudRelay, Exchange
+from ecogen.relay.cloud_state import RelayState
+from ecogen.relay.edge import Asked, EdgeRelay
 from ecogen.relay.generator import Generator, keyed
 from ecogen.relay.samples import Samples, balanced
 from ecogen.relay.teacher import Lesson
@@ -104,10 +105,10 @@ def watched(seen: Seen) -> Iterator[None]:
         if state.next_round and state.next_round % EVERY == 0:  # the last commit of a cycle is what it ends with
             seen.models[state.next_round // EVERY, self._node_id] = dict(state.tunables)
 
-    def _learn(self: CloudRelay, cycle: int, *rest: Any) -> tuple[RelayState, RelayRecord]:
-        state, record = learn(self, cycle, *rest)
-        seen.models[cycle + 1, CLOUD] = dict(state.tunables)
-        return state, record
+    def _learn(self: CloudRelay, asked: Exchange, *rest: Any) -> RelayState:
+        state = learn(self, asked, *rest)
+        seen.models[asked.cycle + 1, CLOUD] = dict(state.tunables)
+        return state
 
     with patch.object(EdgeRounds, "_commit", _commit), patch.object(CloudRelay, "_learn", _learn):
         yield
@@ -117,11 +118,11 @@ def watched(seen: Seen) -> Iterator[None]:
 def real_lessons(splits: Mapping[str, PairSplits]) -> Iterator[None]:
     """Lessons are the edges' training pairs."""
 
-    def of_edge(self: EdgeRelay, cycle: int, _: Mapping[str, Tensor]) -> Lesson:
-        return real_lesson(self._generator, self._spec.samples, [self._node_id], splits, cycle)
+    def of_edge(self: EdgeRelay, asked: Asked, _: Mapping[str, Tensor]) -> Lesson:
+        return real_lesson(self._generator, self._spec.samples, [self._node_id], splits, asked.cycle)
 
-    def of_cloud(self: CloudRelay, cycle: int, _: Mapping[str, Tensor], __: Mapping[str, Samples]) -> Lesson:
-        return real_lesson(self._generator, self._spec.samples, EDGES, splits, cycle)
+    def of_cloud(self: CloudRelay, asked: Exchange, _: Mapping[str, Tensor], __: Mapping[str, Samples]) -> Lesson:
+        return real_lesson(self._generator, self._spec.samples, EDGES, splits, asked.cycle)
 
     with patch.object(EdgeRelay, "_teach", of_edge), patch.object(CloudRelay, "_drawn", of_cloud):
         yield

@@ -138,12 +138,17 @@ class Taught(msgspec.Struct, frozen=True):
     is_new: bool
 
 
+Cause = Literal["schedule", "drift"]
+"""Why lessons are exchanged."""
+
+
 class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
     """One lesson of the knowledge relay: a receiver learnt from what teachers drew, or refused what came of it.
 
     Attributes:
         node_id: the receiver.
         direction: up, of the cloud from edges; down, of an edge from the cloud.
+        cycle: the exchange it belongs to, in the order in which the cloud closed them.
         version: of the receiver's model after it; that before it where the lesson was refused.
         num_drawn: pictures that the teachers drew.
         num_samples: those that were handed on.
@@ -152,6 +157,9 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
         usages: of the receiver since its last report, what it waited for lessons apart, as tuning; what a reply sends
             is in the next report.
         reason: of a refusal.
+        cause: why the lessons were exchanged: their time had come, or an edge's domain had drifted.
+        round_index: the round of the edges after which they were.
+        p_value: of an edge's drift, by `relay.drift`.
     """
 
     node_id: str
@@ -168,6 +176,9 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
     usages: tuple[Usage, ...]
     reason: str = ""
     time_s: float = 0.0
+    cause: Cause = "schedule"
+    round_index: int | None = None
+    p_value: float | None = None
     num_disputed: int = 0
 
 
@@ -297,7 +308,9 @@ class ServedRecord(ServedCounts, frozen=True, tag="served", tag_field="type", kw
     time_s: float = 0.0
 
 
-EventKind = Literal["joined", "lost", "rejoined", "cluster_failed", "cluster_formed", "resumed", "fenced", "finished"]
+EventKind = Literal[
+    "joined", "lost", "rejoined", "cluster_failed", "cluster_formed", "resumed", "fenced", "rolled_back", "finished"
+]
 
 
 class EventRecord(msgspec.Struct, frozen=True, tag="event", tag_field="type"):

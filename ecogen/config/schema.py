@@ -278,13 +278,20 @@ class Tuning:
 class Relay:
     """How cloud and edges teach each other by what their generators draw; of images with captions."""
 
-    every: Natural = 0  # rounds between two exchanges, of which each is a lesson up and one down; 0: none
+    every: Natural = 0  # rounds between two exchanges, of which each is a lesson up and one down; 0: none by schedule
+    # An edge asks for one too when its held-out pairs differ from those of its last exchange, by a test of this level.
+    drift: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: it does not look
     samples: Count = 400  # pairs that a teacher hands on, at most
     steps: Count = 240  # in which the cloud learns from them; an edge takes half of them, at half of the rate
     batch_size: Count = 24
     learning_rate: Positive = 8e-3  # of the first step, AdamW's; falls to 0 along half a cosine
     rehearsal: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of each batch, what the receiver itself drew before
     tolerance: NonNegative = 0.2  # share by which perplexity on what it knew may rise, or the lesson is refused
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are lessons at all."""
+        return bool(self.every or self.drift)
 
 
 @dataclass(frozen=True, config=STRICT)

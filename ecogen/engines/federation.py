@@ -111,7 +111,7 @@ class Federation:
 
     async def tunables(self) -> dict[str, Tensor]:
         """The tunables of the cloud's last average or lesson; the first edge's where edges stay alone."""
-        has_cloud = self.recipe.tuning.cloud_every or self.recipe.relay.every
+        has_cloud = self.recipe.tuning.cloud_every or self.recipe.relay.is_on
         node_id = self.topology.cloud_id if has_cloud else self.topology.edge_ids[0]
         return await self.tunables_of(node_id)
 

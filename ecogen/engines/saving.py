@@ -31,7 +31,15 @@ from ecogen.accounting.ledger import settle
 from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
 from ecogen.errors import RunError
 from ecogen.metering.hardware import describe_host
-from ecogen.models.adapters import BACKBONE, classification_config, load_tuned, save_by_edge, save_text, save_tuned
+from ecogen.models.adapters import (
+    BACKBONE,
+    EDGES,
+    classification_config,
+    load_tuned,
+    save_by_edge,
+    save_text,
+    save_tuned,
+)
 from ecogen.models.checkpoint import Foundation
 from ecogen.models.pair_model import PairModel
 from ecogen.models.profile import shape_of
@@ -78,7 +86,7 @@ def save_run(
     wall_s += earlier_s(folder, [record.time_s for record in records])
     labels = {edge_id: _labels(recipe, edge_id, own) for edge_id, own in edges.items()}
     if foundation.is_text:
-        save_text(folder, foundation, {} if edges and not recipe.relay.every else tunables, recipe.tunables, edges)
+        save_text(folder, foundation, {} if edges and not recipe.relay.is_on else tunables, recipe.tunables, edges)
     elif len(set(labels.values())) > 1:
         by_edge = {edge_id: (own, labels[edge_id]) for edge_id, own in edges.items()}
         shared = without_heads(tunables) if recipe.tuning.cloud_every else {}
@@ -95,11 +103,28 @@ def save_run(
         accuracies = {edge_id: correct / count for edge_id, (correct, count) in scores.items() if count}
         facts = replace(facts, num_evaluated=counts, saved_accuracy=accuracies)
     if foundation.is_text:
-        facts = replace(facts, saved_perplexity=_perplexities(folder, recipe, edges))
-    if recipe.data.is_pairs:
-        facts = replace(facts, **_judged(folder, recipe, edges))
+        facts = _with_judgement(facts, folder, recipe, edges)
     write_atomically(folder / FACTS, msgspec.json.encode(facts))
     return rebuild_report(folder)
+
+
+def judge_again(folder: Path) -> Summary:
+    """Measure the saved language models anew, of which one was replaced, and make the report of it.
+
+    Raises:
+        RunError: if a file is missing or damaged.
+        DataError: if the data is no more there.
+    """
+    recipe, facts = load_recipe(folder), _load_facts(folder)
+    edges = [path.name for path in sorted((folder / EDGES).glob("*"))]
+    write_atomically(folder / FACTS, msgspec.json.encode(_with_judgement(facts, folder, recipe, edges)))
+    return rebuild_report(folder)
+
+
+def _with_judgement(facts: RunFacts, folder: Path, recipe: recipes.Recipe, own: Collection[str]) -> RunFacts:
+    """How well the saved language models do; `own` are the edges that have one each."""
+    facts = replace(facts, saved_perplexity=_perplexities(folder, recipe, own))
+    return replace(facts, **_judged(folder, recipe, own)) if recipe.data.is_pairs else facts
 
 
 def keeps_edges(recipe: recipes.Recipe) -> bool:
@@ -157,7 +182,7 @@ def _judged(folder: Path, recipe: recipes.Recipe, own: Collection[str]) -> dict[
     edges = list(assessor.splits)
     models = {edge: _pair_model(folder, edge if edge in own else None) for edge in edges}
     judged: dict[str, Any] = {"drawings": {edge: assessor.drawings(edge, model) for edge, model in models.items()}}
-    if recipe.relay.every:
+    if recipe.relay.is_on:
         cloud = _pair_model(folder, None)
         judged["cloud_drawings"] = {edge: assessor.drawings(edge, cloud) for edge in edges}
     return judged | {"data_bytes": assessor.data_bytes}
@@ -181,19 +206,22 @@ def rebuild_report(folder: Path) -> Summary:
     Raises:
         RunError: if a file is missing or damaged.
     """
-    recipe, records = load_recipe(folder), load_records(folder)
-    try:
-        facts = msgspec.json.decode((folder / FACTS).read_bytes(), type=RunFacts)
-    except (OSError, msgspec.MsgspecError) as problem:
-        raise RunError(
-            f"{folder / FACTS} cannot be read ({problem}); the run has not finished: --resume it"
-        ) from problem
+    recipe, records, facts = load_recipe(folder), load_records(folder), _load_facts(folder)
     topology = recipes.build_topology(recipe.topology)
     ledger = settle(records, topology)
     summary = summarise(records, ledger, recipe, topology, facts)
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2))
     write_report(folder / REPORT, records, ledger, recipe, topology, facts)
     return summary
+
+
+def _load_facts(folder: Path) -> RunFacts:
+    try:
+        return msgspec.json.decode((folder / FACTS).read_bytes(), type=RunFacts)
+    except (OSError, msgspec.MsgspecError) as problem:
+        raise RunError(
+            f"{folder / FACTS} cannot be read ({problem}); the run has not finished: --resume it"
+        ) from problem
 
 
 def load_records(folder: Path) -> list[Record]:

@@ -117,12 +117,26 @@ def save_text(
         edges: tunables of each edge that has a model of its own.
     """
     _save_backbone(folder, foundation)
-    save_tensors(folder / TUNABLES, tunables, _metadata(spec, ()))
-    if tunables:
-        _save_text_adapter(folder, f"../{BACKBONE}", tunables, spec)
+    replace_text(folder, tunables, spec)
     for edge_id, own in edges.items():
-        save_tensors(folder / EDGES / edge_id / TUNABLES, own, _metadata(spec, ()))
-        _save_text_adapter(folder / EDGES / edge_id, f"../../../{BACKBONE}", own, spec)
+        replace_text(folder, own, spec, edge_id)
+
+
+def replace_text(folder: Path, tunables: Mapping[str, Tensor], spec: recipes.Tunables, edge: str | None = None) -> None:
+    """Write `tunables.safetensors` and `adapter/` of a decoder, or of one edge's; each file atomically.
+
+    Args:
+        tunables: empty where there is no model for all edges.
+    """
+    own = tuned_folder(folder, edge)
+    save_tensors(own / TUNABLES, tunables, _metadata(spec, ()))
+    if tunables:
+        _save_text_adapter(own, f"../{BACKBONE}" if edge is None else f"../../../{BACKBONE}", tunables, spec)
+
+
+def tuned_folder(folder: Path, edge: str | None = None) -> Path:
+    """Where a run folder has its tuned model, or that of an edge."""
+    return folder if edge is None else folder / EDGES / edge
 
 
 def save_by_edge(

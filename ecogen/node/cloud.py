@@ -38,7 +38,7 @@ from ecogen.node.crossings import asked_generator
 from ecogen.node.parent import Parent
 from ecogen.node.status import ask_heard, status_of
 from ecogen.planning.clusters import place_clusters
-from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord, from_line, read_records, to_line
+from ecogen.records import EventRecord, PhaseRecord, Record, RelayRecord, RoundRecord, from_line, read_records, to_line
 from ecogen.relay.cloud import CloudRelay, known_glyphs
 from ecogen.relay.generator import Generator
 from ecogen.relay.messages import RELAY, VERDICT
@@ -111,7 +111,8 @@ class CloudRole:
         self._members = Members(self._topology.edge_ids, self._log.put)
         self._progress = ProgressReport("starting", 0, 1)
         self._prepared = asyncio.Event()
-        self._finished_edges = _finished(self._log.records)
+        self._begin_more_rounds()
+        self._finished_edges = self._finished
         parent = Parent(Tier.EDGE, context, self._members, self._welcome, self._read, self._log.put)
         self.methods = {
             **parent.methods(),
@@ -159,7 +160,7 @@ class CloudRole:
             patience_s=patience_s,
             ranks=LoraRanks.of(recipe),
         )
-        self._relay = await context.worker.compute(self._make_relay) if recipe.relay.every else None
+        self._relay = await context.worker.compute(self._make_relay) if recipe.relay.is_on else None
         self._asked = await context.worker.compute(self._make_asked) if recipe.evaluation.crossings else None
         self._report(ProgressReport("delivery", 0, len(self._topology.end_ids)))
         await self._set_finished()
@@ -221,7 +222,9 @@ class CloudRole:
     async def _relay_of(self, peer: Peer) -> CloudRelay:
         await self._prepared.wait()
         if self._relay is None:
-            raise ProtocolError(f"{peer.node_id} sent samples, and no relay is asked for; set relay.every")
+            raise ProtocolError(
+                f"{peer.node_id} sent samples, and no relay is asked for; set relay.every or relay.drift"
+            )
         return self._relay
 
     async def _on_crossing(self, peer: Peer, message: Message) -> Message:
@@ -263,7 +266,7 @@ class CloudRole:
         if isinstance(record, RoundRecord):
             self._report(ProgressReport("tuning", record.round_index + 1, self._recipe.tuning.rounds, record.node_id))
         if is_new and isinstance(record, EventRecord) and record.event in ("finished", "resumed"):
-            self._finished_edges = _finished(self._log.records)
+            self._finished_edges = self._finished
             if self._prepared.is_set():  # or else the end of preparing looks at it
                 await self._set_finished()
                 self._close_books()
@@ -292,26 +295,41 @@ class CloudRole:
             logger.info("a watcher left")
 
     async def _feed(self, stream: Stream, sent: int) -> None:
-        shown = None
+        shown, looked = None, -1
         while True:
-            for record in self._log.records[sent:]:
-                await stream.send(Message(RECORD, body=to_line(record), counted=False))
+            while sent < len(self._log.records):
+                await stream.send(Message(RECORD, body=to_line(self._log.records[sent]), counted=False))
                 sent += 1
-                if isinstance(record, EventRecord) and record.event == "finished" and self._is_end(record):
-                    await stream.send(Message.of(END, counted=False))
-                    return
+            if sent > looked and self._has_finished:
+                await stream.send(Message.of(END, counted=False))
+                return
+            looked = sent
             if self._progress is not shown:
                 shown = self._progress
                 await stream.send(Message.of(PROGRESS, shown, counted=False))
             async with self._log.changed:
                 await self._log.changed.wait()
 
-    def _is_end(self, record: EventRecord) -> bool:
-        return record.node_id == self._context.node_id
+    def _begin_more_rounds(self) -> None:
+        """Where the federation had finished and is to do more rounds, say that it has not."""
+        done = max((r.round_index + 1 for r in self._log.records if isinstance(r, RoundRecord)), default=0)
+        if self._has_finished and self._tuned is None and done < self._recipe.tuning.rounds:
+            self._log.put(EventRecord("resumed", self._context.node_id, None, "to do more rounds", time.time()))
+
+    @property
+    def _finished(self) -> set[str]:
+        """The nodes that have finished, and were not started again since; the cloud's start is that of all."""
+        nodes: set[str] = set()
+        for record in self._log.records:
+            if isinstance(record, EventRecord) and record.event == "finished":
+                nodes.add(record.node_id)
+            elif isinstance(record, EventRecord) and record.event == "resumed":
+                nodes = set() if record.node_id == self._context.node_id else nodes - {record.node_id}
+        return nodes
 
     @property
     def _has_finished(self) -> bool:
-        return self._context.node_id in _finished(self._log.records)
+        return self._context.node_id in self._finished
 
     async def _status(self, _: Peer, __: Message) -> Message:
         heard_s = await ask_heard(self._context.transport, self._members)
@@ -336,19 +354,10 @@ class CloudRole:
         self._progress = progress
 
 
-def _finished(records: Iterable[Record]) -> set[str]:
-    """The nodes that have finished, and were not started again since."""
-    nodes: set[str] = set()
-    for record in records:
-        if isinstance(record, EventRecord) and record.event == "finished":
-            nodes.add(record.node_id)
-        if isinstance(record, EventRecord) and record.event == "resumed":
-            nodes.discard(record.node_id)
-    return nodes
-
-
 def _key(record: Record) -> tuple[object, ...]:
-    """What makes a record the same record: a round of a node is counted once, even if it was done again."""
+    """What makes a record the same record: a node's round or lesson is counted once, even if it was done again."""
     if isinstance(record, RoundRecord):
         return ("round", record.node_id, record.round_index)
+    if isinstance(record, RelayRecord):
+        return ("relay", record.node_id, record.direction, record.cycle, record.round_index)
     return (type(record).__name__, to_line(record))

@@ -132,7 +132,7 @@ class EdgeRole:
             examples=ExamplePrivacy(recipe.privacy) if recipe.privacy.protects_examples else None,
             wire=recipe.wire,
             keeps_head=not tunables.keys() >= own.keys(),
-            lessons=await context.worker.compute(self._make_relay) if recipe.relay.every else None,
+            lessons=await context.worker.compute(self._make_relay) if recipe.relay.is_on else None,
         )
 
     def _make_relay(self) -> EdgeRelay:
@@ -140,15 +140,18 @@ class EdgeRole:
         edge_ids, length = recipes.build_topology(recipe.topology).edge_ids, recipe.model.context_length
         folder = self._foundation.folder
         generator = Generator(self._stage, folder, self._shape, context.worker, recipe.relay, length)
-        evidence, held_out = read_domain(recipe, edge_ids, context.node_id, generator.writer, generator.images)
+        domains = [
+            Domain(*read_domain(recipe, edge_ids, context.node_id, generator.writer, generator.images, domain))
+            for domain in range(len(domains_of(recipe.data, context.node_id)))
+        ]
         return EdgeRelay(
             context.node_id,
             edge_ids.index(context.node_id),
             generator,
             context.worker,
             recipe.relay,
-            Domain(evidence, held_out),
-            self._outbox.put,
+            lambda round_index: domains[domain_at(recipe.data, context.node_id, round_index)],
+            context.folder / "relay",
             seed=recipe.seed,
             num_edges=len(edge_ids),
         )

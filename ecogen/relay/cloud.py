@@ -1,17 +1,18 @@
 """The cloud's part of the relay: it learns from what all edges drew, and draws for them what it knows by then.
 
-A lesson is taken once, when all edges that are here have sent theirs and have said what they think of those of others;
-who asks again is given the same answer. What a lesson makes worse is refused, and the model stays what it was. Every
-model that was accepted is kept as a version.
+A lesson is taken once, when all edges that are here have sent theirs and have said what they think of those of others,
+or from one edge alone whose domain has drifted; who asks again is given the same answer. What was taught before of
+other captions is learnt along. What a lesson makes worse is refused, and the model stays what it was. Every model that
+was accepted is kept as a version.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from torch import Tensor
 
 from ecogen.config import Relay
 from ecogen.errors import ProtocolError
-from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables
-from ecogen.records import Record, RelayRecord, Taught
+from ecogen.records import Cause, Record, RelayRecord, Taught
+from ecogen.relay import versions
 from ecogen.relay.agreement import agreed, asked_of, num_disputed, shared_with
 from ecogen.relay.buffer import mixed
+from ecogen.relay.cloud_state import RelayState, Remembered, remaining
 from ecogen.relay.generator import Generator, keyed
 from ecogen.relay.messages import CONFIDENCE, RELAY, Answer, Offer, Review, Verdict
-from ecogen.relay.samples import Captions, Samples, joined
+from ecogen.relay.samples import Samples, balanced, joined
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
@@ -40,6 +42,7 @@ from ecogen.tuning.pretrain_pairs import glyph_captions, glyph_passages
 from ecogen.tuning.sync import note_seen
 
 _MIX_KEY, _LEARN_KEY, _TEACH_KEY, _REHEARSE_KEY, _KNOWN_KEY = range(20, 25)
+_REMEMBER_KEY = 27
 _NUM_KNOWN = 256
 
 _REHEARSED = 1500
@@ -50,43 +53,29 @@ HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
-class RelayState:
-    """What the cloud knows after its last lesson.
+class Exchange:
+    """What edges ask for.
 
     Attributes:
-        cycle: of that lesson; -1 before the first.
-        version: of the tunables; 0 is the model that was delivered.
-        lesson: what it drew for the edges then.
+        cycle: of the schedule; where one edge's domain has drifted, the round after which it comes.
+        edge_id: then, whose.
+        round_index: the round after which it comes.
     """
 
-    tunables: Tunables
-    cycle: int = -1
-    version: int = 0
-    lesson: Lesson | None = None
+    cause: Cause
+    cycle: int
+    round_index: int
+    edge_id: str = ""
 
-    def save(self, path: Path) -> None:
-        """Write it atomically."""
-        facts = {"cycle": self.cycle, "version": self.version}
-        tensors = dict(self.tunables)
-        if self.lesson is not None:
-            body, own = self.lesson.samples.packed()
-            tensors |= {f"{_LESSON}{name}": tensor for name, tensor in own.items()}
-            facts |= {"num_drawn": self.lesson.num_drawn, "captions": msgspec.to_builtins(body)}
-        save_tensors(path, tensors, {"state": json.dumps(facts)})
+    def key(self, seed: int) -> list[int]:
+        """What its random numbers are drawn from."""
+        return [seed, self.cycle, *([zlib.crc32(self.edge_id.encode())] if self.edge_id else [])]
 
-    @classmethod
-    def load(cls, path: Path, generator: Generator) -> RelayState:
-        """The state that `save` wrote."""
-        facts, tensors = json.loads(load_metadata(path)["state"]), load_tensors(path)
-        own = {name.removeprefix(_LESSON): tensors.pop(name) for name in [*tensors] if name.startswith(_LESSON)}
-        lesson = None
-        if own:
-            samples = generator.read(msgspec.convert(facts["captions"], Captions), own)
-            lesson = Lesson(samples, facts["num_drawn"])
-        return cls(tensors, facts["cycle"], facts["version"], lesson)
-
-
-_LESSON = "lesson: "
+    def closed(self, state: RelayState) -> RelayState:
+        """The state of a cloud that takes this one no more."""
+        if self.cause == "drift":
+            return replace(state, number=state.number + 1, alone={**state.alone, self.edge_id: self.round_index})
+        return replace(state, number=state.number + 1, cycle=self.cycle)
 
 
 @dataclass(frozen=True)
@@ -136,43 +125,64 @@ class CloudRelay:
         self._node_id, self._generator, self._folder = node_id, generator, folder
         self._worker, self._spec, self._known, self._publish, self._seed = worker, spec, known, publish, seed
         path = folder / "state.safetensors"
-        self.state = RelayState.load(path, generator) if path.exists() else RelayState(first)
+        self.state = RelayState.load(path) if path.exists() else RelayState(first)
+        if not versions.path_of(folder, 0).exists():
+            versions.keep(folder, versions.Version(0, "delivered"), first)
+        if self.state.record is not None:
+            publish(self.state.record)
         self._first = first
-        self._offers: Gathering[tuple[Samples, int]] = Gathering(members, patience_s)
+        self._offers: Gathering[Lesson] = Gathering(members, patience_s)
         self._verdicts: Gathering[Tensor] = Gathering(members, patience_s)
-        self._offered: dict[int, asyncio.Task[Mapping[str, tuple[Samples, int]]]] = {}
-        self._closing: dict[int, asyncio.Task[None]] = {}
+        self._gathered: dict[int, asyncio.Task[dict[str, Lesson]]] = {}
+        self._alone: dict[tuple[str, int], Lesson] = {}
+        self._closing: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._learning = asyncio.Lock()
         self._rehearsed: Passages | None = None
 
     async def exchange(self, peer: Peer, message: Message) -> Message:
         """Take an edge's lesson, and answer with what those of others are about that it can judge.
 
         Raises:
-            ProtocolError: if it holds no samples.
+            ProtocolError: if it holds no samples, or comes as nothing here asks for.
         """
-        offer = message.read(Offer)
-        shared = self._nothing
-        if offer.cycle > self.state.cycle:
-            samples = self._generator.read(offer.captions, message.tensors)
-            if not is_done(self._offered.get(offer.cycle)):
-                await self._offers.put(offer.cycle, peer.node_id, (samples, offer.num_drawn))
-            shared = shared_with(samples_of(await asyncio.shield(self._gathered(offer.cycle))), peer.node_id)
+        offer, edge_id, shared = message.read(Offer), peer.node_id, self._nothing
+        if not (self._spec.every if offer.cause == "schedule" else self._spec.drift):
+            raise ProtocolError(f"{edge_id} sent a lesson by {offer.cause}, and relay.{offer.cause} is off")
+        if not self._is_closed(edge_id, offer):
+            offered = Lesson(self._generator.read(offer.captions, message.tensors), offer.num_drawn)
+            if offer.cause == "drift":
+                self._alone[edge_id, offer.cycle] = offered
+            else:
+                shared = shared_with(samples_of(await self._all_offers(edge_id, offer.cycle, offered)), edge_id)
         body, tensors = shared.packed()
         return Message.of(RELAY, Review(offer.cycle, body), kind="samples", tensors=tensors)
 
     async def judged(self, peer: Peer, message: Message) -> Message:
-        """Take what an edge says of others' lessons, and answer with the cloud's once it has learnt from those of all.
+        """Take what an edge says of others' lessons, and answer with the cloud's once it has learnt from it, or by
+        schedule from those of all.
 
         Raises:
             ProtocolError: if it says anything but how likely it holds each of them to be right.
         """
-        cycle = message.read(Verdict).cycle
-        if cycle > self.state.cycle and cycle in self._offered:
-            offers = await asyncio.shield(self._gathered(cycle))
-            verdict = checked(message.tensors.get(CONFIDENCE), len(asked_of(samples_of(offers), peer.node_id)))
-            await self._verdicts.put(cycle, peer.node_id, verdict)
-            await asyncio.shield(self._close(cycle))
-        return self._answer()
+        verdict, edge_id = message.read(Verdict), peer.node_id
+        cycle, said = verdict.cycle, message.tensors.get(CONFIDENCE)
+        if self._is_closed(edge_id, verdict):
+            return self._answer(is_closed=True)
+        if verdict.cause == "schedule" and is_done(self._gathered.get(cycle)):
+            offers = await self._gathered[cycle]
+            await self._verdicts.put(cycle, edge_id, checked(said, len(asked_of(samples_of(offers), edge_id))))
+            asked = Exchange("schedule", cycle, (cycle + 1) * self._spec.every - 1)
+            await asyncio.shield(self._close(asked, lambda: self._close_cycle(asked, offers)))
+        elif verdict.cause == "drift" and (edge_id, cycle) in self._alone:
+            alone = {edge_id: self._alone[edge_id, cycle]}
+            asked = Exchange("drift", cycle, cycle, edge_id)
+            await asyncio.shield(self._close(asked, lambda: self._take(asked, alone, {})))
+        return self._answer(is_closed=self._is_closed(edge_id, verdict))
+
+    def _is_closed(self, edge_id: str, asked: Offer | Verdict) -> bool:
+        """Whether what is asked for is over, with what was asked or without it."""
+        last = self.state.cycle if asked.cause == "schedule" else self.state.alone.get(edge_id, -1)
+        return asked.cycle <= last
 
     async def set_finished(self, edge_ids: set[str]) -> None:
         """These edges come no more."""
@@ -183,78 +193,103 @@ class CloudRelay:
     def _nothing(self) -> Samples:
         return Samples(torch.empty(0, self._generator.images.num_codes, dtype=torch.long), [], {})
 
-    def _answer(self) -> Message:
-        lesson = self.state.lesson or Lesson(self._nothing, 0)
+    def _answer(self, *, is_closed: bool) -> Message:
+        lesson = self.state.lesson or Lesson(self._nothing, 0)  # before the first, and after a rollback
         body, tensors = lesson.samples.packed()
-        answer = Answer(self.state.cycle, body, lesson.num_drawn, self.state.version)
+        answer = Answer(max(0, self.state.number), body, lesson.num_drawn, self.state.version, is_closed)
         return Message.of(RELAY, answer, kind="samples", tensors=tensors)
 
-    def _gathered(self, cycle: int) -> asyncio.Task[Mapping[str, tuple[Samples, int]]]:
-        """The task that waits for all offers of a cycle, begun by whoever comes first."""
-        if cycle not in self._offered:
-            task = self._offered[cycle] = asyncio.create_task(self._offers.take(cycle))
+    async def _all_offers(self, edge_id: str, cycle: int, offered: Lesson) -> dict[str, Lesson]:
+        """Those of all edges that are here, of which this is one unless it comes too late."""
+        if not is_done(self._gathered.get(cycle)):
+            await self._offers.put(cycle, edge_id, offered)
+        if cycle not in self._gathered:
+            task = self._gathered[cycle] = asyncio.create_task(self._offers.take(cycle))
             task.add_done_callback(note_seen)
-        return self._offered[cycle]
+        return await asyncio.shield(self._gathered[cycle])
 
-    def _close(self, cycle: int) -> asyncio.Task[None]:
-        """The task that closes a cycle, begun by whoever comes first."""
-        if cycle not in self._closing:
-            task = self._closing[cycle] = asyncio.create_task(self._close_cycle(cycle))
+    def _close(self, asked: Exchange, work: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None]:
+        """The task that closes an exchange, begun by whoever comes first."""
+        place = (asked.edge_id, asked.cycle)
+        if place not in self._closing:
+            task = self._closing[place] = asyncio.create_task(work())
             task.add_done_callback(note_seen)
-        return self._closing[cycle]
+        return self._closing[place]
 
-    async def _close_cycle(self, cycle: int) -> None:
-        verdicts, offers = await self._verdicts.take(cycle), await self._gathered(cycle)
-        waiting, began_s = self._worker.usage("tuning"), time.perf_counter()
-        state, record = await self._worker.compute(self._learn, cycle, offers, verdicts)
-        self.state = state
-        del self._offered[cycle], self._closing[cycle]
-        wall_s, usage = time.perf_counter() - began_s, self._worker.usage("relay")
-        self._publish(msgspec.structs.replace(record, wall_s=wall_s, usages=(waiting, usage), time_s=time.time()))
+    async def _close_cycle(self, asked: Exchange, offers: Mapping[str, Lesson]) -> None:
+        await self._take(asked, offers, await self._verdicts.take(asked.cycle))
+        del self._gathered[asked.cycle]
 
-    def _learn(
-        self, cycle: int, offers: Mapping[str, tuple[Samples, int]], verdicts: Mapping[str, Tensor]
-    ) -> tuple[RelayState, RelayRecord]:
-        """On the compute thread: the state after a lesson, written to disk, and its record."""
-        offered = samples_of(offers)
-        left = agreed(offered, verdicts)
+    async def _take(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> None:
+        async with self._learning:
+            waiting, began_s = self._worker.usage("tuning"), time.perf_counter()
+            self.state = await self._worker.compute(self._learn, asked, offers, verdicts)
+            wall_s, usage = time.perf_counter() - began_s, self._worker.usage("relay")
+            assert self.state.record is not None
+            record = msgspec.structs.replace(self.state.record, wall_s=wall_s, usages=(waiting, usage))
+            self._publish(record)
+        self._alone.pop((asked.edge_id, asked.cycle), None)
+        del self._closing[asked.edge_id, asked.cycle]
+
+    def _learn(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> RelayState:
+        """On the compute thread: the state after a lesson, written to disk."""
+        left = agreed(samples_of(offers), verdicts)
         lessons = {edge: samples for edge, samples in left.items() if len(samples)}
-        scores, tunables, reason = self._taken(cycle, lessons)
-        version = self.state.version + (not reason)
+        scores, tunables, reason = self._taken(asked, lessons)
+        state = asked.closed(self.state)
         if not reason:
-            save_tensors(self._folder / f"version-{version}.safetensors", tunables, {"cycle": str(cycle)})
-        state = replace(self.state, tunables=self.state.tunables if reason else tunables, cycle=cycle, version=version)
-        state = replace(state, lesson=self._drawn(cycle, state.tunables, lessons))
+            latest = state.latest + 1
+            versions.keep(self._folder, versions.Version(latest, "after", state.number, asked.round_index), tunables)
+            taught = self._remembered(asked, state.number, lessons)
+            state = replace(state, tunables=tunables, version=latest, latest=latest, taught=taught)
+        state = replace(state, lesson=self._drawn(asked, state.tunables, lessons))
+        state = replace(state, record=self._record(asked, state, offers, left, scores, reason))
         state.save(self._folder / "state.safetensors")
-        record = RelayRecord(
+        return state
+
+    def _record(
+        self,
+        asked: Exchange,
+        state: RelayState,
+        offers: Mapping[str, Lesson],
+        left: Mapping[str, Samples],
+        scores: tuple[Taught, ...],
+        reason: str,
+    ) -> RelayRecord:
+        offered = samples_of(offers)
+        return RelayRecord(
             self._node_id,
-            cycle,
+            state.number,
             "up",
-            tuple(sorted(lessons)),
+            tuple(sorted(edge for edge, samples in left.items() if len(samples))),
             accepted=not reason,
-            version=version,
-            num_drawn=sum(number for _, number in offers.values()),
+            version=state.version,
+            num_drawn=sum(one.num_drawn for one in offers.values()),
             num_samples=sum(map(len, offered.values())),
             sample_bytes=sum(samples.nbytes + shared_with(offered, edge).nbytes for edge, samples in offered.items()),
             scores=scores,
             wall_s=0.0,
             usages=(),
             reason=reason,
+            time_s=time.time(),
+            cause=asked.cause,
+            round_index=asked.round_index,
             num_disputed=num_disputed(offered, left.values()),
         )
-        return state, record
 
-    def _taken(self, cycle: int, lessons: Mapping[str, Samples]) -> tuple[tuple[Taught, ...], Tunables, str]:
+    def _taken(self, asked: Exchange, lessons: Mapping[str, Samples]) -> tuple[tuple[Taught, ...], Tunables, str]:
         """How well the model does after learning from lessons, its tunables then, and why they are refused, if so."""
         if not lessons:
             return (), self.state.tunables, "no edge drew what it, and others who know of it, were sure of"
-        generator, before, key = self._generator, self.state.tunables, [self._seed, cycle]
+        generator, before, key = self._generator, self.state.tunables, asked.key(self._seed)
+        earlier = remaining(self.state.taught, lessons)
         parts = {edge: held_out(samples) for edge, samples in lessons.items()}
-        number = self._spec.samples * len(parts)
+        parts |= {f"{edge}, earlier": held_out(samples) for edge, samples in earlier.items()}
+        number = self._spec.samples * len({*lessons, *earlier})
         new = mixed({edge: own for edge, (_, own) in parts.items()}, number, keyed([*key, _MIX_KEY]))
         after = generator.learn(before, generator.passages(new), self._rehearsal(), [*key, _LEARN_KEY])
         measures = {edge: generator.perplexity(generator.passages(own)) for edge, (own, _) in parts.items()}
-        scores = [Taught(edge, of(before), of(after), is_new=True) for edge, of in sorted(measures.items())]
+        scores = [Taught(edge, of(before), of(after), is_new=edge in lessons) for edge, of in sorted(measures.items())]
         of_known = generator.perplexity(self._known.held_out)
         scores.append(Taught("before the relay", of_known(self._first), of_known(after), is_new=False))
         return tuple(scores), after, refusal(scores, self._spec.tolerance)
@@ -267,14 +302,24 @@ class CloudRelay:
             self._rehearsed = self._generator.passages(lesson.samples)
         return self._rehearsed
 
-    def _drawn(self, cycle: int, tunables: Mapping[str, Tensor], lessons: Mapping[str, Samples]) -> Lesson:
+    def _remembered(self, asked: Exchange, number: int, lessons: Mapping[str, Samples]) -> dict[str, Remembered]:
+        """What each edge has taught, by its last accepted lesson of each caption; no more than twice a lesson."""
+        taught, generator = dict(self.state.taught), keyed([*asked.key(self._seed), _REMEMBER_KEY])
+        earlier = remaining(taught, lessons)
+        for edge, samples in sorted(lessons.items()):
+            rest = [balanced(earlier[edge], self._spec.samples, generator)] if edge in earlier else []
+            taught[edge] = Remembered(joined([samples, *rest]), number)
+        return taught
+
+    def _drawn(self, asked: Exchange, tunables: Mapping[str, Tensor], lessons: Mapping[str, Samples]) -> Lesson:
         """The cloud's own lesson: of all captions that edges have taught."""
         earlier = [self.state.lesson.samples] if self.state.lesson else []
         evidence = dict.fromkeys((caption for part in earlier for caption in part.evidence), 0)
-        evidence |= joined(list(lessons.values())).evidence if lessons else {}
+        told = [*lessons.values(), *remaining(self.state.taught, lessons).values()]
+        evidence |= joined(told).evidence if told else {}
         if not evidence:
             return Lesson(self._nothing, 0)
-        return self._generator.teach(tunables, evidence, self._spec.samples, [self._seed, cycle, _TEACH_KEY])
+        return self._generator.teach(tunables, evidence, self._spec.samples, [*asked.key(self._seed), _TEACH_KEY])
 
 
 def is_done(task: asyncio.Task[Any] | None) -> bool:
@@ -282,9 +327,9 @@ def is_done(task: asyncio.Task[Any] | None) -> bool:
     return task is not None and task.done()
 
 
-def samples_of(offers: Mapping[str, tuple[Samples, int]]) -> dict[str, Samples]:
+def samples_of(offers: Mapping[str, Lesson]) -> dict[str, Samples]:
     """What each edge offered."""
-    return {edge: samples for edge, (samples, _) in offers.items()}
+    return {edge: one.samples for edge, one in offers.items()}
 
 
 def checked(verdict: Tensor | None, number: int) -> Tensor:

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 from torch import Tensor
 
 from ecogen.config import Relay
 from ecogen.models.tunables import Tunables
-from ecogen.records import Record, RelayRecord, Taught
+from ecogen.records import Cause, RelayRecord, Taught
 from ecogen.relay.agreement import checked_by_itself
 from ecogen.relay.cloud import held_out, refusal
+from ecogen.relay.drift import DriftWatch
 from ecogen.relay.generator import Generator
 from ecogen.relay.messages import CONFIDENCE, RELAY, VERDICT, Answer, Offer, Review, Verdict
 from ecogen.relay.samples import Samples
 from ecogen.relay.teacher import Lesson
+from ecogen.relay.versions import Version, keep
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message
+from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.passages import Passages
 
 _TEACH_KEY, _LEARN_KEY, _REHEARSE_KEY = 25, 26, 27
@@ -50,13 +54,40 @@ class Domain:
     held_out: Passages
 
 
+@dataclass(frozen=True)
+class Asked:
+    """An exchange that an edge asks for.
+
+    Attributes:
+        cycle: of the schedule; where its domain has drifted, the round.
+    """
+
+    cause: Cause
+    cycle: int
+    round_index: int
+
+    @classmethod
+    def of(cls, state: EdgeState, every: int) -> Asked:
+        """What a state says is due."""
+        round_index = state.next_round - 1
+        if state.drift is not None:
+            return cls("drift", round_index, round_index)
+        return cls("schedule", (round_index + 1) // every - 1, round_index)
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What tells its random numbers from those of others."""
+        return (self.cycle, 1) if self.cause == "drift" else (self.cycle,)
+
+
 class EdgeRelay:
     """Exchanges lessons with the cloud.
 
     Args:
         place: of the edge among all, which keys its random numbers.
         num_edges: whose lessons it may be asked to judge.
-        publish: takes each record.
+        domain: what the edge knows of its own in a round.
+        folder: where versions are kept, and what drift is told by.
     """
 
     def __init__(
@@ -66,59 +97,87 @@ class EdgeRelay:
         generator: Generator,
         worker: Worker,
         spec: Relay,
-        domain: Domain,
-        publish: Callable[[Record], None],
+        domain: Callable[[int], Domain],
+        folder: Path,
         *,
         seed: int,
         num_edges: int,
     ) -> None:
         self._node_id, self._key, self._num_edges = node_id, (seed, place), num_edges
         self._generator, self._worker, self._spec, self._domain = generator, worker, spec, domain
-        self._publish = publish
+        self._folder = folder
+        known = folder / "known.safetensors"
+        self._watch = DriftWatch(generator, known, lambda index: domain(index).held_out, spec.drift)
 
     def is_due(self, round_index: int) -> bool:
-        """Whether lessons are exchanged after a round."""
-        return (round_index + 1) % self._spec.every == 0
+        """Whether lessons are exchanged after a round, by schedule."""
+        return bool(self._spec.every) and (round_index + 1) % self._spec.every == 0
 
-    async def exchange(self, round_index: int, tunables: Mapping[str, Tensor], ask: CallCloud) -> Tunables:
-        """The tunables after the exchange that follows a round; the same where the cloud stays away."""
-        cycle, began_s = (round_index + 1) // self._spec.every - 1, time.perf_counter()
-        own = await self._worker.compute(self._teach, cycle, tunables)
-        reply = await self._offer(cycle, own, tunables, ask)
+    async def drift(self, round_index: int, tunables: Mapping[str, Tensor]) -> float | None:
+        """Whether they are out of turn, as `DriftWatch.look` says."""
+        return await self._worker.compute(self._watch.look, round_index, tunables)
+
+    async def exchange(self, state: EdgeState, ask: CallCloud) -> EdgeState:
+        """The state after the exchange that it says is due; with the same tunables where the cloud stays away."""
+        asked, began_s = Asked.of(state, self._spec.every), time.perf_counter()
+        own = await self._worker.compute(self._teach, asked, state.tunables)
+        reply = await self._offer(asked, own, state.tunables, ask)
         if reply is None:
-            return dict(tunables)
+            return replace(state, is_untaught=False, drift=None)
         answer = reply.read(Answer)
         lesson = Lesson(self._generator.read(answer.captions, reply.tensors), answer.num_drawn)
-        after, record = await self._worker.compute(self._learn, cycle, tunables, lesson, answer.version)
+        after = await self._worker.compute(self._learn, asked, state, lesson, answer.cycle)
         wall_s, usage = time.perf_counter() - began_s, self._worker.usage("relay")
-        self._publish(msgspec.structs.replace(record, wall_s=wall_s, usages=(usage,), time_s=time.time()))
-        return after
+        assert after.lesson is not None
+        return replace(after, lesson=msgspec.structs.replace(after.lesson, wall_s=wall_s, usages=(usage,)))
 
-    async def _offer(self, cycle: int, own: Lesson, tunables: Mapping[str, Tensor], ask: CallCloud) -> Message | None:
+    async def _offer(self, asked: Asked, own: Lesson, tunables: Mapping[str, Tensor], ask: CallCloud) -> Message | None:
         """The cloud's lesson in return for one's own; offered again to a cloud that has forgotten it."""
         body, tensors = own.samples.packed()
-        offer = Message.of(RELAY, Offer(cycle, body, own.num_drawn), kind="samples", tensors=tensors)
+        told = Offer(asked.cycle, body, own.num_drawn, asked.cause)
+        offer = Message.of(RELAY, told, kind="samples", tensors=tensors)
         while review := await ask(offer):
             shared = self._generator.read(review.read(Review).captions, review.tensors, self._num_edges)
             said = await self._worker.compute(self._generator.confidence, tunables, shared)
-            verdict = Message.of(VERDICT, Verdict(cycle), kind="scores", tensors={CONFIDENCE: said})
-            answer = await ask(verdict)
-            if answer is None or answer.read(Answer).cycle >= cycle:
+            verdict = Verdict(asked.cycle, asked.cause)
+            answer = await ask(Message.of(VERDICT, verdict, kind="scores", tensors={CONFIDENCE: said}))
+            if answer is None or answer.read(Answer).is_closed:
                 return answer
         return None
 
-    def _teach(self, cycle: int, tunables: Mapping[str, Tensor]) -> Lesson:
-        key = [*self._key, cycle, _TEACH_KEY]
-        return self._generator.teach(tunables, self._domain.evidence, self._spec.samples, key)
+    def _teach(self, asked: Asked, tunables: Mapping[str, Tensor]) -> Lesson:
+        key = [*self._key, *asked.key, _TEACH_KEY]
+        return self._generator.teach(tunables, self._domain(asked.round_index).evidence, self._spec.samples, key)
 
-    def _learn(
-        self, cycle: int, before: Mapping[str, Tensor], lesson: Lesson, version: int
-    ) -> tuple[Tunables, RelayRecord]:
-        """On the compute thread: the tunables after a lesson, or those before where it is refused."""
-        said = self._generator.confidence(before, lesson.samples)
-        taken = checked_by_itself(lesson.samples, self._domain.evidence, said)
-        scores, after, reason = self._taken(cycle, before, taken)
-        record = RelayRecord(
+    def _learn(self, asked: Asked, state: EdgeState, lesson: Lesson, cycle: int) -> EdgeState:
+        """On the compute thread: the state after a lesson, with the tunables before where it is refused."""
+        said = self._generator.confidence(state.tunables, lesson.samples)
+        taken = checked_by_itself(lesson.samples, self._domain(asked.round_index).evidence, said)
+        scores, after, reason = self._taken(asked, state.tunables, taken)
+        learnt = replace(state, is_untaught=False, drift=None)
+        if not reason:
+            number = state.latest + 2
+            for version, tunables in (
+                (Version(number - 1, "before", cycle, asked.round_index), state.tunables),
+                (Version(number, "after", cycle, asked.round_index), after),
+            ):
+                keep(self._folder, version, tunables)
+            learnt = replace(learnt, tunables=after, version=number, latest=number)
+        self._watch.remember(asked.round_index, learnt.tunables)
+        return replace(learnt, lesson=self._record(asked, state, learnt.version, lesson, taken, cycle, scores, reason))
+
+    def _record(
+        self,
+        asked: Asked,
+        state: EdgeState,
+        version: int,
+        lesson: Lesson,
+        taken: Samples,
+        cycle: int,
+        scores: tuple[Taught, ...],
+        reason: str,
+    ) -> RelayRecord:
+        return RelayRecord(
             self._node_id,
             cycle,
             "down",
@@ -132,22 +191,25 @@ class EdgeRelay:
             wall_s=0.0,
             usages=(),
             reason=reason,
+            time_s=time.time(),
+            cause=asked.cause,
+            round_index=asked.round_index,
+            p_value=state.drift,
             num_disputed=len(lesson.samples) - len(taken),
         )
-        return (dict(before) if reason else after), record
 
     def _taken(
-        self, cycle: int, before: Mapping[str, Tensor], lesson: Samples
+        self, asked: Asked, before: Mapping[str, Tensor], lesson: Samples
     ) -> tuple[tuple[Taught, ...], Tunables, str]:
         if not len(lesson):
             return (), dict(before), "the cloud drew nothing that it, and this edge, were sure of"
-        generator = self._generator
+        generator, domain = self._generator, self._domain(asked.round_index)
         told, learnt = held_out(lesson)
-        key = [*self._key, cycle]
-        known = generator.teach(before, self._domain.evidence, _REHEARSED, [*key, _REHEARSE_KEY], is_checked=False)
+        key = [*self._key, *asked.key]
+        known = generator.teach(before, domain.evidence, _REHEARSED, [*key, _REHEARSE_KEY], is_checked=False)
         rehearsal = generator.passages(known.samples)
         after = generator.learn(before, generator.passages(learnt), rehearsal, [*key, _LEARN_KEY], share=_GENTLE)
-        of_new, of_own = generator.perplexity(generator.passages(told)), generator.perplexity(self._domain.held_out)
+        of_new, of_own = generator.perplexity(generator.passages(told)), generator.perplexity(domain.held_out)
         scores = [
             Taught("cloud", of_new(before), of_new(after), is_new=True),
             Taught(self._node_id, of_own(before), of_own(after), is_new=False),

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ecogen.config import Relay
 from ecogen.models.family import whole_segment
@@ -29,7 +30,7 @@ from ecogen.tuning.evaluate import Evaluator
 from ecogen.tuning.pairs import PairWriter
 from ecogen.tuning.passages import IGNORED, Passages, joined
 
-_CLIP_NORM, _WEIGHT_DECAY = 1.0, 0.01
+_CLIP_NORM, _WEIGHT_DECAY, _AT_ONCE = 1.0, 0.01, 128
 
 
 class Generator:
@@ -119,6 +120,19 @@ class Generator:
             return score
 
         return measured
+
+    @torch.no_grad()
+    def losses(self, tunables: Mapping[str, Tensor], passages: Passages) -> list[float]:
+        """The mean cross-entropy of a token of each passage."""
+        self._stage.begin(tunables)
+        return [loss for part in passages.trimmed().split(-(-len(passages) // _AT_ONCE)) for loss in self._losses(part)]
+
+    def _losses(self, part: Passages) -> list[float]:
+        self._worker.meter.add_flops(forward_flops(self._shape, self._segment, len(part)))
+        logits = self._stage.infer(self._segment, part.tokens).cpu().float()
+        each = cross_entropy(logits.transpose(1, 2), part.labels, reduction="none", ignore_index=IGNORED)
+        means: list[float] = (each.sum(1) / (part.labels != IGNORED).sum(1)).tolist()
+        return means
 
     def passages(self, samples: Samples) -> Passages:
         """Samples as a model learns from them, each both ways."""

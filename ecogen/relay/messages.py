@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 
+from ecogen.records import Cause
 from ecogen.relay.samples import Captions
 
 RELAY, VERDICT = "relay", "relay_verdict"
@@ -21,12 +22,14 @@ class Offer(msgspec.Struct, frozen=True):
     """Edge to cloud: what I can draw. Tensors: the samples.
 
     Attributes:
+        cycle: of the schedule; where the edge's domain has drifted, the round after which it comes.
         num_drawn: pictures that were drawn for it.
     """
 
     cycle: Number
     captions: Captions
     num_drawn: Number
+    cause: Cause = "schedule"
 
 
 class Review(msgspec.Struct, frozen=True):
@@ -40,14 +43,17 @@ class Verdict(msgspec.Struct, frozen=True):
     """Edge to cloud: how likely I hold these captions to be right. Tensors: `CONFIDENCE` [N], of 0 to 1."""
 
     cycle: Number
+    cause: Cause = "schedule"
 
 
 class Answer(msgspec.Struct, frozen=True):
     """Cloud to edge: what the cloud can draw by now. Tensors: the samples.
 
     Attributes:
-        cycle: of the cloud's last lesson; a later one than was asked for where that closed without this edge, and an
-            earlier one where the cloud was lost meanwhile, and is to be offered it again.
+        cycle: of the cloud's last lesson, in the order in which it closed them; a later one than was asked for where
+            that closed without this edge.
+        is_closed: whether the exchange that was asked for is; or else the cloud was lost meanwhile, and is to be
+            offered the lesson again.
         version: of the cloud's model.
     """
 
@@ -55,3 +61,4 @@ class Answer(msgspec.Struct, frozen=True):
     captions: Captions
     num_drawn: Number
     version: Number
+    is_closed: bool = True

@@ -18,9 +18,16 @@ class Score(TypedDict):
 
 
 class Lesson(TypedDict):
-    """One lesson; `new` and `known` are by what the pairs are of."""
+    """One lesson; `new` and `known` are by what the pairs are of.
+
+    `round` is the one after which it was, from 1; None of runs that did not write it down. `cause` is schedule or
+    drift, and `p_value` that of an edge's drift.
+    """
 
     cycle: int
+    round: int | None
+    cause: str
+    p_value: float | None
     node_id: str
     teachers: list[str]
     accepted: bool
@@ -76,6 +83,9 @@ def relay_of(records: Sequence[Record], topology: Topology, data_bytes: int) -> 
 def _lesson(record: RelayRecord) -> Lesson:
     return {
         "cycle": record.cycle,
+        "round": None if record.round_index is None else record.round_index + 1,
+        "cause": record.cause,
+        "p_value": record.p_value,
         "node_id": record.node_id,
         "teachers": [*record.teachers],
         "accepted": record.accepted,

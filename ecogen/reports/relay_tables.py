@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ecogen.reports.relay import Relay, Score
+from ecogen.reports.relay import Lesson, Relay, Score
 from ecogen.reports.tables import Column, Table, identifier, word
 from ecogen.reports.wording import format_count, format_grams, format_number
 from ecogen.units import format_bytes, format_joules
@@ -17,6 +17,7 @@ def lessons_table(relay: Relay | None) -> Table:
     rows = tuple(
         (
             str(one["cycle"] + 1),
+            _why(one),
             f"{direction}, {', '.join(one['teachers']) or 'nobody'} to {one['node_id']}",
             f"{format_count(one['num_samples'])} of {format_count(one['num_drawn'])}",
             _told(one["new"]),
@@ -27,6 +28,7 @@ def lessons_table(relay: Relay | None) -> Table:
     )
     columns = (
         word("cycle"),
+        word("why"),
         identifier("lesson"),
         Column("handed on", "of drawn"),
         word("perplexity on what was taught"),
@@ -49,6 +51,13 @@ def cycles_table(relay: Relay | None) -> Table:
     )
     columns = (word("cycle"), Column("samples sent"), Column("energy", "modelled"), Column("emissions", "modelled"))
     return Table("Cycles of the knowledge relay", columns, rows)
+
+
+def _why(lesson: Lesson) -> str:
+    """Such as "drift after round 3, p = 1.5e-11"."""
+    after = "" if lesson["round"] is None else f" after round {lesson['round']}"
+    found = "" if lesson["p_value"] is None else f", p = {lesson['p_value']:.2g}"
+    return f"{lesson['cause']}{after}{found}"
 
 
 def _told(scores: Mapping[str, Score]) -> str:

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
-from ecogen.records import RoundRecord, from_line, to_line
+from ecogen.records import RelayRecord, RoundRecord, from_line, to_line
 from ecogen.tuning.messages import Sampled
 
 _MEMORY = "memory of the strategy: "
@@ -39,6 +39,10 @@ class EdgeState:
         counted: the attempts of each cluster that are in the tunables; all others never were.
         sampled: how devices drew their examples, where each is protected; of all that ever took part.
         is_untaught: whether lessons are still to be exchanged with the cloud after the last round.
+        drift: how probable this edge's pairs would be without a drift of its domain, where that is why they are.
+        version: which of its versions the tunables are, or were before the rounds since.
+        latest: the largest version that there ever was; -1 before the first.
+        lesson: the record of the last one, so that it is published even if the edge dies before.
     """
 
     tunables: Mapping[str, Tensor]
@@ -48,6 +52,10 @@ class EdgeState:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     counted: Mapping[str, Counted] = field(default_factory=dict)
     is_untaught: bool = False
+    drift: float | None = None
+    version: int = 0
+    latest: int = -1
+    lesson: RelayRecord | None = None
     sampled: frozenset[Sampled] = frozenset()
 
     def times_counted(self, cluster_id: str) -> int:
@@ -63,21 +71,24 @@ class EdgeState:
 
     def save(self, path: Path) -> None:
         """Write it atomically."""
-        names = ("next_round", "unsynced", "counted", "is_untaught")
+        names = ("next_round", "unsynced", "counted", "is_untaught", "drift", "version", "latest")
         values = {name: getattr(self, name) for name in names} | {"sampled": sorted(self.sampled)}
-        record = to_line(self.record).decode() if self.record else ""
+        record, lesson = (to_line(told).decode() if told else "" for told in (self.record, self.lesson))
         tensors = {**self.tunables, **{_MEMORY + name: tensor for name, tensor in self.memory.items()}}
-        save_tensors(path, tensors, {"state": json.dumps(values), "record": record})
+        save_tensors(path, tensors, {"state": json.dumps(values), "record": record, "lesson": lesson})
 
     @classmethod
     def load(cls, path: Path) -> EdgeState:
         """The state that `save` wrote."""
         metadata = load_metadata(path)
         record = from_line(metadata["record"]) if metadata["record"] else None
+        lesson = from_line(metadata["lesson"]) if metadata.get("lesson") else None
         assert record is None or isinstance(record, RoundRecord)
+        assert lesson is None or isinstance(lesson, RelayRecord)
         tensors = load_tensors(path)
         memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in [*tensors] if name.startswith(_MEMORY)}
         values = json.loads(metadata["state"])
         counted = {cluster: Counted(*numbers) for cluster, numbers in values.pop("counted", {}).items()}
         sampled = frozenset(Sampled(*numbers) for numbers in values.pop("sampled", ()))
-        return cls(tensors, record=record, memory=memory, counted=counted, sampled=sampled, **values)
+        kept: dict[str, Any] = {"memory": memory, "counted": counted, "sampled": sampled}
+        return cls(tensors, record=record, lesson=lesson, **kept, **values)

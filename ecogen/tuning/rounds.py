@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ecogen.config import Aggregation, Tuning, Wire
 from ecogen.errors import NodeLostError
-from ecogen.models.tunables import Tunables
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, Record, RoundRecord, Score
 from ecogen.runtime.membership import Members
@@ -49,12 +48,13 @@ class Lessons(Protocol):
     """Exchanges what cloud and edge know, other than by averaging."""
 
     def is_due(self, round_index: int) -> bool:
-        """Whether that is to be after a round."""
+        """Whether that is to be after a round, by schedule."""
 
-    async def exchange(
-        self, round_index: int, tunables: Mapping[str, Tensor], ask: Callable[[Message], Awaitable[Message | None]]
-    ) -> Tunables:
-        """The tunables after it.
+    async def drift(self, round_index: int, tunables: Mapping[str, Tensor]) -> float | None:
+        """Whether it is to be out of turn, since the domain has drifted: how probable its examples would be if not."""
+
+    async def exchange(self, state: EdgeState, ask: Callable[[Message], Awaitable[Message | None]]) -> EdgeState:
+        """The state after it.
 
         Args:
             ask: the cloud; gives None where it stays away.
@@ -136,6 +136,8 @@ class EdgeRounds:
         await self._attempts.wait_for(lambda: len(self.formed()) == len(self._placements), patience_s)
         if self.state.record:
             self._publish(self.state.record)
+        if self.state.lesson:
+            self._publish(self.state.lesson)
         await self._agree()
         await self._take_lesson()
         async with self._buffer or nullcontext():
@@ -160,9 +162,17 @@ class EdgeRounds:
             record = msgspec.structs.replace(record, loss=None, epsilon=spent)
         unsynced = weight if self._is_sync_due(round_index) else None
         counted = self.state.count((outcome.update.sender_id, outcome.key.attempt) for outcome in outcomes)
-        is_untaught = self._lessons is not None and self._lessons.is_due(round_index)
-        state = EdgeState(tunables, round_index + 1, unsynced, record, memory, counted, is_untaught, sampled)
-        await self._commit(state)
+        after = replace(
+            self.state,
+            tunables=tunables,
+            next_round=round_index + 1,
+            unsynced=unsynced,
+            record=record,
+            memory=memory,
+            counted=counted,
+            sampled=sampled,
+        )
+        await self._commit(await self._awaiting_lesson(after))
         self._publish(record)
         await self._agree()
         await self._take_lesson()
@@ -254,12 +264,23 @@ class EdgeRounds:
         agreed = shared if reply is None else reply.tensors
         await self._commit(replace(self.state, tunables={**self.state.tunables, **agreed}, unsynced=None))
 
+    async def _awaiting_lesson(self, state: EdgeState) -> EdgeState:
+        """The state after a round, which says whether lessons are to be exchanged, and why."""
+        if self._lessons is None:
+            return state
+        round_index = state.next_round - 1
+        if self._lessons.is_due(round_index):
+            return replace(state, is_untaught=True, drift=None)
+        drift = await self._lessons.drift(round_index, state.tunables)
+        return replace(state, is_untaught=drift is not None, drift=drift)
+
     async def _take_lesson(self) -> None:
         """Exchange what is known with the cloud, where that is due."""
         if self._lessons is None or not self.state.is_untaught:
             return
-        tunables = await self._lessons.exchange(self.state.next_round - 1, self.state.tunables, self._call_cloud)
-        await self._commit(replace(self.state, tunables=tunables, is_untaught=False))
+        await self._commit(await self._lessons.exchange(self.state, self._call_cloud))
+        if self.state.lesson:
+            self._publish(self.state.lesson)
 
     async def _call_cloud(self, message: Message) -> Message | None:
         """The cloud's answer; None where it stays away for too long, and the edge goes on alone."""

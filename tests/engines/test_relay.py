@@ -95,7 +95,7 @@ async def test_a_lesson_that_harms_is_refused_and_changes_nothing(
     assert not any(one.accepted for one in told)
     assert all(one.reason for one in told)
     assert {one.version for one in told} == {0}
-    assert not [*(tmp_path / "harmed" / "nodes" / "cloud" / "relay").glob("version-*")]
+    assert {path.name for path in (tmp_path / "harmed").rglob("version-*")} == {"version-0.safetensors"}
     alone = await run(pair_recipe(foundation, tuning={"rounds": 2}), tmp_path / "alone")
     for edge in ("edge-0", "edge-1"):
         ours, theirs = (one.rounds(edge) for one in (done, alone))
@@ -173,7 +173,7 @@ async def test_what_crosses_the_link(foundation: Path, tmp_path: Path, monkeypat
     assert {name for message in samples for name in message.tensors} == {"codes", "shown"}
     for message in samples:
         told = msgspec.msgpack.decode(message.body)
-        assert told.keys() <= {"cycle", "captions", "num_drawn", "version"}
+        assert told.keys() <= {"cycle", "captions", "num_drawn", "version", "cause"}
         assert set(told["captions"]["captions"]) <= {digit_caption(digit) for digit in range(10)}
         assert message.tensors["codes"].shape == (len(message.tensors["shown"]), SIZES.num_codes)
     for scores in (message for message in sent if message.kind == "scores"):

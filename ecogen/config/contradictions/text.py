@@ -54,7 +54,7 @@ def _of_text(recipe: Recipe) -> Iterator[Contradiction]:
 def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:
     """Sources of pairs, and whether the sizes have room for them."""
     model, data = recipe.model, recipe.data
-    if recipe.relay.every:
+    if recipe.relay.is_on:
         yield from _of_relay(recipe)
     if not data.is_pairs:
         if recipe.evaluation.crossings:
@@ -94,14 +94,15 @@ def _of_later(recipe: Recipe, edge_id: str, source: PairSource) -> Iterator[Cont
 
 
 def _of_relay(recipe: Recipe) -> Iterator[Contradiction]:
+    asked = "relay.every" if recipe.relay.every else "relay.drift"
     if not recipe.data.is_pairs:
-        yield _contradiction("relay.every", "models teach each other by drawing; set data.name = 'pairs', or 0")
+        yield _contradiction(asked, "models teach each other by drawing; set data.name = 'pairs', or 0")
     if not recipe.data.validation:
         said = "lessons are refused by what an edge holds out; set data.validation above 0"
-        yield _contradiction("data.validation", said, "relay.every")
+        yield _contradiction("data.validation", said, asked)
     if recipe.tuning.cloud_every:
         said = "edges that teach each other keep models of their own, which are not averaged; set 0"
-        yield _contradiction("tuning.cloud_every", said, "relay.every")
+        yield _contradiction("tuning.cloud_every", said, asked)
 
 
 def _wrong_for_text(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
