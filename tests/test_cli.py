@@ -37,7 +37,20 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 
 def test_there_are_all_verbs() -> None:
     verbs = {path.removeprefix("ecogen ") for path in COMMANDS} - {"ecogen"}
-    own = {"run", "plan", "report", "predict", "generate", "serve", "status", "watch", "node", "certs"}
+    own = {
+        "run",
+        "plan",
+        "report",
+        "predict",
+        "generate",
+        "versions",
+        "rollback",
+        "serve",
+        "status",
+        "watch",
+        "node",
+        "certs",
+    }
     assert verbs == own | {f"certs {verb}" for verb in ("init", "issue", "revoke", "show")}
 
 
@@ -176,10 +189,24 @@ def test_a_corrupt_foundation(ecogen: EcoGen, recipe_of: RecipeOf, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_finished_run_is_given_more_rounds(ecogen: EcoGen, recipe_of: RecipeOf, tmp_path: Path) -> None:
+    """It ends as one that was to have as many from its start; to have fewer it cannot go on."""
+    path = save_recipe(recipe_of(tuning={"rounds": 1}), tmp_path / "r.toml")
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    assert ecogen("run", path, "--out", parts).code == 0
+    ran = ecogen("run", path, "--out", parts, "--resume", "--set", "tuning.rounds=2", "--json")
+    assert ran.code == 0, ran.err
+    assert ecogen("run", path, "--out", whole, "--set", "tuning.rounds=2").code == 0
+    ours, theirs = (load_tensors(folder / "tunables.safetensors") for folder in (parts, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (ran.figures["rounds"], ran.figures["rounds_planned"]) == (2, 2)
+    refused(ecogen("run", path, "--out", parts, "--resume"), "of another recipe: tuning differ")
+
+
 def test_a_folder_that_holds_a_run(ecogen: EcoGen, finished: Path, tmp_path: Path) -> None:
     recipe = finished / "recipe.toml"
     refused(ecogen("run", recipe, "--out", finished), "holds a run already", "--resume", "--out")
-    other = ecogen("run", recipe, "--out", finished, "--resume", "--set", "seed=4", "--set", "tuning.rounds=9")
+    other = ecogen("run", recipe, "--out", finished, "--resume", "--set", "seed=4", "--set", "tuning.clip_norm=9")
     refused(other, "of another recipe: seed, tuning differ", f"ecogen run {recipe} --out {finished} --resume")
     refused(ecogen("run", recipe, "--out", tmp_path / "new", "--resume"), "holds no run to resume", "leave --resume")
     assert not (tmp_path / "new").exists()

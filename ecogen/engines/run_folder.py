@@ -82,12 +82,13 @@ def earlier_s(folder: Path, times_s: Sequence[float]) -> float:
 
 
 def check_same(recipe: recipes.Recipe, folder: Path) -> None:
-    """A run is resumed with its own recipe; only what changes no result may be another.
+    """A run is resumed with its own recipe; only what changes no result may be another, and the rounds be more.
 
     Raises:
         RunError: with what differs.
     """
     new, old = recipes.to_table(recipe), recipes.to_table(load_recipe(folder))
+    old["tuning"]["rounds"] = max(old["tuning"]["rounds"], new["tuning"]["rounds"])
     different = [key for key in new if key not in ("engine", "name", "transport") and new[key] != old[key]]
     if different:
         raise RunError(
