@@ -14,8 +14,9 @@ import base64
 import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ecogen.serving.openai.text import load_text
 
 MBIT_PER_S, LATENCY_MS = 1.0, 50.0
 CAPTIONS = [f"a handwritten {digit}" for digit in ("three", "seven", "eight", "zero", "five")]
-NUM_WARM = 2
+TURNS, NUM_WARM = 4, 1
 
 
 class SlowLink:
@@ -118,20 +119,20 @@ async def ask(client: AsyncOpenAI, model: str, task: str, caption: str, picture:
     return told.choices[0].message.content or ""
 
 
-async def asked_often(client: AsyncOpenAI, model: str, link: SlowLink, number: int) -> dict[str, list[Asked]]:
-    """So many pictures drawn and described, one after the other."""
-    found: dict[str, list[Asked]] = {"draw": [], "describe": []}
-    for seed in range(NUM_WARM + number):
+async def asked_often(
+    client: AsyncOpenAI, model: str, link: SlowLink, seeds: Sequence[int], found: dict[str, list[Asked]]
+) -> None:
+    """Pictures drawn and described, one after the other, those to warm up apart."""
+    for place, seed in enumerate([*[0] * NUM_WARM, *seeds]):
         picture = ""
         for task, told in found.items():
             before, began_s = (link.up_bytes, link.down_bytes), time.perf_counter()
             answer = await ask(client, model, task, CAPTIONS[seed % len(CAPTIONS)], picture, seed)
             took_s = time.perf_counter() - began_s
             picture = answer
-            if seed >= NUM_WARM:
+            if place >= NUM_WARM:
                 told.append(Asked(took_s, link.up_bytes - before[0], link.down_bytes - before[1], answer))
             await asyncio.sleep(0.3)  # what the network says afterwards, such as windows, counts with the next
-    return found
 
 
 @contextlib.asynccontextmanager
@@ -153,7 +154,9 @@ async def served(run: Path) -> AsyncIterator[tuple[Gateway, str, Callable[[str],
 
 async def measure(run: Path, number: int) -> dict[str, dict[str, list[Asked]]]:
     """By place of the modules and by task."""
-    found: dict[str, dict[str, list[Asked]]] = {}
+    found: dict[str, dict[str, list[Asked]]] = {
+        place: {task: [] for task in ("draw", "describe")} for place in ("here", "there")
+    }
     async with served(run) as (gateway, model, move_edge, edge):
         text = await asyncio.to_thread(load_text, find_served(run).folder)
         app = build_app(gateway, text)
@@ -162,10 +165,10 @@ async def measure(run: Path, number: int) -> dict[str, dict[str, list[Asked]]]:
                 "here": (to_edge.address, str(address), to_edge),
                 "there": (edge, f"http://{to_server.address}", to_server),
             }
-            for place, (edge_address, server, link) in places.items():
+            for turn, (place, (edge_address, server, link)) in product(range(TURNS), places.items()):
                 move_edge(edge_address)
                 async with AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=2) as client:
-                    found[place] = await asked_often(client, model, link, number)
+                    await asked_often(client, model, link, range(turn, number, TURNS), found[place])
     return found
 
 
@@ -187,7 +190,7 @@ def same(found: dict[str, dict[str, list[Asked]]]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/pairs"))
-    parser.add_argument("--number", type=int, default=15)
+    parser.add_argument("--number", type=int, default=20)
     chosen = parser.parse_args()
     if not (chosen.run / "summary.json").exists():
         skip(f"{chosen.run} is no finished run of the recipe pairs; make one with `ecogen run pairs`")
