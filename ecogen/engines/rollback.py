@@ -93,7 +93,7 @@ def roll_back(folder: Path, node_id: str, to: int) -> RolledBack:
         if node_id not in _node_ids(recipe):
             raise RunError(f"{folder} has no versions of {node_id!r}; name one of {', '.join(_node_ids(recipe))}")
         node = _Node(folder, node_id)
-        found = versions.kept(node.versions)
+        found = node.kept
         if to not in found:
             there = f"it has {', '.join(map(str, found))}" if found else "it has accepted no lesson yet"
             raise RunError(f"{node_id} of {folder} has no version {to}; {there} (`ecogen versions {folder}`)")
@@ -115,6 +115,12 @@ class _Node:
     def version(self) -> int:
         return self.state.version if self.state else 0
 
+    @property
+    def kept(self) -> dict[int, Version]:
+        """Its versions; not those of a lesson that was cut off, which is taken again."""
+        latest = self.state.latest if self.state else 0
+        return {number: version for number, version in versions.kept(self.versions).items() if number <= latest}
+
     def has(self, number: int) -> bool:
         """Whether the tunables are exactly those of a version; those of a cloud that has learnt nothing are its 0."""
         return number == 0 if self.state is None else versions.is_version(self.versions, number, self.state.tunables)
@@ -130,6 +136,7 @@ class _Node:
         return latest
 
     def go_to(self, version: Version, tunables: Tunables) -> None:
+        """Commit it as what is in use."""
         assert self.state is not None
         if self.state.tunables.keys() != tunables.keys():
             path = versions.path_of(self.versions, version.number)
@@ -138,17 +145,18 @@ class _Node:
             self.state = self.state.back_to(version, tunables)
         else:
             self.state = replace(self.state, tunables=tunables, version=version.number)
+        self.state.save(self.path)
 
 
 def _carry_out(folder: Path, recipe: recipes.Recipe, node: _Node, version: Version) -> RolledBack:
     before, tunables = node.version, versions.load(node.versions, version.number)
     set_aside = None
-    if before != version.number or not node.has(version.number):
+    if node.version != version.number or not node.has(version.number):
         set_aside = node.set_aside()
+        _record(folder, node, _told(before, version.number, set_aside))
         node.go_to(version, tunables)
-        assert node.state is not None
-        node.state.save(node.path)
-    _record(folder, node, before, version.number, set_aside)
+    else:  # there is nothing to do, or the rest of a rollback that was cut off
+        _record(folder, node, None)
     edge = None if node.is_cloud else node.node_id
     is_saved = (tuned_folder(folder, edge) / TUNABLES).exists()
     if is_saved:
@@ -162,29 +170,31 @@ def _replace_saved(folder: Path, recipe: recipes.Recipe, edge: str | None, tunab
     judge_again(folder)
 
 
-def _record(folder: Path, node: _Node, before: int, to: int, set_aside: int | None) -> None:
-    """Write down what was done where the run's records are, unless that is the last thing there already."""
+def _told(before: int, to: int, set_aside: int | None) -> str:
     aside = "" if set_aside is None else f"; what it had then is version {set_aside}"
-    detail = f"from version {before} to version {to}{aside}"
-    last_round = node.state.next_round - 1 if isinstance(node.state, EdgeState) else None
+    return f"from version {before} to version {to}{aside}"
+
+
+def _record(folder: Path, node: _Node, detail: str | None) -> None:
+    """Write down a rollback where the run's records are, once; with None, what one of the places does not say yet."""
     logs = [path for path in (folder / NODES / "cloud" / RECORDS, folder / RECORDS) if path.exists()]
     told = [_last_told(path, node.node_id) for path in logs]
-    if before == to and set_aside is None:  # a rollback that was cut off, or nothing to do
-        done = next((record for record in told if isinstance(record, EventRecord)), None)
-    else:
+    done = next((one for one in told if one is not None and detail in (None, one.detail)), None)
+    if done is None and detail is not None:
+        last_round = node.state.next_round - 1 if isinstance(node.state, EdgeState) else None
         done = EventRecord("rolled_back", node.node_id, last_round, detail, time.time())
     for path, last in zip(logs, told, strict=True):
         if done is not None and done != last:
             append_line(path, to_line(done))
 
 
-def _last_told(path: Path, node_id: str) -> Record | None:
-    """The last record of a log that says that a node's model is another."""
+def _last_told(path: Path, node_id: str) -> EventRecord | None:
+    """The rollback of a node that a log tells last, where it tells of no lesson since."""
     for record in reversed(read_records(read_lines(path), str(path))):
         if isinstance(record, EventRecord) and (record.event, record.node_id) == ("rolled_back", node_id):
             return record
         if isinstance(record, RelayRecord) and record.node_id == node_id and record.accepted:
-            return record
+            return None
     return None
 
 
@@ -225,7 +235,7 @@ def _records(folder: Path) -> list[Record]:
 def _listed(node: _Node, records: Sequence[Record]) -> list[Listed]:
     own = [record for record in records if isinstance(record, RelayRecord) and record.node_id == node.node_id]
     lessons = {record.version: record for record in own if record.accepted}
-    return [_line(node, version, lessons.get(version.number)) for version in versions.kept(node.versions).values()]
+    return [_line(node, version, lessons.get(version.number)) for version in node.kept.values()]
 
 
 def _line(node: _Node, version: Version, lesson: RelayRecord | None) -> Listed:

@@ -46,7 +46,7 @@ def keep(folder: Path, version: Version, tunables: Mapping[str, Tensor]) -> None
 
 
 def kept(folder: Path) -> dict[int, Version]:
-    """All versions in a folder by number, in order; without any that is unfinished or damaged beyond reading.
+    """All versions in a folder by number, in order.
 
     Raises:
         CheckpointError: if one is corrupt.

@@ -140,7 +140,9 @@ def test_an_edge_goes_back_and_is_judged_anew(copied: Path, ecogen: Any) -> None
     state = EdgeState.load(copied / "nodes" / "edge-0" / "state.safetensors")
     tuned = {name: tensor + 0.01 for name, tensor in state.tunables.items()}
     EdgeState(tuned, 2, version=state.version, latest=state.latest).save(copied / "nodes/edge-0/state.safetensors")
+    shutil.copy(path_of(versions_of(copied, "edge-0"), 0), path_of(versions_of(copied, "edge-0"), state.latest + 1))
     listed = ecogen("versions", copied, "--json").figures
+    assert max(one["version"] for one in listed if one["node_id"] == "edge-0") == state.latest, "cut off, not accepted"
     own = [one for one in listed if one["node_id"] == "edge-0"]
     assert [one["version"] for one in own if one["tuned_on"]] == [state.version]
     before = json.loads((copied / "summary.json").read_text())["perplexity"]
@@ -157,12 +159,15 @@ def test_an_edge_goes_back_and_is_judged_anew(copied: Path, ecogen: Any) -> None
     assert len([one for one in told if one["event"] == "rolled_back"]) == 1, "once"
 
 
-def test_a_rollback_that_was_cut_off_is_finished(copied: Path, ecogen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["replace_text", "RelayState.save", "judge_again"])
+def test_a_rollback_that_was_cut_off_is_finished(
+    place: str, copied: Path, ecogen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ecogen.engines.rollback.replace_text", partial(_fail, OSError(28, "No space left on device")))
+        patch.setattr(f"ecogen.engines.rollback.{place}", partial(_fail, OSError(28, "No space left on device")))
         refused(ecogen("rollback", copied, "--node", "cloud", "--to", 0), "No space left")
     delivered = load(versions_of(copied, "cloud"), 0)
-    assert not are_equal(served(copied), delivered)
+    assert are_equal(served(copied), delivered) == (place == "judge_again")
     assert ecogen("rollback", copied, "--node", "cloud", "--to", 0).code == 0
     assert are_equal(served(copied), delivered)
     for log in (copied / "records.jsonl", copied / "nodes" / "cloud" / "records.jsonl"):

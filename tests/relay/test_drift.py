@@ -56,9 +56,9 @@ def test_how_often_a_drift_is_told_wrongly_and_how_often_it_is_found() -> None:
 
     def told(shift: float) -> int:
         draws = [(generator.gamma(3, size=60), generator.gamma(3, size=60) + shift) for _ in range(600)]
-        return sum(p_value(known, newest) < 0.05 for known, newest in draws)
+        return sum(p_value(known, newest) < 0.01 for known, newest in draws)
 
-    assert told(0.0) <= 600 * 0.05 + 2 * math.sqrt(600 * 0.05 * 0.95)
+    assert told(0.0) <= 600 * 0.01 + 2 * math.sqrt(600 * 0.01 * 0.99)
     assert told(math.sqrt(3)) > 590
 
 
