@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ecogen.errors import CheckpointError
+from ecogen.errors import CheckpointError, ProtocolError
 
 Normal = Callable[[int], Tensor]
 """Draws so many independent standard normal numbers, in double precision."""
@@ -108,9 +108,14 @@ class ExampleGradients:
         Args:
             squared_norms: of each example of the step over the whole chain, in the order of microbatches.
             expected: E, how many examples a step has on average.
+
+        Raises:
+            ProtocolError: if there are not as many norms as examples.
         """
         if not self._counts:  # a device that had no part in the step
             return {}
+        if len(squared_norms) != (count := sum(self._counts.values())):
+            raise ProtocolError(f"the norms of {len(squared_norms)} examples came for a step on {count}")
         given = [clip_factor(norm, self._noise.clip_norm) for norm in squared_norms]
         factors = torch.tensor(given, dtype=torch.float64)
         parts = torch.split(factors, [self._counts[index] for index in sorted(self._counts)])

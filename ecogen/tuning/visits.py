@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ecogen.config import Unlabelled, WireType
+from ecogen.errors import ProtocolError
 from ecogen.metering.meter import Meter
 from ecogen.models.tunables import Tunables
 from ecogen.placement import Segment
@@ -211,6 +212,8 @@ class Visits:
         key = MicrobatchKey(flow.step, flow.microbatch, flow.visit)
         own = self._stage.example_norms(key, self._route(flow).segment(flow.visit))
         above = flow.squared_norms or (0.0,) * len(own)
+        if len(above) != len(own):
+            raise ProtocolError(f"the norms of {len(above)} examples came back for a microbatch of {len(own)}")
         return msgspec.structs.replace(flow, squared_norms=tuple(a + b for a, b in zip(above, own, strict=True)))
 
     def _norm_when_complete(self, flow: Flow) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ecogen.config import Privacy, Recipe, from_table, load
 from ecogen.config import Tunables as Spec
-from ecogen.errors import CheckpointError, ConfigError
+from ecogen.errors import CheckpointError, ConfigError, ProtocolError
 from ecogen.runtime.example_gradients import ExampleGradients, ExampleNoise, clip_factor, example_weights
 from ecogen.runtime.stage import MicrobatchKey, OptimizerSettings, Stage
 from ecogen.tuning.messages import Sampled
@@ -185,6 +185,15 @@ def test_an_example_whose_gradient_is_no_number_moves_nothing() -> None:
     norms = gathered.squared_norms(0, ["w"])
     assert norms == [5.0, math.inf]
     assert gathered.noised_means(norms, 1)["w"].tolist() == [[1.0, 2.0]]
+
+
+def test_norms_that_are_not_those_of_the_steps_examples_are_an_error() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    gathered = ExampleGradients(layer, {"w": layer.weight}, noise(1.0))
+    assert gathered.noised_means([1.0], 1) == {}  # a device that has no part in the step
+    gathered.expect(0, 2, ["w"])
+    with pytest.raises(ProtocolError, match=r"the norms of 3 examples came for a step on 2"):
+        gathered.noised_means([1.0, 1.0, 1.0], 1)
 
 
 # The noise.
