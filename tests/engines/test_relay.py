@@ -30,6 +30,7 @@ from ecogen.transport.memory import MemoryTransport
 from ecogen.tuning.captions import digit_caption
 from tests.pictures import SIZES, pair_recipe, save_pair_foundation
 from tests.runs import Finished, finish, run, running, until
+from tests.tiny import RecordingNetwork
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +115,21 @@ async def test_who_is_sure_of_nothing_hands_on_nothing(foundation: Path, tmp_pat
 
 @pytest.mark.usefixtures("sure")
 @pytest.mark.parametrize("victim", ["cloud", "edge-0"])
+@pytest.mark.parametrize("moment", ["offers", "verdicts", "the first lesson"])
 async def test_a_node_that_is_killed_gives_and_takes_the_same_lessons(
-    victim: str, foundation: Path, tmp_path: Path
+    moment: str, victim: str, foundation: Path, tmp_path: Path
 ) -> None:
     recipe = relayed(foundation, data={"sources": {"edge-1": {"name": "digits", "labels": [4, 5, 6, 7, 8, 9]}}})
     whole = await run(recipe, tmp_path / "whole")
-    async with running(recipe, tmp_path / "killed") as (federation, engine):
+    network = RecordingNetwork()
+    async with running(recipe, tmp_path / "killed", network) as (federation, engine):
         finishing = asyncio.create_task(finish(federation))
-        await until(lambda: any(isinstance(record, RelayRecord) for record in federation.records))
+        is_here = {
+            "offers": lambda: network.links("relay"),
+            "verdicts": lambda: network.links("relay_verdict"),
+            "the first lesson": lambda: any(isinstance(record, RelayRecord) for record in federation.records),
+        }
+        await until(is_here[moment])
         await engine.kill(victim)
         await engine.start_node(victim)
         killed = await asyncio.wait_for(finishing, 30)
@@ -173,12 +181,12 @@ async def test_what_crosses_the_link(foundation: Path, tmp_path: Path, monkeypat
     assert {name for message in samples for name in message.tensors} == {"codes", "shown"}
     for message in samples:
         told = msgspec.msgpack.decode(message.body)
-        assert told.keys() <= {"cycle", "captions", "num_drawn", "version", "cause"}
+        assert told.keys() <= {"cycle", "captions", "num_drawn", "version", "cause", "is_closed"}
         assert set(told["captions"]["captions"]) <= {digit_caption(digit) for digit in range(10)}
         assert message.tensors["codes"].shape == (len(message.tensors["shown"]), SIZES.num_codes)
     for scores in (message for message in sent if message.kind == "scores"):
         assert scores.tensors.keys() == {"confidence"}
-        assert msgspec.msgpack.decode(scores.body).keys() == {"cycle"}
+        assert msgspec.msgpack.decode(scores.body).keys() == {"cycle", "cause"}
     assert len(lessons(done)) == 6
 
 
