@@ -161,6 +161,8 @@ class CloudRole:
             ranks=LoraRanks.of(recipe),
         )
         self._relay = await context.worker.compute(self._make_relay) if recipe.relay.is_on else None
+        if self._relay is not None:
+            self._relay.publish_again()
         self._asked = await context.worker.compute(self._make_asked) if recipe.evaluation.crossings else None
         self._report(ProgressReport("delivery", 0, len(self._topology.end_ids)))
         await self._set_finished()

@@ -128,8 +128,6 @@ class CloudRelay:
         self.state = RelayState.load(path) if path.exists() else RelayState(first)
         if not versions.path_of(folder, 0).exists():
             versions.keep(folder, versions.Version(0, "delivered"), first)
-        if self.state.record is not None:
-            publish(self.state.record)
         self._first = first
         self._offers: Gathering[Lesson] = Gathering(members, patience_s)
         self._verdicts: Gathering[Tensor] = Gathering(members, patience_s)
@@ -138,6 +136,11 @@ class CloudRelay:
         self._closing: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._learning = asyncio.Lock()
         self._rehearsed: Passages | None = None
+
+    def publish_again(self) -> None:
+        """Publish the record of the last lesson, in case this node died before it had."""
+        if self.state.record is not None:
+            self._publish(self.state.record)
 
     async def exchange(self, peer: Peer, message: Message) -> Message:
         """Take an edge's lesson, and answer with what those of others are about that it can judge.

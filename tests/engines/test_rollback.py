@@ -188,6 +188,7 @@ def test_a_resumed_run_goes_on_from_it(copied: Path, ecogen: Any) -> None:
     kept = {path: path.read_bytes() for path in copied.rglob("version-*.safetensors")}
     for node in ("cloud", "edge-0"):
         assert ecogen("rollback", copied, "--node", node, "--to", 0).code == 0
+    lose_record(copied / "nodes" / "cloud" / "records.jsonl", cycle=1)
     recipe = save_recipe(load_recipe(copied), copied.parent / "recipe.toml")
     refused(ecogen("run", recipe, "--out", copied, "--resume", "--set", "tuning.rounds=1"), "tuning differ")
     ran = ecogen("run", recipe, "--out", copied, "--resume", "--set", "tuning.rounds=4", "--json")
@@ -197,8 +198,9 @@ def test_a_resumed_run_goes_on_from_it(copied: Path, ecogen: Any) -> None:
     assert {path: path.read_bytes() for path in kept} == kept
     log = copied / "records.jsonl"
     records = read_records(log.read_bytes().splitlines(keepends=True), str(log))
-    (third,) = [r for r in records if isinstance(r, RelayRecord) and r.direction == "up" and r.cycle == 2]
-    first = next(r for r in records if isinstance(r, RelayRecord) and r.direction == "up" and r.cycle == 0)
+    ups = sorted((r for r in records if isinstance(r, RelayRecord) and r.direction == "up"), key=lambda r: r.cycle)
+    assert [r.cycle for r in ups] == [0, 1, 2, 3], "what nobody had heard of is told again"
+    first, third = ups[0], ups[2]
     assert third.scores[-1].name == "before the relay" == first.scores[-1].name
     assert third.version == (latest["cloud"] + 1 if third.accepted else 0)
     assert third.accepted
@@ -207,6 +209,15 @@ def test_a_resumed_run_goes_on_from_it(copied: Path, ecogen: Any) -> None:
     rounds = [r.round_index for r in records if isinstance(r, RoundRecord) and r.node_id == "edge-0"]
     assert sorted(rounds) == [0, 1, 2, 3]
     assert are_equal(served(copied, "edge-0"), dict(EdgeState.load(copied / "nodes/edge-0/state.safetensors").tunables))
+
+
+def lose_record(log: Path, cycle: int) -> None:
+    """As where the cloud dies between committing a lesson and telling of it."""
+    lines = log.read_bytes().splitlines(keepends=True)
+    told = zip(lines, read_records(lines, str(log)), strict=True)
+    kept = [line for line, r in told if not (isinstance(r, RelayRecord) and r.direction == "up" and r.cycle == cycle)]
+    assert len(kept) == len(lines) - 1
+    log.write_bytes(b"".join(kept))
 
 
 def test_what_cannot_be_gone_back_to(
