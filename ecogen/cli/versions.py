@@ -84,20 +84,18 @@ def _shown(listed: list[Listed]) -> Any:
     from ecogen.reports.wording import DASH, format_number
 
     def row(one: Listed) -> tuple[str, ...]:
-        lesson = DASH if one.cycle is None else str(one.cycle + 1)
-        what = f"{one.what} lesson" if one.what in ("before", "after") else one.what
+        what = one.what if one.cycle is None else f"{one.what} lesson {one.cycle + 1}"
         accepted = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.time_s)) if one.time_s else DASH
-        told = (f"{s.name} {format_number(s.before)} → {format_number(s.after)}" for s in one.scores)
+        told = (f"{s.name}: {format_number(s.before)} → {format_number(s.after)}" for s in one.scores)
         use = ("yes, and tuned on since" if one.is_tuned_on else "yes") if one.in_use else ""
         after_round = DASH if one.round_index is None else str(one.round_index + 1)
-        return (one.node_id, str(one.version), what, lesson, after_round, accepted, "; ".join(told) or DASH, use)
+        return (one.node_id, str(one.version), what, after_round, accepted, "\n".join(told) or DASH, use)
 
     columns = (
         identifier("node"),
         Column("version"),
         word("what"),
-        Column("cycle"),
-        Column("after round"),
+        Column("round"),
         word("accepted"),
         word("perplexity"),
         word("in use"),
