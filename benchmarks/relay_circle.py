@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,8 +54,8 @@ from ecogen.tuning.rounds import EdgeRounds
 EDGES = ("edge-0", "edge-1")
 CLOUD = "cloud"
 EVERY = 2
-DRAWINGS = 20
-"""Of each digit."""
+DRAWINGS = 100
+JUDGED = ("recognised", "caption_accuracy")
 GLYPHS = 400
 
 SMALL = [
@@ -175,18 +175,8 @@ class Jury:
         """How a model draws and describes each edge's domain, and reads letters."""
         self.stage.begin(tunables)
         model = PairModel.of(self.stage.model.whole, self.folder)
-        return {edge: self._domain(model, edge) for edge in EDGES} | {"letters": {"read": self._letters(model)}}
-
-    def _domain(self, model: PairModel, edge: str) -> dict[str, float]:
-        tests = self.assessor.splits[edge].test
-        asked = [caption for caption in sorted(set(tests.captions)) for _ in range(DRAWINGS)]
-        drawn = model.draw(asked, torch.Generator().manual_seed(0)).images
-        said = model.describe(tests.images)
-        return {
-            "recognised": self.assessor.recognised(drawn, asked),
-            "frechet": self.assessor.frechet(drawn, edge),
-            "captions right": share(said, tests.captions),
-        }
+        domains = {edge: asdict(self.assessor.quality(edge, model, DRAWINGS)) for edge in EDGES}
+        return domains | {"letters": {"read": self._letters(model)}}
 
     def _letters(self, model: PairModel) -> float:
         """The share of glyphs whose character is named."""
@@ -251,7 +241,7 @@ def goals(table: Mapping[str, Any], cycles: int) -> dict[str, bool]:
     better = {
         f"the cloud, {edge}, {name}": cloud[edge][name][last]["mean"] > cloud[edge][name]["0"]["mean"]
         for edge in EDGES
-        for name in ("recognised", "captions right")
+        for name in JUDGED
     }
     letters = cloud["letters"]["read"]
     return better | {"letters at most 1 point worse": letters[last]["mean"] >= letters["0"]["mean"] - 0.01}
@@ -264,9 +254,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     for variant, nodes in result["table"].items():
         for node, domains in nodes.items():
             told = [
-                f"{domain} {100 * of['recognised'][last]['mean']:.0f} / {100 * of['captions right'][last]['mean']:.0f}"
-                for domain, of in domains.items()
-                if domain in EDGES
+                f"{domain} " + " / ".join(f"{100 * domains[domain][name][last]['mean']:.0f}" for name in JUDGED)
+                for domain in EDGES
             ]
             found.append(f"{variant}, {node}: recognised / captions right, %: {', '.join(told)}")
     return found

@@ -59,6 +59,33 @@ class InversionAttack:
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """How well a generator draws and describes a domain, as `Drawings` says of more."""
+
+    recognised: float | None
+    frechet: float | None
+    caption_accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class VersionQuality:
+    """That of a version of a node's model, which a lesson of the relay led to.
+
+    Attributes:
+        what: the delivered model; what was there before a lesson, or after it; what a rollback replaced.
+        cycle: of the lesson; None where it is of none.
+        domain: the edge whose domain it is.
+    """
+
+    node_id: str
+    version: int
+    what: str
+    cycle: int | None
+    domain: str
+    quality: Quality
+
+
+@dataclass(frozen=True, slots=True)
 class Drawings:
     """How well a generator draws and describes what an edge knows, as a classifier of real images judges it.
 

@@ -105,7 +105,7 @@ class _Node:
 
     def __init__(self, folder: Path, node_id: str) -> None:
         own = folder / NODES / node_id
-        self.node_id, self.versions, self.is_cloud = node_id, own / "relay", node_id == "cloud"
+        self.node_id, self.versions, self.is_cloud = node_id, own / versions.FOLDER, node_id == "cloud"
         self.path = (self.versions if self.is_cloud else own) / "state.safetensors"
         self.state: RelayState | EdgeState | None = None
         if self.path.exists():

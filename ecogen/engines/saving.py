@@ -14,7 +14,7 @@ nodes/ certificates/      the nodes' disks and identities, for --resume
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,14 +28,16 @@ from transformers import PreTrainedModel
 
 from ecogen import config as recipes
 from ecogen.accounting.ledger import settle
-from ecogen.engines.run_folder import RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
+from ecogen.engines.run_folder import NODES, RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
 from ecogen.errors import RunError
+from ecogen.measurements import VersionQuality
 from ecogen.metering.hardware import describe_host
 from ecogen.models.adapters import (
     BACKBONE,
     EDGES,
     classification_config,
     load_tuned,
+    load_with,
     save_by_edge,
     save_text,
     save_tuned,
@@ -47,6 +49,7 @@ from ecogen.placement import Segment
 from ecogen.planning.clusters import place_clusters
 from ecogen.planning.cost import num_adapter_parameters, num_parameters, num_tunables
 from ecogen.records import Record, read_records, to_line
+from ecogen.relay import versions
 from ecogen.relay.assessment import Assessor
 from ecogen.reports.html import write_report
 from ecogen.reports.summary import RunFacts, Summary, summarise
@@ -63,6 +66,9 @@ from ecogen.tuning.text import is_here
 RECORDS, FACTS, REPORT = "records.jsonl", "facts.json", "report.html"
 
 _BATCH = 128
+
+_JUDGED = 12
+"""Versions of each node, the last ones: each takes seconds."""
 
 
 def save_run(
@@ -185,7 +191,19 @@ def _judged(folder: Path, recipe: recipes.Recipe, own: Collection[str]) -> dict[
     if recipe.relay.is_on:
         cloud = _pair_model(folder, None)
         judged["cloud_drawings"] = {edge: assessor.drawings(edge, cloud) for edge in edges}
+        judged["by_version"] = tuple(_by_version(folder, assessor))
     return judged | {"data_bytes": assessor.data_bytes}
+
+
+def _by_version(folder: Path, assessor: Assessor) -> Iterator[VersionQuality]:
+    """How the versions that are on this machine do, of each domain: the last ones of each node."""
+    number = assessor.recipe.evaluation.drawings // 2
+    for own in sorted((folder / NODES).glob(f"*/{versions.FOLDER}")):
+        for version in [*versions.kept(own).values()][-_JUDGED:]:
+            model = PairModel.of(load_with(folder, versions.load(own, version.number)), folder / BACKBONE)
+            for edge in assessor.splits:
+                quality = assessor.quality(edge, model, number)
+                yield VersionQuality(own.parent.name, version.number, version.what, version.cycle, edge, quality)
 
 
 def _pair_model(folder: Path, edge: str | None) -> PairModel:

@@ -199,6 +199,17 @@ def load_tuned(folder: str | Path, *, edge: str | None = None) -> PreTrainedMode
     return model.whole.eval()
 
 
+def load_with(folder: str | Path, tunables: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The decoder of a run folder with other tunables than those that it was saved with.
+
+    Raises:
+        CheckpointError: if the folder holds no tuned model, or of other tunables.
+    """
+    metadata = load_metadata(tunables_file(Path(folder)))
+    spec = recipes.section_from_table(recipes.Tunables, json.loads(metadata["spec"]))
+    return _load_text(open_foundation(Path(folder) / BACKBONE), tunables, spec)
+
+
 def _load_text(foundation: Foundation, tunables: Mapping[str, Tensor], spec: recipes.Tunables) -> PreTrainedModel:
     whole = AutoModelForCausalLM.from_pretrained(foundation.folder, dtype=torch.float32)
     attach_to(whole, range(foundation.config.num_hidden_layers), spec)

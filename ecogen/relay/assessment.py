@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ecogen.config import Recipe
-from ecogen.measurements import Drawings
+from ecogen.measurements import Drawings, Quality
 from ecogen.models.pair_model import PairModel
 from ecogen.models.pictures import grid_of, png_of
 from ecogen.relay.judge import Judge, train_judge
@@ -82,6 +82,19 @@ class Assessor:
             sheet=_sheet(Pairs(drawn, asked), captions),
             real_sheet=_sheet(own.test, captions),
             captions=tuple(captions[:_SHOWN]),
+        )
+
+    def quality(self, edge_id: str, model: PairModel, number: int) -> Quality:
+        """How well a model draws about so many pictures of what an edge knows, and describes its test images."""
+        tests = self.splits[edge_id].test
+        captions = sorted(set(tests.captions))
+        drawn = model.draw(_repeated(captions, number), torch.Generator().manual_seed(0)).images
+        said = model.describe(tests.images)
+        is_written = self._source(edge_id) in WRITTEN
+        return Quality(
+            recognised=self.recognised(drawn, _repeated(captions, number)) if is_written else None,
+            frechet=self.frechet(drawn, edge_id) if is_written else None,
+            caption_accuracy=_share([ours == theirs for ours, theirs in zip(said, tests.captions, strict=True)]),
         )
 
     @property

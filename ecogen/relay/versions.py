@@ -20,6 +20,9 @@ from ecogen.models.tunables import Tunables
 What = Literal["delivered", "before", "after", "set aside"]
 """What a version is: the delivered model; what was there before a lesson, or after it; what a rollback replaced."""
 
+FOLDER = "relay"
+"""Of versions, in that of a node."""
+
 _PREFIX, _SUFFIX = "version-", ".safetensors"
 
 

@@ -75,6 +75,7 @@ def render_report(
         | {
             "lessons": relay_tables.lessons_table(summary["relay"]),
             "cycles": relay_tables.cycles_table(summary["relay"]),
+            "by_version": relay_tables.versions_table(summary["relay"]),
             "crossings": crossings_table(summary["crossings"]),
         },
         inputs="text" if recipe.data.is_text else "images",

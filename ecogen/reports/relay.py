@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from ecogen.accounting.ledger import Bill, settle
+from ecogen.measurements import VersionQuality
 from ecogen.records import Record, RelayRecord, Taught
 from ecogen.topology import Topology
 
@@ -49,16 +50,32 @@ class Cycle(TypedDict):
     emissions_g: float
 
 
+class VersionScore(TypedDict):
+    """What a version of a node's model draws and says of an edge's domain; `cycle` is null for the delivered one."""
+
+    cycle: int | None
+    node_id: str
+    version: int
+    what: str
+    domain: str
+    recognised: float | None
+    frechet: float | None
+    caption_accuracy: float
+
+
 class Relay(TypedDict):
-    """All lessons in order, the bill of each cycle, and the bytes of the pairs that did not travel."""
+    """All lessons in order, what they led to, the bill of each cycle, and bytes of the pairs that did not travel."""
 
     up: list[Lesson]
     down: list[Lesson]
     cycles: list[Cycle]
+    versions: list[VersionScore]
     data_bytes: int
 
 
-def relay_of(records: Sequence[Record], topology: Topology, data_bytes: int) -> Relay | None:
+def relay_of(
+    records: Sequence[Record], topology: Topology, data_bytes: int, by_version: Sequence[VersionQuality] = ()
+) -> Relay | None:
     """The relay of a run; None without one.
 
     Args:
@@ -76,6 +93,7 @@ def relay_of(records: Sequence[Record], topology: Topology, data_bytes: int) -> 
             _cycle(cycle, [one for one in told if one.cycle == cycle], topology)
             for cycle in sorted({one.cycle for one in told})
         ],
+        "versions": sorted(map(_version, by_version), key=_in_order),
         "data_bytes": data_bytes,
     }
 
@@ -97,6 +115,23 @@ def _lesson(record: RelayRecord) -> Lesson:
         "known": _scores(score for score in record.scores if not score.is_new),
         "wall_s": record.wall_s,
     }
+
+
+def _version(found: VersionQuality) -> VersionScore:
+    return {
+        "cycle": found.cycle,
+        "node_id": found.node_id,
+        "version": found.version,
+        "what": found.what,
+        "domain": found.domain,
+        "recognised": found.quality.recognised,
+        "frechet": found.quality.frechet,
+        "caption_accuracy": found.quality.caption_accuracy,
+    }
+
+
+def _in_order(one: VersionScore) -> tuple[int, str, int, str]:
+    return (-1 if one["cycle"] is None else one["cycle"], one["node_id"], one["version"], one["domain"])
 
 
 def _scores(scores: Iterable[Taught]) -> dict[str, Score]:

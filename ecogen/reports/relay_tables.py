@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ecogen.reports.relay import Lesson, Relay, Score
 from ecogen.reports.tables import Column, Table, identifier, word
-from ecogen.reports.wording import format_count, format_grams, format_number
+from ecogen.reports.wording import DASH, format_count, format_grams, format_number, format_share
 from ecogen.units import format_bytes, format_joules
 
 
@@ -51,6 +51,32 @@ def cycles_table(relay: Relay | None) -> Table:
     )
     columns = (word("cycle"), Column("samples sent"), Column("energy", "modelled"), Column("emissions", "modelled"))
     return Table("Cycles of the knowledge relay", columns, rows)
+
+
+def versions_table(relay: Relay | None) -> Table:
+    """What each version draws and says of each domain; no rows without a relay."""
+    rows = tuple(
+        (
+            DASH if one["cycle"] is None else str(one["cycle"] + 1),
+            f"{one['node_id']}, version {one['version']}",
+            one["what"],
+            one["domain"],
+            DASH if one["recognised"] is None else format_share(one["recognised"]),
+            DASH if one["frechet"] is None else format_number(one["frechet"]),
+            format_share(one["caption_accuracy"]),
+        )
+        for one in (relay["versions"] if relay else [])
+    )
+    columns = (
+        word("cycle"),
+        identifier("model"),
+        word("lesson"),
+        identifier("domain"),
+        Column("recognised"),
+        Column("distance", "Fréchet"),
+        Column("captions right"),
+    )
+    return Table("Versions of the models, cycle by cycle", columns, rows)
 
 
 def _why(lesson: Lesson) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from ecogen.accounting.ledger import Bounds, Ledger
 from ecogen.config import Recipe
-from ecogen.measurements import Drawings, InversionAttack, Probe
+from ecogen.measurements import Drawings, InversionAttack, Probe, VersionQuality
 from ecogen.placement import Placement
 from ecogen.records import EventRecord, PhaseRecord, Record, RequestRecord, RoundRecord
 from ecogen.reports.crossings import Crossings, crossings_of
@@ -30,6 +30,7 @@ class RunFacts:
         saved_perplexity: of a language model: of the saved one, on each edge's held-out text.
         drawings: of a text-image generator: of the saved one, of what each edge knows.
         cloud_drawings: where cloud and edges taught each other: of the cloud's, of what each edge knows.
+        by_version: then of every version that a lesson led to, of the cloud's and the edges' models.
         data_bytes: of the images with captions that the edges' devices tuned on.
     """
 
@@ -47,6 +48,7 @@ class RunFacts:
     saved_perplexity: Mapping[str, float] = field(default_factory=dict)
     drawings: Mapping[str, Drawings] = field(default_factory=dict)
     cloud_drawings: Mapping[str, Drawings] = field(default_factory=dict)
+    by_version: Sequence[VersionQuality] = ()
     data_bytes: int = 0
 
     @property
@@ -170,7 +172,7 @@ def summarise(
         "recognised": {edge: found.recognised for edge, found in facts.drawings.items()} or None,
         "copies": {edge: found.copies for edge, found in facts.drawings.items()} or None,
         "caption_accuracy": {edge: found.caption_accuracy for edge, found in facts.drawings.items()} or None,
-        "relay": relay_of(records, topology, facts.data_bytes),
+        "relay": relay_of(records, topology, facts.data_bytes, facts.by_version),
         "crossings": crossings_of(records),
         "spent": spent(records, ledger, topology),
         "tunable_fraction": facts.tunable_fraction,

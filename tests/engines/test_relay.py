@@ -225,8 +225,15 @@ async def test_a_saved_run_tells_of_the_relay(
     payload = sum(line.payload_bytes for line in ledger.traffic() if line.kind == "samples")
     assert sum(one["sample_bytes"] for one in relay["cycles"]) == payload
     assert relay["data_bytes"] == pytest.approx(2 * 24 * (64 + len("a handwritten three")), rel=0.05)
+    ups, downs = ([one for one in relay[way] if one["accepted"]] for way in ("up", "down"))
+    judged = {(one["node_id"], one["version"], one["domain"]) for one in relay["versions"]}
+    made = {("cloud", version) for version in range(1 + len(ups))}
+    made |= {(one["node_id"], one["version"] - before) for one in downs for before in (0, 1)}
+    assert judged == {(*one, edge) for one in made for edge in ("edge-0", "edge-1")}
+    assert all(0 <= one["caption_accuracy"] <= 1 for one in relay["versions"])
     page = (tmp_path / "report.html").read_text()
     assert "Lessons of the knowledge relay" in page
+    assert "Versions of the models, cycle by cycle" in page
     assert page.count('<img class="sheet"') == 6
     assert [*find_served(tmp_path).adapters] == ["tiny-pairs", "tiny-pairs/edge-0", "tiny-pairs/edge-1"]
     greedy = Sampling(temperature=0)
