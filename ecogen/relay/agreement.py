@@ -80,6 +80,17 @@ def num_disputed(lessons: Mapping[str, Samples], left: Collection[Samples]) -> i
     return sum(map(len, lessons.values())) - sum(map(len, left))
 
 
+def of_others(samples: Samples, evidence: Mapping[str, int]) -> Samples:
+    """What a receiver does not know itself, or others have real examples of too: the rest is but its own, retold.
+
+    Args:
+        evidence: of the receiver; that of the samples is of all teachers together.
+    """
+    own = [evidence.get(caption, 0) for caption in samples.captions]
+    told = [samples.evidence.get(caption, 0) for caption in samples.captions]
+    return samples[[place for place in range(len(samples)) if not own[place] or told[place] > own[place]]]
+
+
 def checked_by_itself(samples: Samples, evidence: Mapping[str, int], said: Tensor) -> Samples:
     """What a receiver takes of a lesson: of captions that it knows itself, only what it does not hold for wrong.
 

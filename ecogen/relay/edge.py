@@ -16,7 +16,7 @@ from torch import Tensor
 from ecogen.config import Relay
 from ecogen.models.tunables import Tunables
 from ecogen.records import Cause, RelayRecord, Taught
-from ecogen.relay.agreement import checked_by_itself
+from ecogen.relay.agreement import checked_by_itself, of_others
 from ecogen.relay.cloud import held_out, refusal
 from ecogen.relay.drift import DriftWatch
 from ecogen.relay.generator import Generator
@@ -151,8 +151,9 @@ class EdgeRelay:
 
     def _learn(self, asked: Asked, state: EdgeState, lesson: Lesson, cycle: int) -> EdgeState:
         """On the compute thread: the state after a lesson, with the tunables before where it is refused."""
-        said = self._generator.confidence(state.tunables, lesson.samples)
-        taken = checked_by_itself(lesson.samples, self._domain(asked.round_index).evidence, said)
+        evidence = self._domain(asked.round_index).evidence
+        news = of_others(lesson.samples, evidence)
+        taken = checked_by_itself(news, evidence, self._generator.confidence(state.tunables, news))
         scores, after, reason = self._taken(asked, state.tunables, taken)
         learnt = replace(state, is_untaught=False, drift=None)
         if not reason:
@@ -164,7 +165,10 @@ class EdgeRelay:
                 keep(self._folder, version, tunables)
             learnt = replace(learnt, tunables=after, version=number, latest=number)
         self._watch.remember(asked.round_index, learnt.tunables)
-        return replace(learnt, lesson=self._record(asked, state, learnt.version, lesson, taken, cycle, scores, reason))
+        return replace(
+            learnt,
+            lesson=self._record(asked, state, learnt.version, lesson, len(news) - len(taken), cycle, scores, reason),
+        )
 
     def _record(
         self,
@@ -172,7 +176,7 @@ class EdgeRelay:
         state: EdgeState,
         version: int,
         lesson: Lesson,
-        taken: Samples,
+        num_disputed: int,
         cycle: int,
         scores: tuple[Taught, ...],
         reason: str,
@@ -195,14 +199,14 @@ class EdgeRelay:
             cause=asked.cause,
             round_index=asked.round_index,
             p_value=state.drift,
-            num_disputed=len(lesson.samples) - len(taken),
+            num_disputed=num_disputed,
         )
 
     def _taken(
         self, asked: Asked, before: Mapping[str, Tensor], lesson: Samples
     ) -> tuple[tuple[Taught, ...], Tunables, str]:
         if not len(lesson):
-            return (), dict(before), "the cloud drew nothing that it, and this edge, were sure of"
+            return (), dict(before), "the cloud drew nothing of what others know that this edge, too, was sure of"
         generator, domain = self._generator, self._domain(asked.round_index)
         told, learnt = held_out(lesson)
         key = [*self._key, *asked.key]

@@ -109,7 +109,7 @@ async def test_who_is_sure_of_nothing_hands_on_nothing(foundation: Path, tmp_pat
     assert {one.num_samples for one in told} == {0}
     assert {one.reason for one in told} == {
         "no edge drew what it, and others who know of it, were sure of",
-        "the cloud drew nothing that it, and this edge, were sure of",
+        "the cloud drew nothing of what others know that this edge, too, was sure of",
     }
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecogen.errors import ProtocolError
-from ecogen.relay.agreement import agreed, asked_of, checked_by_itself, num_disputed, shared_with
+from ecogen.relay.agreement import agreed, asked_of, checked_by_itself, num_disputed, of_others, shared_with
 from ecogen.relay.cloud import checked
 from ecogen.relay.samples import Samples
 
@@ -78,6 +78,13 @@ def test_a_verdict_on_other_than_was_asked_has_no_say() -> None:
     assert len(agreed(lessons, {"b": torch.zeros(1)})["a"]) == 2
     assert len(agreed(lessons, {})["a"]) == 2
     assert not asked_of(lessons, "stranger")
+
+
+def test_a_receiver_is_not_retold_its_own() -> None:
+    """Of what it knows it takes what others have real examples of too."""
+    told = lesson({"one": 5, "two": 9, "three": 4})
+    assert of_others(told, {"one": 5, "two": 5}).captions == ["two", "two", "three", "three"]
+    assert of_others(told, {}).captions == told.captions
 
 
 def test_what_a_receiver_knows_better_it_does_not_take() -> None:
