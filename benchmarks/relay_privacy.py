@@ -3,7 +3,7 @@
 The first edge of the recipe `pairs`, without lessons: as the recipe has it; with the sizes of the private runs, but
 neither clipped nor noised; and with DP-SGD at two epsilons. What its model draws and says of real test pairs, how well
 its members are told, and what a round takes. Each seed is another division of the pairs; noise and draws are never the
-same twice. Sizes and rates were chosen on validation pairs.
+same twice. Sizes and rates were chosen on validation pairs; see docs/benchmarks.md.
 """
 
 from __future__ import annotations
