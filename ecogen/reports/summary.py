@@ -48,7 +48,7 @@ class RunFacts:
     saved_perplexity: Mapping[str, float] = field(default_factory=dict)
     drawings: Mapping[str, Drawings] = field(default_factory=dict)
     cloud_drawings: Mapping[str, Drawings] = field(default_factory=dict)
-    by_version: Sequence[VersionQuality] = ()
+    by_version: tuple[VersionQuality, ...] = ()
     data_bytes: int = 0
 
     @property

@@ -82,9 +82,8 @@ def test_totals_by_link_and_by_kind_are_those_of_the_codec(books: Books) -> None
             by_kind[sent.message.kind] += len(sent.data)
     assert ledger.traffic_by_link() == {link: by_link[link] for link in ("cloud_edge", "edge_end", "d2d")}
     assert ledger.unlinked_bytes == by_link[None] == 0
-    assert ledger.traffic_by_kind() == {
-        kind: by_kind[kind] for kind in ("backbone", "tunables", "activations", "gradients", "samples", "control")
-    }
+    kinds = ("backbone", "tunables", "activations", "gradients", "samples", "scores", "control")
+    assert ledger.traffic_by_kind() == {kind: by_kind[kind] for kind in kinds}
     assert all(by_kind.values())
 
 
