@@ -2,10 +2,11 @@
 
 A vision transformer that learnt the edges' real digits teaches one of a fifth of its size without data, by images that
 were optimised against it. Beside it stands the same student, with as many steps, taught by what the cloud's generator
-of `ecogen run pairs` draws, by real training pairs, by noise with the teacher's soft labels, and by images optimised by
-the teacher's weights alone. The teacher is one; each seed has its own lesson and its own student. Settings were chosen
-on validation pairs; test pairs are looked at once, at the end. The generator and the classifier are different teachers:
-the one knows digits by the edges' drawings, the other by the digits themselves.
+of `ecogen run pairs` draws, by real training pairs, by images optimised by the teacher's weights alone, and, with the
+teacher's soft labels, by noise and by glyphs that the cloud renders, which nobody optimised. The teacher is one; each
+seed has its own lesson and its own student. Settings of inversion were chosen on validation pairs, none of drawing. The
+two teachers do not know the same: the generator learnt from the edges' drawings and gives captions; the classifier
+learnt from the digits themselves, has statistics of them, and gives probabilities.
 """
 
 from __future__ import annotations
@@ -36,12 +37,17 @@ from ecogen.models.pair_model import PairModel
 from ecogen.relay.assessment import Assessor
 from ecogen.relay.inversion import InversionTeacher, Settings, statistics_of
 from ecogen.relay.lessons import DrawingTeacher, ImageLesson, Teacher
+from ecogen.relay.quality import copied_share, nearest_distances, told_apart
 from ecogen.relay.students import labels_of, teach_classifier
 from ecogen.tuning.captions import DIGITS, digit_caption, digit_of
+from ecogen.tuning.pretrain_pairs import glyph_views
 
 CLASSES = range(len(DIGITS))
 SAMPLES = 520
-"""Images of a lesson; more, up to all, of real ones."""
+"""Images of a lesson; of real ones all there are."""
+
+MANY = 2000
+"""As many as relay_students draws: still cheaper than optimising `SAMPLES`."""
 
 LARGE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
@@ -51,7 +57,8 @@ STUDENT = Pretraining(steps=400, batch_size=64, learning_rate=2e-3, weight_decay
 KEPT = 0.97
 """Of what the same student reaches that is taught real data, the least that is a success; as in relay_students."""
 
-INVERSION, BLIND, DRAWINGS, REAL, NOISE = "inversion", "weights alone", "drawings", "real data", "noise"
+INVERSION, BLIND, DRAWINGS, MORE = "inversion", "weights alone", "drawings", "more drawings"
+REAL, GLYPHS, NOISE = "real data", "public glyphs", "noise"
 
 
 @dataclass(frozen=True)
@@ -75,15 +82,23 @@ class Room:
         said = self.inverting.probabilities(images)
         return ImageLesson(images, said.argmax(-1), said)
 
-    def of(self, teacher: Teacher) -> Callable[[int], ImageLesson]:
+    def glyphs(self, seed: int) -> ImageLesson:
+        """Public images that nobody optimised, rendered letters and digits, and what the teacher says of them."""
+        channels, size = self.parts["test"].images.shape[1:3]
+        images, _ = glyph_views(channels, size)(SAMPLES, torch.Generator().manual_seed(seed))
+        said = self.inverting.probabilities(images)
+        return ImageLesson(images, said.argmax(-1), said)
+
+    def of(self, teacher: Teacher, number: int = SAMPLES) -> Callable[[int], ImageLesson]:
         """A teacher's lesson, as a function of the seed."""
-        return lambda seed: teacher.lesson(CLASSES, SAMPLES, torch.Generator().manual_seed(seed))
+        return lambda seed: teacher.lesson(CLASSES, number, torch.Generator().manual_seed(seed))
 
     @property
     def lessons(self) -> dict[str, Callable[[int], ImageLesson]]:
         """All that are compared, each as a function of the seed."""
         mine = {INVERSION: self.of(self.inverting), BLIND: self.of(self.blind), DRAWINGS: self.of(self.drawing)}
-        return mine | {REAL: self.real, NOISE: self.noise}
+        mine[MORE] = self.of(self.drawing, MANY)
+        return mine | {REAL: self.real, GLYPHS: self.glyphs, NOISE: self.noise}
 
 
 def gather(run: Path) -> tuple[Room, ViTForImageClassification]:
@@ -138,7 +153,8 @@ def measure(room: Room, seeds: int, part: str) -> dict[str, Any]:
             began_s = time.process_time()
             with FlopCounterMode(display=False) if seed == 0 else nullcontext() as counted:
                 lesson = give(seed)
-            runs[name].append(told(lesson) | {"cpu_s": time.process_time() - began_s})
+            spent_s = time.process_time() - began_s
+            runs[name].append(told(lesson) | given_away(room, lesson) | {"cpu_s": spent_s})
             runs[name][-1]["flops"] = counted.get_total_flops() if counted is not None else 0
             runs[name][-1]["accuracy"] = accuracy(taught(room, lesson, seed), room.parts[part])
             print(seed, name, {key: round(value, 4) for key, value in runs[name][-1].items()}, flush=True)
@@ -150,6 +166,13 @@ def told(lesson: ImageLesson) -> dict[str, float]:
     said = lesson.probabilities
     sure = {} if said is None else {"sure": float(said.gather(1, lesson.labels[:, None]).mean())}
     return {"images": len(lesson)} | sure
+
+
+def given_away(room: Room, lesson: ImageLesson) -> dict[str, float]:
+    """What the images tell of training images: near copies, and how well the nearest image tells members (AUC)."""
+    train, test = room.parts["train"].images, room.parts["test"].images
+    near = [-nearest_distances(part, lesson.images) for part in (train, test)]
+    return {"copies": copied_share(lesson.images, train, test), "members": told_apart(near[0], near[1])}
 
 
 def summed(runs: list[dict[str, float]]) -> dict[str, Any]:
@@ -169,6 +192,8 @@ def summed(runs: list[dict[str, float]]) -> dict[str, Any]:
         },
         "images": round(images),
         "sure": round(statistics.fmean(run["sure"] for run in runs), 4) if "sure" in runs[0] else None,
+        "copies": round(statistics.fmean(run["copies"] for run in runs), 4),
+        "members_told": round(statistics.fmean(run["members"] for run in runs), 4),
         "cpu_ms_an_image": round(1e3 * statistics.median(run["cpu_s"] / run["images"] for run in timed), 3),
         "mflops_an_image": round(runs[0]["flops"] / runs[0]["images"] / 1e6, 2),
     }
@@ -180,8 +205,10 @@ def goals(found: dict[str, Any], sizes: dict[str, int]) -> dict[str, bool]:
     return {
         f"inversion at least {KEPT} of real data's": mean[INVERSION] >= KEPT * mean[REAL],
         f"drawings at least {KEPT} of real data's": mean[DRAWINGS] >= KEPT * mean[REAL],
-        "inversion as good as drawings": mean[INVERSION] >= mean[DRAWINGS],
+        "inversion as good as as many drawings": mean[INVERSION] >= mean[DRAWINGS],
+        "inversion as good as more drawings": mean[INVERSION] >= mean[MORE],
         "inversion better than by weights alone in every seed": is_above(found, INVERSION, BLIND),
+        "inversion better than public glyphs in every seed": is_above(found, INVERSION, GLYPHS),
         "inversion better than noise in every seed": is_above(found, INVERSION, NOISE),
         "a student at least four times smaller": 4 * sizes["student"] <= sizes["teacher"],
     }
@@ -204,7 +231,9 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 def main(run: Path | None, seeds: int, part: str = "test") -> dict[str, Any]:
     """Measure and return the figures; of the test part, write benchmarks/results/relay_inversion.json."""
-    quiet = wait_until_quiet()
+    quiet, where = wait_until_quiet(), circumstances(("torch", "transformers"))
+    if run is not None:
+        where["command"] = where["command"].replace(str(run), "RUN")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="ecogen-inversion-") as temporary:
         if run is None:
@@ -213,7 +242,7 @@ def main(run: Path | None, seeds: int, part: str = "test") -> dict[str, Any]:
         room, classifier = gather(run)
         found = measure(room, seeds, part)
     sizes = {"teacher": num_parameters(sized(room.size, LARGE)), "student": num_parameters(sized(room.size, SMALL))}
-    result = circumstances(("torch", "transformers")) | {
+    result = where | {
         "others_before": quiet,
         "judged_on": part,
         "seeds": seeds,

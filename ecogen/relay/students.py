@@ -23,7 +23,7 @@ from ecogen.tuning.pretrain import schedule
 from ecogen.tuning.pretrain_decoder import pretrain_decoder
 
 TEMPERATURE = 2.0
-"""At which students learn from a teacher's probabilities; chosen on validation digits."""
+"""At which students learn from a teacher's probabilities; on validation digits 1, 2 and 4 did alike."""
 
 _GATHERED = 256
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import ViTForImageClassification
 
-from ecogen.config import Data, Model, Pretraining
+from ecogen.config import Data, Model, Pretraining, Tunables
 from ecogen.errors import DataError
+from ecogen.models.adapters import classification_config, load_whole
+from ecogen.models.checkpoint import open_foundation
 from ecogen.models.image_tokenizer import ImageTokens
 from ecogen.models.pair_model import PairModel
 from ecogen.relay.inversion import InversionTeacher, Settings, statistics_of
@@ -27,7 +32,7 @@ from tests.tiny import tiny_config
 
 CLASSES = (0, 1, 2)
 CAPTIONS = {digit: digit_caption(digit) for digit in CLASSES}
-QUICK = Settings(steps=40, coarseness=1, batch_size=32)
+QUICK = Settings(coarseness=1, batch_size=32)
 VIT = tiny_config(2, num_labels=len(CLASSES))
 
 
@@ -207,3 +212,19 @@ def test_teachers_and_lessons_that_do_not_fit_are_refused(classifier: ViTForImag
         teach_classifier(VIT, images[:0], labels[:0], spec, quiet)
     with pytest.raises(DataError, match=r"\[4, 2\]; the student learns from \[4, 3\]"):
         teach_classifier(VIT, images, labels % 3, spec, quiet, probabilities=torch.rand(4, 2))
+
+
+def test_a_tuned_model_of_a_run_can_teach(foundation: Path) -> None:
+    backbone = open_foundation(foundation)
+    spec = Tunables(prompts=2, lora_rank=2)
+    tuned = load_whole(backbone, classification_config(backbone, len(CLASSES)), spec, seed=0)
+    model = cast(ViTForImageClassification, tuned.whole.eval())
+    teacher = InversionTeacher(model, settings=replace(QUICK, steps=2), pixels=(-1.0, 1.0))
+    images = torch.rand(3, 1, 8, 8)
+    assert [each.shape for each in teacher.features(images)] == [(3, 5, 16)] * 4, "prompts are not among the tokens"
+    torch.testing.assert_close(teacher.probabilities(images), model(pixel_values=images * 2 - 1).logits.softmax(-1))
+    statistics = statistics_of(model, torch.rand(6, 1, 8, 8), torch.tensor([0, 1] * 3), pixels=(-1.0, 1.0))
+    edge = InversionTeacher(model, statistics, replace(QUICK, steps=2), pixels=(-1.0, 1.0))
+    assert edge.lesson([1, 0], 5, generator()).labels.tolist() == [0, 0, 1, 1, 1]
+    with pytest.raises(DataError, match="does not know 2; ask for some of its classes 0, 1"):
+        edge.lesson(CLASSES, 5, generator())
