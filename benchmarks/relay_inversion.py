@@ -221,7 +221,7 @@ def is_above(found: dict[str, Any], one: str, other: str) -> bool:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The figures in words, for the table of all benchmarks."""
-    rows = [f"teacher: {result['teacher']['accuracy']:.3f} of test digits right"]
+    rows = [f"teacher: {result['teacher']['accuracy']:.3f} of {result['judged_on']} digits right"]
     for name, own in result["students"].items():
         reached = own["accuracy"]
         said = f"student by {name}: {reached['mean']:.3f} ({reached['least']:.3f} to {reached['most']:.3f})"
