@@ -34,6 +34,8 @@ from ecogen.storage import write_atomically
 from ecogen.topology import Topology
 from ecogen.units import format_bytes, format_joules, format_seconds
 
+_OF_CLOUD = "What the cloud's model draws and says of each edge's domain"
+
 
 def write_report(
     path: str | os.PathLike[str],
@@ -71,7 +73,7 @@ def render_report(
         | {"privacy": tables.privacy_table(summary)}
         | {"perplexity": tables.perplexity_table(summary)}
         | {"drawings": tables.drawings_table(facts.drawings)}
-        | {"cloud_drawings": tables.drawings_table(facts.cloud_drawings)}
+        | {"cloud_drawings": tables.drawings_table(facts.cloud_drawings, _OF_CLOUD)}
         | {
             "lessons": relay_tables.lessons_table(summary["relay"]),
             "cycles": relay_tables.cycles_table(summary["relay"]),

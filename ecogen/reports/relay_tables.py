@@ -17,23 +17,23 @@ def lessons_table(relay: Relay | None) -> Table:
     rows = tuple(
         (
             str(one["cycle"] + 1),
-            _why(one),
             f"{direction}, {', '.join(one['teachers']) or 'nobody'} to {one['node_id']}",
+            f"accepted, version {one['version']}" if one["accepted"] else f"refused: {one['reason']}",
             f"{format_count(one['num_samples'])} of {format_count(one['num_drawn'])}",
             _told(one["new"]),
             _told(one["known"]),
-            f"accepted, version {one['version']}" if one["accepted"] else f"refused: {one['reason']}",
+            _why(one),
         )
         for direction, one in sorted(lessons, key=lambda pair: (pair[1]["cycle"], pair[0] != "up"))
     )
     columns = (
         word("cycle"),
-        word("why"),
         identifier("lesson"),
+        word("outcome"),
         Column("handed on", "of drawn"),
         word("perplexity on what was taught"),
         word("on what was known"),
-        word("outcome"),
+        word("why"),
     )
     return Table("Lessons of the knowledge relay", columns, rows)
 

@@ -98,8 +98,10 @@ def perplexity_table(summary: Summary) -> Table:
     return Table("Perplexity on held-out text", columns, rows)
 
 
-def drawings_table(drawings: Mapping[str, Drawings]) -> Table:
-    """How well each edge's generator draws and describes; no rows of other models."""
+def drawings_table(
+    drawings: Mapping[str, Drawings], caption: str = "What the model of each edge draws and says"
+) -> Table:
+    """How well generators draw and describe each edge's domain; no rows of other models."""
     rows = tuple(
         (
             edge,
@@ -124,7 +126,7 @@ def drawings_table(drawings: Mapping[str, Drawings]) -> Table:
         Column("members told", "AUC, by the model"),
         Column("captions right"),
     )
-    return Table("What the model of each edge draws and says", columns, rows)
+    return Table(caption, columns, rows)
 
 
 def privacy_table(summary: Summary) -> Table:

@@ -134,7 +134,7 @@ def test_the_report_says_why(whole: Finished, foundation: Path) -> None:
         (1, "drift", 3),
         (2, "schedule", 4),
     ]
-    rows = {(row[0], row[2]): row[1] for row in lessons_table(relay).rows}
+    rows = {(row[0], row[1]): row[-1] for row in lessons_table(relay).rows}
     assert rows["1", "down, cloud to edge-1"] == "schedule after round 2"
     assert re.fullmatch(r"drift after round 3, p = \d\.?\d*(e-\d+)?", rows["2", "down, cloud to edge-0"])
     assert [one["cycle"] for one in relay["cycles"]] == [0, 1, 2]
