@@ -217,6 +217,7 @@ class CloudRelay:
         if place not in self._closing:
             task = self._closing[place] = asyncio.create_task(work())
             task.add_done_callback(note_seen)
+            task.add_done_callback(lambda _: self._closing.pop(place))  # who asks after a failure begins anew
         return self._closing[place]
 
     async def _close_cycle(self, asked: Exchange, offers: Mapping[str, Lesson]) -> None:
@@ -232,7 +233,6 @@ class CloudRelay:
             record = msgspec.structs.replace(self.state.record, wall_s=wall_s, usages=(waiting, usage))
             self._publish(record)
         self._alone.pop((asked.edge_id, asked.cycle), None)
-        del self._closing[asked.edge_id, asked.cycle]
 
     def _learn(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> RelayState:
         """On the compute thread: the state after a lesson, written to disk."""

@@ -40,6 +40,7 @@ from ecogen.tuning.messages import (
     split_controls,
     with_controls,
 )
+from ecogen.tuning.pairs import PairPassages
 from ecogen.tuning.passages import Batch, Passages
 from ecogen.tuning.route import Route
 from ecogen.tuning.sampling import Draws
@@ -90,11 +91,10 @@ class LocalData:
         Args:
             draw: the round; where clusters do not wait for each other, how many attempts of this one were counted.
         """
-        key = [self.seed, draw, self.cluster_index, self.owner_index, epoch]
-        generator = _generator([*key, _AUGMENT_KEY])
+        generator = self.augmenting(draw, epoch)
         number = draw * tuning.local_epochs + epoch
         view = self.views[number % len(self.views)] if self.views else None
-        for labelled, unlabelled in self._order(tuning, np.random.default_rng([*key, _ORDER_KEY])):
+        for labelled, unlabelled in self._order(tuning, np.random.default_rng([*self._key(draw, epoch), _ORDER_KEY])):
             batch = view[labelled] if view else _augmented(self.examples[labelled], tuning, generator)
             if len(unlabelled):
                 assert isinstance(self.examples, Examples)
@@ -103,6 +103,13 @@ class LocalData:
                 strong = strongly_augment(images, tuning.unlabelled.strength, generator)
                 batch = mixed_batch(batch, strong, augment(images, tuning.augmentation, generator))
             yield batch
+
+    def augmenting(self, draw: int, epoch: int) -> torch.Generator:
+        """What moves the images of one local epoch."""
+        return _generator([*self._key(draw, epoch), _AUGMENT_KEY])
+
+    def _key(self, draw: int, epoch: int) -> list[int]:
+        return [self.seed, draw, self.cluster_index, self.owner_index, epoch]
 
     def num_unlabelled(self, tuning: Tuning) -> int:
         """How many of its examples without a label it tunes on."""
@@ -226,7 +233,8 @@ class DeviceTuning:
         if self._draws is None:
             return data.batches(self._tuning, draw, epoch)
         assert isinstance(data.examples, Passages)
-        return self._draws.batches(data.examples, random.SystemRandom())
+        drawn, generator = self._draws.batches(data.examples, random.SystemRandom()), data.augmenting(draw, epoch)
+        return (_augmented(batch, self._tuning, generator) for batch in drawn)
 
     def _recall(
         self, counted: int | None, control: Mapping[str, Tensor], tunables: Mapping[str, Tensor]
@@ -333,9 +341,9 @@ class DeviceTuning:
 
 
 def _augmented(examples: Batch, tuning: Tuning, generator: torch.Generator) -> Batch:
-    if not isinstance(examples, Examples):
-        return examples
-    return Examples(augment(examples.images, tuning.augmentation, generator), examples.labels)
+    if isinstance(examples, Examples):
+        return Examples(augment(examples.images, tuning.augmentation, generator), examples.labels)
+    return examples.moved(tuning.augmentation, generator) if isinstance(examples, PairPassages) else examples
 
 
 def _generator(key: Sequence[int]) -> torch.Generator:

@@ -199,7 +199,7 @@ def read_pair_passages(
     images: ImageTokenizer,
     domain: int = 0,
 ) -> TextSplits:
-    """An edge's pairs in a model's tokens, each both ways.
+    """An edge's pairs in a model's tokens, each both ways; those to tune on with their images, which may be moved.
 
     Raises:
         DataError: if its source is missing or damaged, or has too few.
@@ -207,4 +207,4 @@ def read_pair_passages(
     size = (images.config.num_channels, images.config.image_size)
     splits = read_pairs(recipe.data, edge_ids, edge_id, size, recipe.seed, domain)
     writer = PairWriter(tokenizer, images, recipe.model.context_length)
-    return TextSplits(*(writer.both(part) for part in (splits.train, splits.validation, splits.test)))
+    return TextSplits(writer.movable(splits.train), writer.both(splits.validation), writer.both(splits.test))

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ecogen.models.image_tokenizer import ImageTokenizer
 from ecogen.models.pair_tokens import PairTokens, pair_tokens
+from ecogen.tuning.augment import augment
 from ecogen.tuning.passages import IGNORED, Passages
 
 WAYS = 2
@@ -37,6 +38,32 @@ class Pairs:
     def __getitem__(self, indices: Sequence[int] | NDArray[np.int64]) -> Pairs:
         chosen = [int(index) for index in indices]
         return Pairs(self.images[chosen], [self.captions[index] for index in chosen])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPassages(Passages):
+    """Passages of pairs whose images are here too, so that they can be moved and written anew.
+
+    Attributes:
+        pairs: of each passage [N].
+        is_drawn: whether the caption comes first [N].
+    """
+
+    pairs: Pairs
+    is_drawn: NDArray[np.bool_]
+    writer: PairWriter
+
+    def __getitem__(self, indices: Sequence[int] | NDArray[np.int64] | Tensor) -> PairPassages:
+        own, chosen = super().__getitem__(indices), np.asarray(indices, dtype=np.int64)
+        pairs, is_drawn = self.pairs[chosen], self.is_drawn[chosen]
+        return PairPassages(own.tokens, own.labels, own.keys, pairs=pairs, is_drawn=is_drawn, writer=self.writer)
+
+    def moved(self, strength: float, generator: torch.Generator) -> Passages:
+        """The same of images that are shifted, rotated and scaled a little, as `augment` does it."""
+        if strength == 0 or not len(self):
+            return self
+        pairs = Pairs(augment(self.pairs.images, strength, generator), self.pairs.captions)
+        return replace(self.writer.mixed(pairs, self.is_drawn), rows=self.rows)
 
 
 class PairWriter:
@@ -65,6 +92,13 @@ class PairWriter:
     def both(self, pairs: Pairs) -> Passages:
         """Each pair both ways, one behind the other [2 N]."""
         return self.both_of(pairs.captions, self._images.encode(pairs.images))
+
+    def movable(self, pairs: Pairs) -> PairPassages:
+        """As `both`, with the images beside them."""
+        written, each = self.both(pairs), pairs[np.repeat(np.arange(len(pairs)), WAYS)]
+        is_drawn = np.arange(len(each)) % WAYS == 0
+        tokens, labels = written.tokens, written.labels
+        return PairPassages(tokens, labels, rows=WAYS, pairs=each, is_drawn=is_drawn, writer=self)
 
     def both_of(self, captions: Sequence[str], codes: Tensor) -> Passages:
         """As `both`, of images in codes [N, T]."""

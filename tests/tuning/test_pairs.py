@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from ecogen.config import Tuning
 from ecogen.models.image_tokenizer import ImageTokenizer, ImageTokens
 from ecogen.tuning.captions import digit_caption, digit_of, glyph_caption
+from ecogen.tuning.device import LocalData
 from ecogen.tuning.glyphs import CHARACTERS, FONTS, Augmentation, augment, render_glyphs
-from ecogen.tuning.pairs import Pairs, PairWriter
+from ecogen.tuning.pairs import PairPassages, Pairs, PairWriter
 from ecogen.tuning.passages import IGNORED
 from ecogen.tuning.quantizer import train_image_tokenizer
 from ecogen.tuning.vocabulary import train_tokenizer
@@ -53,6 +57,53 @@ def test_chosen_ways() -> None:
     mixed = write.mixed(pairs[[0, 0]], np.array([False, True]))
     assert torch.equal(mixed.tokens, both.tokens.flip(0))
     assert torch.equal(write.captioned(pairs[[0]]).tokens, both.tokens[:1])
+
+
+def moved_data(views: int = 0, strength: float = 0.5) -> tuple[LocalData, Tuning]:
+    torch.manual_seed(0)
+    tuning = Tuning(local_epochs=2, batch_size=3, augmentation=strength, augmentation_views=views)
+    pairs = Pairs(torch.rand(4, 1, 8, 8), [digit_caption(digit) for digit in range(4)])
+    write = writer()
+    seen = write._images.features(torch.rand(3, 1, 8, 8)).flatten(0, 2)  # so that codes tell images apart
+    write._images.codebook.data = seen[: SMALL.codebook_size].detach()
+    return LocalData(write.movable(pairs), 0, 0).with_views(tuning, None), tuning
+
+
+def codes_of(rows: list[list[int]], tokens: range) -> list[tuple[int, ...]]:
+    return [tuple(token for token in row if token in tokens) for row in rows]
+
+
+def rows_of(data: LocalData, tuning: Tuning, draw: int, epoch: int) -> list[list[int]]:
+    return sorted(row for batch in data.batches(tuning, draw, epoch) for row in batch.inputs.tolist())
+
+
+def test_images_of_pairs_are_moved_anew_in_every_epoch_and_their_captions_are_not() -> None:
+    (data, tuning), tokens = moved_data(), writer().tokens.codes
+    epochs = [rows_of(data, tuning, draw, epoch) for draw in (0, 1) for epoch in (0, 1)]
+    still = rows_of(data, replace(tuning, augmentation=0.0), 0, 0)
+    assert still == sorted(data.examples.inputs.tolist())
+    said = [sorted([token for token in row if token not in tokens] for row in epoch) for epoch in [*epochs, still]]
+    assert all(other == said[-1] for other in said)
+    assert len({tuple(sorted(codes_of(epoch, tokens))) for epoch in [*epochs, still]}) == 5
+    assert epochs[0] == rows_of(data, tuning, 0, 0)
+
+
+def test_views_of_pairs_come_again() -> None:
+    data, tuning = moved_data(views=2)
+    first, second, third = (rows_of(data, tuning, draw, epoch) for draw, epoch in ((0, 0), (0, 1), (1, 0)))
+    assert first == third != second
+
+
+def test_a_device_has_the_images_of_its_own_passages() -> None:
+    data, _ = moved_data()
+    assert isinstance(data.examples, PairPassages)
+    own = data.examples.split_examples(2)[1].examples([1])
+    assert isinstance(own, PairPassages)
+    assert torch.equal(own.tokens, data.examples.tokens[6:])
+    assert torch.equal(own.pairs.images, data.examples.pairs.images[[6, 7]])
+    assert own.pairs.captions == [digit_caption(3)] * 2
+    assert own.rows == own.moved(0.5, torch.Generator().manual_seed(0)).rows == 2
+    assert torch.equal(own.writer.mixed(own.pairs, own.is_drawn).tokens, own.tokens)
 
 
 def test_an_image_tokenizer_learns_to_give_images_back() -> None:
