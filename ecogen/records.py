@@ -160,6 +160,7 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
         cause: why the lessons were exchanged: their time had come, or an edge's domain had drifted.
         round_index: the round of the edges after which they were.
         p_value: of an edge's drift, by `relay.drift`.
+        share: of the way from the weights before to what they were after learning, which is gone; 0 where refused.
     """
 
     node_id: str
@@ -180,6 +181,7 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
     round_index: int | None = None
     p_value: float | None = None
     num_disputed: int = 0
+    share: float = 1.0
 
 
 class Hop(msgspec.Struct, frozen=True):

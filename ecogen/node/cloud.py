@@ -205,6 +205,7 @@ class CloudRole:
             known_glyphs(generator, recipe.seed),
             self._log.put,
             seed=recipe.seed,
+            rounds=recipe.tuning.rounds,
             patience_s=recipe.tuning.rejoin_timeout_s,
         )
 

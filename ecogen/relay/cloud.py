@@ -9,13 +9,11 @@ was accepted is kept as a version.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 import zlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -24,19 +22,20 @@ from torch import Tensor
 from ecogen.config import Relay
 from ecogen.errors import ProtocolError
 from ecogen.models.tunables import Tunables
-from ecogen.records import Cause, Record, RelayRecord, Taught
+from ecogen.records import Cause, Record, RelayRecord, Taught, Usage
 from ecogen.relay import versions
+from ecogen.relay.acceptance import LEAST, Taken, held_out, take
 from ecogen.relay.agreement import agreed, asked_of, num_disputed, shared_with
 from ecogen.relay.buffer import mixed
 from ecogen.relay.cloud_state import RelayState, Remembered, remaining
 from ecogen.relay.generator import Generator, keyed
 from ecogen.relay.messages import CONFIDENCE, RELAY, Answer, Offer, Review, Verdict
+from ecogen.relay.open_cycles import OpenCycles
 from ecogen.relay.samples import Samples, balanced, joined
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer
-from ecogen.tuning.gathering import Gathering
 from ecogen.tuning.passages import Passages
 from ecogen.tuning.pretrain_pairs import glyph_captions, glyph_passages
 from ecogen.tuning.sync import note_seen
@@ -44,12 +43,10 @@ from ecogen.tuning.sync import note_seen
 _MIX_KEY, _LEARN_KEY, _TEACH_KEY, _REHEARSE_KEY, _KNOWN_KEY = range(20, 25)
 _REMEMBER_KEY = 27
 _NUM_KNOWN = 256
+_KNOWN = "before the relay"
 
 _REHEARSED = 1500
 """Pictures that the cloud draws once of what it knew, to rehearse: two of each glyph."""
-
-HELD_OUT = 0.2
-"""Share of a lesson that nobody learns from, so that it tells what was learnt."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,7 @@ class CloudRelay:
     Args:
         first: the tunables of the delivered model.
         folder: where state and versions are kept.
+        rounds: of the federation, beyond which nobody has a lesson.
         publish: takes each record.
     """
 
@@ -120,6 +118,7 @@ class CloudRelay:
         publish: Callable[[Record], None],
         *,
         seed: int,
+        rounds: int,
         patience_s: float,
     ) -> None:
         self._node_id, self._generator, self._folder = node_id, generator, folder
@@ -128,11 +127,10 @@ class CloudRelay:
         self.state = RelayState.load(path) if path.exists() else RelayState(first)
         if not versions.path_of(folder, 0).exists():
             versions.keep(folder, versions.Version(0, "delivered"), first)
-        self._first = first
-        self._offers: Gathering[Lesson] = Gathering(members, patience_s)
-        self._verdicts: Gathering[Tensor] = Gathering(members, patience_s)
-        self._gathered: dict[int, asyncio.Task[dict[str, Lesson]]] = {}
-        self._alone: dict[tuple[str, int], Lesson] = {}
+        self._first, self._rounds, self._members = first, rounds, members
+        self._open = OpenCycles(members, patience_s)
+        self._alone: dict[str, tuple[int, Lesson]] = {}
+        self._unbilled: tuple[Usage, ...] = ()
         self._closing: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._learning = asyncio.Lock()
         self._rehearsed: Passages | None = None
@@ -149,14 +147,13 @@ class CloudRelay:
             ProtocolError: if it holds no samples, or comes as nothing here asks for.
         """
         offer, edge_id, shared = message.read(Offer), peer.node_id, self._nothing
-        if not (self._spec.every if offer.cause == "schedule" else self._spec.drift):
-            raise ProtocolError(f"{edge_id} sent a lesson by {offer.cause}, and relay.{offer.cause} is off")
+        self._check_asked(edge_id, offer)
         if not self._is_closed(edge_id, offer):
             offered = Lesson(self._generator.read(offer.captions, message.tensors), offer.num_drawn)
             if offer.cause == "drift":
-                self._alone[edge_id, offer.cycle] = offered
+                self._alone[edge_id] = offer.cycle, offered
             else:
-                shared = shared_with(samples_of(await self._all_offers(edge_id, offer.cycle, offered)), edge_id)
+                shared = shared_with(samples_of(await self._open.offer(offer.cycle, edge_id, offered)), edge_id)
         body, tensors = shared.packed()
         return Message.of(RELAY, Review(offer.cycle, body), kind="samples", tensors=tensors)
 
@@ -168,19 +165,29 @@ class CloudRelay:
             ProtocolError: if it says anything but how likely it holds each of them to be right.
         """
         verdict, edge_id = message.read(Verdict), peer.node_id
+        self._check_asked(edge_id, verdict)
         cycle, said = verdict.cycle, message.tensors.get(CONFIDENCE)
         if self._is_closed(edge_id, verdict):
             return self._answer(is_closed=True)
-        if verdict.cause == "schedule" and is_done(self._gathered.get(cycle)):
-            offers = await self._gathered[cycle]
-            await self._verdicts.put(cycle, edge_id, checked(said, len(asked_of(samples_of(offers), edge_id))))
+        if verdict.cause == "schedule" and (offers := self._open.offers(cycle)) is not None:
+            await self._open.judge(cycle, edge_id, checked(said, len(asked_of(samples_of(offers), edge_id))))
             asked = Exchange("schedule", cycle, (cycle + 1) * self._spec.every - 1)
             await asyncio.shield(self._close(asked, lambda: self._close_cycle(asked, offers)))
-        elif verdict.cause == "drift" and (edge_id, cycle) in self._alone:
-            alone = {edge_id: self._alone[edge_id, cycle]}
+        elif verdict.cause == "drift" and edge_id in self._alone and self._alone[edge_id][0] == cycle:
+            alone = {edge_id: self._alone[edge_id][1]}
             asked = Exchange("drift", cycle, cycle, edge_id)
             await asyncio.shield(self._close(asked, lambda: self._take(asked, alone, {})))
         return self._answer(is_closed=self._is_closed(edge_id, verdict))
+
+    def _check_asked(self, edge_id: str, asked: Offer | Verdict) -> None:
+        """Refuse who is not expected, and exchanges that there are none of."""
+        every = self._spec.every if asked.cause == "schedule" else bool(self._spec.drift)
+        if not every:
+            raise ProtocolError(f"{edge_id} sent a lesson by {asked.cause}, and relay.{asked.cause} is off")
+        if edge_id not in self._members.expected:
+            raise ProtocolError(f"{edge_id!r} is no edge here; expected: {', '.join(self._members.expected)}")
+        if asked.cycle >= self._rounds // every:
+            raise ProtocolError(f"{edge_id} asked for exchange {asked.cycle}; there are {self._rounds // every}")
 
     def _is_closed(self, edge_id: str, asked: Offer | Verdict) -> bool:
         """Whether what is asked for is over, with what was asked or without it."""
@@ -189,8 +196,7 @@ class CloudRelay:
 
     async def set_finished(self, edge_ids: set[str]) -> None:
         """These edges come no more."""
-        await self._offers.set_finished(edge_ids)
-        await self._verdicts.set_finished(edge_ids)
+        await self._open.set_finished(edge_ids)
 
     @property
     def _nothing(self) -> Samples:
@@ -202,15 +208,6 @@ class CloudRelay:
         answer = Answer(max(0, self.state.number), body, lesson.num_drawn, self.state.version, is_closed)
         return Message.of(RELAY, answer, kind="samples", tensors=tensors)
 
-    async def _all_offers(self, edge_id: str, cycle: int, offered: Lesson) -> dict[str, Lesson]:
-        """Those of all edges that are here, of which this is one unless it comes too late."""
-        if not is_done(self._gathered.get(cycle)):
-            await self._offers.put(cycle, edge_id, offered)
-        if cycle not in self._gathered:
-            task = self._gathered[cycle] = asyncio.create_task(self._offers.take(cycle))
-            task.add_done_callback(note_seen)
-        return await asyncio.shield(self._gathered[cycle])
-
     def _close(self, asked: Exchange, work: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None]:
         """The task that closes an exchange, begun by whoever comes first."""
         place = (asked.edge_id, asked.cycle)
@@ -221,32 +218,41 @@ class CloudRelay:
         return self._closing[place]
 
     async def _close_cycle(self, asked: Exchange, offers: Mapping[str, Lesson]) -> None:
-        await self._take(asked, offers, await self._verdicts.take(asked.cycle))
-        del self._gathered[asked.cycle]
+        await self._take(asked, offers, await self._open.verdicts(asked.cycle))
 
     async def _take(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> None:
         async with self._learning:
-            waiting, began_s = self._worker.usage("tuning"), time.perf_counter()
+            self._unbilled += (self._worker.usage("tuning"),)
+            began_s = time.perf_counter()
             self.state = await self._worker.compute(self._learn, asked, offers, verdicts)
-            wall_s, usage = time.perf_counter() - began_s, self._worker.usage("relay")
+            self._forget(asked)
+            usages = (*self._unbilled, self._worker.usage("relay"))
             assert self.state.record is not None
-            record = msgspec.structs.replace(self.state.record, wall_s=wall_s, usages=(waiting, usage))
-            self._publish(record)
-        self._alone.pop((asked.edge_id, asked.cycle), None)
+            wall_s = time.perf_counter() - began_s
+            self._publish(msgspec.structs.replace(self.state.record, wall_s=wall_s, usages=usages))
+            self._unbilled = ()
+
+    def _forget(self, asked: Exchange) -> None:
+        """What was sent for an exchange that is closed."""
+        if asked.cause == "drift":
+            self._alone.pop(asked.edge_id, None)
+        else:
+            self._open.close(asked.cycle)
 
     def _learn(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> RelayState:
         """On the compute thread: the state after a lesson, written to disk."""
-        left = agreed(samples_of(offers), verdicts)
-        lessons = {edge: samples for edge, samples in left.items() if len(samples)}
-        scores, tunables, reason = self._taken(asked, lessons)
-        state = asked.closed(self.state)
-        if not reason:
+        offered = samples_of(offers)
+        left, earlier = agreed(offered, verdicts), remaining(self.state.taught, offered)
+        lessons = {edge: samples for edge, samples in left.items() if len(samples) >= LEAST}
+        taken, state = self._taken(asked, lessons, earlier), asked.closed(self.state)
+        if not taken.reason:
             latest = state.latest + 1
-            versions.keep(self._folder, versions.Version(latest, "after", state.number, asked.round_index), tunables)
-            taught = self._remembered(asked, state.number, lessons)
-            state = replace(state, tunables=tunables, version=latest, latest=latest, taught=taught)
-        state = replace(state, lesson=self._drawn(asked, state.tunables, lessons))
-        state = replace(state, record=self._record(asked, state, offers, left, scores, reason))
+            version = versions.Version(latest, "after", state.number, asked.round_index)
+            versions.keep(self._folder, version, taken.tunables)
+            taught = self._remembered(asked, state.number, lessons, earlier)
+            state = replace(state, tunables=taken.tunables, version=latest, latest=latest, taught=taught)
+        state = replace(state, lesson=self._drawn(asked, state.tunables, [*lessons.values(), *earlier.values()]))
+        state = replace(state, record=self._record(asked, state, offers, left, taken))
         state.save(self._folder / "state.safetensors")
         return state
 
@@ -256,8 +262,7 @@ class CloudRelay:
         state: RelayState,
         offers: Mapping[str, Lesson],
         left: Mapping[str, Samples],
-        scores: tuple[Taught, ...],
-        reason: str,
+        taken: Taken,
     ) -> RelayRecord:
         offered = samples_of(offers)
         return RelayRecord(
@@ -265,37 +270,50 @@ class CloudRelay:
             state.number,
             "up",
             tuple(sorted(edge for edge, samples in left.items() if len(samples))),
-            accepted=not reason,
+            accepted=not taken.reason,
             version=state.version,
             num_drawn=sum(one.num_drawn for one in offers.values()),
             num_samples=sum(map(len, offered.values())),
             sample_bytes=sum(samples.nbytes + shared_with(offered, edge).nbytes for edge, samples in offered.items()),
-            scores=scores,
+            scores=taken.scores,
             wall_s=0.0,
             usages=(),
-            reason=reason,
+            reason=taken.reason,
+            share=taken.share,
             time_s=time.time(),
             cause=asked.cause,
             round_index=asked.round_index,
             num_disputed=num_disputed(offered, left.values()),
         )
 
-    def _taken(self, asked: Exchange, lessons: Mapping[str, Samples]) -> tuple[tuple[Taught, ...], Tunables, str]:
-        """How well the model does after learning from lessons, its tunables then, and why they are refused, if so."""
+    def _taken(self, asked: Exchange, lessons: Mapping[str, Samples], earlier: Mapping[str, Samples]) -> Taken:
+        """What the model learns from lessons, and from what was taught earlier of other captions."""
         if not lessons:
-            return (), self.state.tunables, "no edge drew what it, and others who know of it, were sure of"
+            return Taken(self.state.tunables, reason="no edge drew what it, and others who know of it, were sure of")
         generator, before, key = self._generator, self.state.tunables, asked.key(self._seed)
-        earlier = remaining(self.state.taught, lessons)
         parts = {edge: held_out(samples) for edge, samples in lessons.items()}
         parts |= {f"{edge}, earlier": held_out(samples) for edge, samples in earlier.items()}
         number = self._spec.samples * len({*lessons, *earlier})
         new = mixed({edge: own for edge, (_, own) in parts.items()}, number, keyed([*key, _MIX_KEY]))
         after = generator.learn(before, generator.passages(new), self._rehearsal(), [*key, _LEARN_KEY])
-        measures = {edge: generator.perplexity(generator.passages(own)) for edge, (own, _) in parts.items()}
-        scores = [Taught(edge, of(before), of(after), is_new=edge in lessons) for edge, of in sorted(measures.items())]
-        of_known = generator.perplexity(self._known.held_out)
-        scores.append(Taught("before the relay", of_known(self._first), of_known(after), is_new=False))
-        return tuple(scores), after, refusal(scores, self._spec.tolerance)
+        told = {edge: own for edge, (own, _) in parts.items()}
+        return take(before, after, self._judge(before, told, lessons.keys()), self._spec.tolerance)
+
+    def _judge(
+        self, before: Tunables, told: Mapping[str, Samples], new: Collection[str]
+    ) -> Callable[[Tunables], list[Taught]]:
+        """What tunables are judged by: what is held out of lessons, by edge, and of what was known before all."""
+        measures = {
+            edge: self._generator.perplexity(self._generator.passages(own)) for edge, own in sorted(told.items())
+        }
+        of_known = self._generator.perplexity(self._known.held_out)
+        first = {edge: of(before) for edge, of in measures.items()} | {_KNOWN: of_known(self._first)}
+
+        def judge(tunables: Tunables) -> list[Taught]:
+            after = {edge: of(tunables) for edge, of in measures.items()} | {_KNOWN: of_known(tunables)}
+            return [Taught(name, first[name], value, is_new=name in new) for name, value in after.items()]
+
+        return judge
 
     def _rehearsal(self) -> Passages:
         """What the delivered model draws of what it knew; drawn once."""
@@ -305,29 +323,25 @@ class CloudRelay:
             self._rehearsed = self._generator.passages(lesson.samples)
         return self._rehearsed
 
-    def _remembered(self, asked: Exchange, number: int, lessons: Mapping[str, Samples]) -> dict[str, Remembered]:
+    def _remembered(
+        self, asked: Exchange, number: int, lessons: Mapping[str, Samples], earlier: Mapping[str, Samples]
+    ) -> dict[str, Remembered]:
         """What each edge has taught, by its last accepted lesson of each caption; no more than twice a lesson."""
-        taught, generator = dict(self.state.taught), keyed([*asked.key(self._seed), _REMEMBER_KEY])
-        earlier = remaining(taught, lessons)
-        for edge, samples in sorted(lessons.items()):
-            rest = [balanced(earlier[edge], self._spec.samples, generator)] if edge in earlier else []
-            taught[edge] = Remembered(joined([samples, *rest]), number)
-        return taught
+        generator = keyed([*asked.key(self._seed), _REMEMBER_KEY])
+        rest = {edge: balanced(samples, self._spec.samples, generator) for edge, samples in sorted(earlier.items())}
+        cycles = {edge: own.cycle for edge, own in self.state.taught.items()} | dict.fromkeys(lessons, number)
+        return {
+            edge: Remembered(joined([part[edge] for part in (lessons, rest) if edge in part]), cycles[edge])
+            for edge in sorted({*lessons, *rest})
+        }
 
-    def _drawn(self, asked: Exchange, tunables: Mapping[str, Tensor], lessons: Mapping[str, Samples]) -> Lesson:
+    def _drawn(self, asked: Exchange, tunables: Mapping[str, Tensor], told: Sequence[Samples]) -> Lesson:
         """The cloud's own lesson: of all captions that edges have taught."""
-        earlier = [self.state.lesson.samples] if self.state.lesson else []
-        evidence = dict.fromkeys((caption for part in earlier for caption in part.evidence), 0)
-        told = [*lessons.values(), *remaining(self.state.taught, lessons).values()]
-        evidence |= joined(told).evidence if told else {}
+        earlier = self.state.lesson.samples.evidence if self.state.lesson else {}
+        evidence = dict.fromkeys(earlier, 0) | dict(joined(told).evidence if told else {})
         if not evidence:
             return Lesson(self._nothing, 0)
         return self._generator.teach(tunables, evidence, self._spec.samples, [*asked.key(self._seed), _TEACH_KEY])
-
-
-def is_done(task: asyncio.Task[Any] | None) -> bool:
-    """Whether a task has been begun and has ended."""
-    return task is not None and task.done()
 
 
 def samples_of(offers: Mapping[str, Lesson]) -> dict[str, Samples]:
@@ -344,25 +358,3 @@ def checked(verdict: Tensor | None, number: int) -> Tensor:
     if verdict is None or verdict.shape != (number,) or not ((verdict >= 0) & (verdict <= 1)).all():
         raise ProtocolError(f"a verdict is to say of {number} samples how likely each is right, from 0 to 1")
     return verdict.float()
-
-
-def held_out(samples: Samples) -> tuple[Samples, Samples]:
-    """What tells how much was learnt of a lesson, and the rest of it, which is learnt from."""
-    every = max(2, round(1 / HELD_OUT))
-    kept = [place for place in range(len(samples)) if place % every == 0]
-    return samples[kept], samples[[place for place in range(len(samples)) if place % every]]
-
-
-def refusal(scores: list[Taught], tolerance: float) -> str:
-    """Why a lesson is refused; empty where it is accepted.
-
-    It is where the mean log-perplexity of what it was about has not fallen, or that of something that was known before
-    has risen by more than the tolerance.
-    """
-    gains = [math.log(score.before) - math.log(score.after) for score in scores if score.is_new]
-    if not sum(gains) > 0:  # nor where it is no number
-        return "nothing was learnt from it"
-    for score in scores:
-        if not score.is_new and not score.after <= score.before * (1 + tolerance):
-            return f"perplexity on {score.name} rose from {score.before:.2f} to {score.after:.2f}"
-    return ""

@@ -16,8 +16,8 @@ from torch import Tensor
 from ecogen.config import Relay
 from ecogen.models.tunables import Tunables
 from ecogen.records import Cause, RelayRecord, Taught
+from ecogen.relay.acceptance import LEAST, Taken, held_out, take
 from ecogen.relay.agreement import checked_by_itself, of_others
-from ecogen.relay.cloud import held_out, refusal
 from ecogen.relay.drift import DriftWatch
 from ecogen.relay.generator import Generator
 from ecogen.relay.messages import CONFIDENCE, RELAY, VERDICT, Answer, Offer, Review, Verdict
@@ -154,20 +154,20 @@ class EdgeRelay:
         evidence = self._domain(asked.round_index).evidence
         news = of_others(lesson.samples, evidence)
         taken = checked_by_itself(news, evidence, self._generator.confidence(state.tunables, news))
-        scores, after, reason = self._taken(asked, state.tunables, taken)
+        outcome = self._taken(asked, state.tunables, taken)
         learnt = replace(state, is_untaught=False, drift=None)
-        if not reason:
+        if not outcome.reason:
             number = state.latest + 2
             for version, tunables in (
                 (Version(number - 1, "before", cycle, asked.round_index), state.tunables),
-                (Version(number, "after", cycle, asked.round_index), after),
+                (Version(number, "after", cycle, asked.round_index), outcome.tunables),
             ):
                 keep(self._folder, version, tunables)
-            learnt = replace(learnt, tunables=after, version=number, latest=number)
+            learnt = replace(learnt, tunables=outcome.tunables, version=number, latest=number)
         self._watch.remember(asked.round_index, learnt.tunables)
         return replace(
             learnt,
-            lesson=self._record(asked, state, learnt.version, lesson, len(news) - len(taken), cycle, scores, reason),
+            lesson=self._record(asked, state, learnt.version, lesson, len(news) - len(taken), cycle, outcome),
         )
 
     def _record(
@@ -178,23 +178,23 @@ class EdgeRelay:
         lesson: Lesson,
         num_disputed: int,
         cycle: int,
-        scores: tuple[Taught, ...],
-        reason: str,
+        outcome: Taken,
     ) -> RelayRecord:
         return RelayRecord(
             self._node_id,
             cycle,
             "down",
             ("cloud",),
-            accepted=not reason,
+            accepted=not outcome.reason,
             version=version,
             num_drawn=lesson.num_drawn,
             num_samples=len(lesson.samples),
             sample_bytes=lesson.samples.nbytes,
-            scores=scores,
+            scores=outcome.scores,
             wall_s=0.0,
             usages=(),
-            reason=reason,
+            reason=outcome.reason,
+            share=outcome.share,
             time_s=time.time(),
             cause=asked.cause,
             round_index=asked.round_index,
@@ -202,20 +202,24 @@ class EdgeRelay:
             num_disputed=num_disputed,
         )
 
-    def _taken(
-        self, asked: Asked, before: Mapping[str, Tensor], lesson: Samples
-    ) -> tuple[tuple[Taught, ...], Tunables, str]:
-        if not len(lesson):
-            return (), dict(before), "the cloud drew nothing of what others know that this edge, too, was sure of"
-        generator, domain = self._generator, self._domain(asked.round_index)
+    def _taken(self, asked: Asked, before: Mapping[str, Tensor], lesson: Samples) -> Taken:
+        if len(lesson) < LEAST:
+            return Taken(
+                dict(before), reason="the cloud drew nothing of what others know that this edge, too, was sure of"
+            )
+        generator, evidence, key = self._generator, self._domain(asked.round_index).evidence, [*self._key, *asked.key]
         told, learnt = held_out(lesson)
-        key = [*self._key, *asked.key]
-        known = generator.teach(before, domain.evidence, _REHEARSED, [*key, _REHEARSE_KEY], is_checked=False)
+        known = generator.teach(before, evidence, _REHEARSED, [*key, _REHEARSE_KEY], is_checked=False)
         rehearsal = generator.passages(known.samples)
         after = generator.learn(before, generator.passages(learnt), rehearsal, [*key, _LEARN_KEY], share=_GENTLE)
-        of_new, of_own = generator.perplexity(generator.passages(told)), generator.perplexity(domain.held_out)
-        scores = [
-            Taught("cloud", of_new(before), of_new(after), is_new=True),
-            Taught(self._node_id, of_own(before), of_own(after), is_new=False),
+        return take(before, after, self._judge(asked, before, told), self._spec.tolerance)
+
+    def _judge(self, asked: Asked, before: Mapping[str, Tensor], told: Samples) -> Callable[[Tunables], list[Taught]]:
+        """What tunables are judged by: what is held out of the lesson, and what the edge holds out of its own."""
+        of_new = self._generator.perplexity(self._generator.passages(told))
+        of_own = self._generator.perplexity(self._domain(asked.round_index).held_out)
+        first = of_new(before), of_own(before)
+        return lambda tunables: [
+            Taught("cloud", first[0], of_new(tunables), is_new=True),
+            Taught(self._node_id, first[1], of_own(tunables), is_new=False),
         ]
-        return tuple(scores), after, refusal(scores, self._spec.tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from ecogen.errors import ProtocolError
 from ecogen.records import Taught
+from ecogen.relay.acceptance import held_out, refusal, take
 from ecogen.relay.buffer import mixed
-from ecogen.relay.cloud import held_out, refusal
 from ecogen.relay.samples import Captions, Samples, balanced, joined, unpacked
 from ecogen.relay.teacher import kept_places
 
@@ -95,10 +96,40 @@ def test_teachers_are_weighed_by_evidence() -> None:
     assert joined([ours, theirs]).evidence == {"one": 40, "two": 0, "three": 5}
 
 
-def test_what_is_held_out_is_not_learnt() -> None:
-    told, learnt = held_out(some(["one"] * 20))
-    assert (len(told), len(learnt)) == (4, 16)
-    assert not set(told.codes[:, 0].tolist()) & set(learnt.codes[:, 0].tolist())
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=60))
+def test_what_is_held_out_is_not_learnt(codes: list[int]) -> None:
+    told, learnt = held_out(Samples(torch.tensor(codes)[:, None], ["one"] * len(codes), {"one": 1}))
+    assert len(told) + len(learnt) == len(codes)
+    assert len(told)
+    assert len(learnt)
+    if len(set(codes)) > 40:  # not where one had to be taken
+        assert not set(told.codes[:, 0].tolist()) & set(learnt.codes[:, 0].tolist())
+
+
+def test_what_was_held_out_once_is_so_beside_others() -> None:
+    some_codes = torch.randint(1000, (100, 4), generator=generator())
+    one, other = (Samples(codes, ["one"] * 50, {"one": 1}) for codes in some_codes.split(50))
+    told, learnt = held_out(joined([other, one]))
+    assert 10 <= len(told) <= 30
+    for part in (one, other):
+        own = held_out(part)
+        assert {tuple(row) for row in own[0].codes.tolist()} <= {tuple(row) for row in told.codes.tolist()}
+        assert {tuple(row) for row in own[1].codes.tolist()} <= {tuple(row) for row in learnt.codes.tolist()}
+
+
+@pytest.mark.parametrize(("harm", "share"), [(0.1, 1.0), (0.4, 0.5), (0.9, 0.2), (3.0, 0.0)])
+def test_as_much_is_taken_as_does_no_harm(harm: float, share: float) -> None:
+    before, after = {"weight": torch.zeros(1)}, {"weight": torch.ones(1)}
+
+    def judge(tunables: Mapping[str, torch.Tensor]) -> list[Taught]:
+        way = float(tunables["weight"])
+        return scores((9.0, 9.0 - way), (1.0, 1.0 + harm * way))
+
+    taken = take(before, after, judge, 0.2)
+    assert (taken.share, float(taken.tunables["weight"])) == (share, pytest.approx(share))
+    assert bool(taken.reason) == (share == 0)
+    if not share:
+        assert taken.reason == "perplexity on cloud rose from 1.00 to 4.00"
 
 
 def scores(new: tuple[float, float], known: tuple[float, float]) -> list[Taught]:
