@@ -286,7 +286,9 @@ class Relay:
     batch_size: Count = 24
     learning_rate: Positive = 8e-3  # of the first step, AdamW's; falls to 0 along half a cosine
     rehearsal: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of each batch, what the receiver itself drew before
-    tolerance: NonNegative = 0.15  # share by which perplexity on what it knew may rise; as much is learnt as that allows
+    tolerance: NonNegative = (
+        0.15  # share by which perplexity on what it knew may rise; as much is learnt as that allows
+    )
 
     @property
     def is_on(self) -> bool:

@@ -36,7 +36,13 @@ class Lesson(NamedTuple):
 
 
 def teach(
-    model: PairModel, evidence: Mapping[str, int], number: int, generator: torch.Generator, *, is_checked: bool = True
+    model: PairModel,
+    evidence: Mapping[str, int],
+    number: int,
+    generator: torch.Generator,
+    *,
+    is_checked: bool = True,
+    temperature: float = _TEMPERATURE,
 ) -> Lesson:
     """So many pairs at most of these captions, of each as many as of the others.
 
@@ -55,7 +61,7 @@ def teach(
         return Lesson(Samples(drawn.codes, asked, dict(evidence)), number)
     times = max(1, round(_DRAWN * number / len(captions)))
     asked = [caption for caption in captions for _ in range(times)]
-    drawn = model.draw(asked, generator, temperature=_TEMPERATURE)
+    drawn = model.draw(asked, generator, temperature=temperature)
     said = model.describe_codes(drawn.codes)
     kept = kept_places(asked, said, drawn.log_likelihood)
     samples = Samples(drawn.codes[kept], [asked[place] for place in kept], dict(evidence))
