@@ -14,15 +14,8 @@ from benchmarks.common import RESULTS, SKIPPED
 
 STUDIES = ["table3", "table3_mnist", "poisoned", "traffic", "tunables", "ranks", "few_labels", "uneven"]
 OTHERS = ["straggler", "time_to_accuracy", "forming", "formed_runs", "private", "labels", "serving", "api_server"]
-OTHERS += [
-    "semantic_cache",
-    "crossings",
-    "relay_students",
-    "relay_inversion",
-    "relay_privacy",
-    "relay_circle",
-    "relay_sources",
-]
+OTHERS += ["semantic_cache", "crossings"]
+RELAY = [f"relay_{name}" for name in ("students", "inversion", "privacy", "circle", "sources")]
 PEERS = ["flower", "llama_cpp", "split_lora"]
 NAMES = ["hop", "round_overhead", "split_vs_central", *PEERS, "node_startup", "accuracy", *STUDIES, *OTHERS, *RELAY]
 
