@@ -160,6 +160,8 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
         cause: why the lessons were exchanged: their time had come, or an edge's domain had drifted.
         round_index: the round of the edges after which they were.
         p_value: of an edge's drift, by `relay.drift`.
+        tunable_bytes: of the tunables that edges sent along, by `relay.tunables`.
+        tunables_share: how far from the cloud's own tunables to the mean of these it began to learn, from 0 to 1.
     """
 
     node_id: str
@@ -180,6 +182,8 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
     round_index: int | None = None
     p_value: float | None = None
     num_disputed: int = 0
+    tunable_bytes: int = 0
+    tunables_share: float = 0.0
 
 
 class Hop(msgspec.Struct, frozen=True):

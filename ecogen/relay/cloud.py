@@ -2,8 +2,8 @@
 
 A lesson is taken once, when all edges that are here have sent theirs and have said what they think of those of others,
 or from one edge alone whose domain has drifted; who asks again is given the same answer. What was taught before of
-other captions is learnt along. What a lesson makes worse is refused, and the model stays what it was. Every model that
-was accepted is kept as a version.
+other captions is learnt along. Where edges send their tunables too, learning may begin on the way to their mean. What a
+lesson makes worse is refused, and the model stays what it was. Every model that was accepted is kept as a version.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import asyncio
 import math
 import time
 import zlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -27,10 +27,11 @@ from ecogen.models.tunables import Tunables
 from ecogen.records import Cause, Record, RelayRecord, Taught
 from ecogen.relay import versions
 from ecogen.relay.agreement import agreed, asked_of, num_disputed, shared_with
+from ecogen.relay.averaging import Given, begun, checked_tunables
 from ecogen.relay.buffer import mixed
 from ecogen.relay.cloud_state import RelayState, Remembered, remaining
 from ecogen.relay.generator import Generator, keyed
-from ecogen.relay.messages import CONFIDENCE, RELAY, Answer, Offer, Review, Verdict
+from ecogen.relay.messages import CONFIDENCE, RELAY, TUNED, Answer, Offer, Review, Tuned, Verdict
 from ecogen.relay.samples import Samples, balanced, joined
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.membership import Members
@@ -39,6 +40,7 @@ from ecogen.transport.base import Message, Peer
 from ecogen.tuning.gathering import Gathering
 from ecogen.tuning.passages import Passages
 from ecogen.tuning.pretrain_pairs import glyph_captions, glyph_passages
+from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.sync import note_seen
 
 _MIX_KEY, _LEARN_KEY, _TEACH_KEY, _REHEARSE_KEY, _KNOWN_KEY = range(20, 25)
@@ -98,6 +100,21 @@ def known_glyphs(generator: Generator, seed: int) -> Known:
     return Known(tuple(glyph_captions()), drawn(_NUM_KNOWN, keyed([seed, _KNOWN_KEY])))
 
 
+class Learnt(NamedTuple):
+    """What came of learning from lessons.
+
+    Attributes:
+        tunables: after it.
+        reason: why they are refused; empty where they are accepted.
+        share: how far to the edges' mean it began; see `Begun`.
+    """
+
+    scores: tuple[Taught, ...]
+    tunables: Tunables
+    reason: str
+    share: float = 0.0
+
+
 class CloudRelay:
     """Takes lessons of the edges, cycle by cycle, and gives its own.
 
@@ -105,6 +122,7 @@ class CloudRelay:
         first: the tunables of the delivered model.
         folder: where state and versions are kept.
         publish: takes each record.
+        ranks: how LoRA is averaged where its products are.
     """
 
     def __init__(
@@ -121,8 +139,9 @@ class CloudRelay:
         *,
         seed: int,
         patience_s: float,
+        ranks: LoraRanks | None = None,
     ) -> None:
-        self._node_id, self._generator, self._folder = node_id, generator, folder
+        self._node_id, self._generator, self._folder, self._ranks = node_id, generator, folder, ranks
         self._worker, self._spec, self._known, self._publish, self._seed = worker, spec, known, publish, seed
         path = folder / "state.safetensors"
         self.state = RelayState.load(path) if path.exists() else RelayState(first)
@@ -133,6 +152,7 @@ class CloudRelay:
         self._verdicts: Gathering[Tensor] = Gathering(members, patience_s)
         self._gathered: dict[int, asyncio.Task[dict[str, Lesson]]] = {}
         self._alone: dict[tuple[str, int], Lesson] = {}
+        self._given: dict[str, Given] = {}
         self._closing: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._learning = asyncio.Lock()
         self._rehearsed: Passages | None = None
@@ -142,16 +162,33 @@ class CloudRelay:
         if self.state.record is not None:
             self._publish(self.state.record)
 
+    async def take_tunables(self, peer: Peer, message: Message) -> Message:
+        """Keep an edge's tunables until its exchange is closed, or it sends others.
+
+        Raises:
+            ProtocolError: if they are none that can be averaged with the cloud's, or nothing here asks for them.
+        """
+        told, edge_id = message.read(Tuned), peer.node_id
+        self._check_asked(edge_id, told)
+        if not self._spec.tunables:
+            raise ProtocolError(f"{edge_id} sent its tunables, and relay.tunables is off; set relay.tunables = true")
+        tunables = await self._worker.compute(checked_tunables, edge_id, message.tensors, self.state.tunables)
+        if not self._is_closed(edge_id, told):
+            self._given[edge_id] = Given(told, tunables)
+        return Message.of(TUNED)
+
     async def exchange(self, peer: Peer, message: Message) -> Message:
         """Take an edge's lesson, and answer with what those of others are about that it can judge.
+
+        It is not taken where its tunables are missing, since the cloud was lost between both: then the edge is told so
+        when it has judged nothing, and sends both again.
 
         Raises:
             ProtocolError: if it holds no samples, or comes as nothing here asks for.
         """
         offer, edge_id, shared = message.read(Offer), peer.node_id, self._nothing
-        if not (self._spec.every if offer.cause == "schedule" else self._spec.drift):
-            raise ProtocolError(f"{edge_id} sent a lesson by {offer.cause}, and relay.{offer.cause} is off")
-        if not self._is_closed(edge_id, offer):
+        self._check_asked(edge_id, offer)
+        if not self._is_closed(edge_id, offer) and self._has_tunables(edge_id, offer):
             offered = Lesson(self._generator.read(offer.captions, message.tensors), offer.num_drawn)
             if offer.cause == "drift":
                 self._alone[edge_id, offer.cycle] = offered
@@ -182,7 +219,24 @@ class CloudRelay:
             await asyncio.shield(self._close(asked, lambda: self._take(asked, alone, {})))
         return self._answer(is_closed=self._is_closed(edge_id, verdict))
 
-    def _is_closed(self, edge_id: str, asked: Offer | Verdict) -> bool:
+    def _check_asked(self, edge_id: str, asked: Offer | Tuned) -> None:
+        if not (self._spec.every if asked.cause == "schedule" else self._spec.drift):
+            raise ProtocolError(f"{edge_id} sent a lesson by {asked.cause}, and relay.{asked.cause} is off")
+
+    def _has_tunables(self, edge_id: str, offer: Offer) -> bool:
+        """Whether all is here that was to come before an offer."""
+        given = self._given.get(edge_id)
+        return not self._spec.tunables or (given is not None and given.is_for(offer.cause, offer.cycle))
+
+    def _given_for(self, asked: Exchange, edge_ids: Collection[str]) -> dict[str, Tunables]:
+        """The tunables that these edges sent for an exchange."""
+        return {
+            edge_id: given.tunables
+            for edge_id, given in self._given.items()
+            if edge_id in edge_ids and given.is_for(asked.cause, asked.cycle)
+        }
+
+    def _is_closed(self, edge_id: str, asked: Offer | Verdict | Tuned) -> bool:
         """Whether what is asked for is over, with what was asked or without it."""
         last = self.state.cycle if asked.cause == "schedule" else self.state.alone.get(edge_id, -1)
         return asked.cycle <= last
@@ -227,26 +281,35 @@ class CloudRelay:
     async def _take(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> None:
         async with self._learning:
             waiting, began_s = self._worker.usage("tuning"), time.perf_counter()
-            self.state = await self._worker.compute(self._learn, asked, offers, verdicts)
+            self.state = await self._worker.compute(
+                self._learn, asked, offers, verdicts, self._given_for(asked, offers)
+            )
             wall_s, usage = time.perf_counter() - began_s, self._worker.usage("relay")
             assert self.state.record is not None
             record = msgspec.structs.replace(self.state.record, wall_s=wall_s, usages=(waiting, usage))
             self._publish(record)
         self._alone.pop((asked.edge_id, asked.cycle), None)
+        self._given = {edge: own for edge, own in self._given.items() if not self._is_closed(edge, own.told)}
 
-    def _learn(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> RelayState:
+    def _learn(
+        self,
+        asked: Exchange,
+        offers: Mapping[str, Lesson],
+        verdicts: Mapping[str, Tensor],
+        given: Mapping[str, Tunables],
+    ) -> RelayState:
         """On the compute thread: the state after a lesson, written to disk."""
         left = agreed(samples_of(offers), verdicts)
         lessons = {edge: samples for edge, samples in left.items() if len(samples)}
-        scores, tunables, reason = self._taken(asked, lessons)
+        learnt = self._learnt(asked, lessons, given)
         state = asked.closed(self.state)
-        if not reason:
-            latest = state.latest + 1
+        if not learnt.reason:
+            tunables, latest = learnt.tunables, state.latest + 1
             versions.keep(self._folder, versions.Version(latest, "after", state.number, asked.round_index), tunables)
             taught = self._remembered(asked, state.number, lessons)
             state = replace(state, tunables=tunables, version=latest, latest=latest, taught=taught)
         state = replace(state, lesson=self._drawn(asked, state.tunables, lessons))
-        state = replace(state, record=self._record(asked, state, offers, left, scores, reason))
+        state = replace(state, record=self._record(asked, state, offers, left, given, learnt))
         state.save(self._folder / "state.safetensors")
         return state
 
@@ -256,8 +319,8 @@ class CloudRelay:
         state: RelayState,
         offers: Mapping[str, Lesson],
         left: Mapping[str, Samples],
-        scores: tuple[Taught, ...],
-        reason: str,
+        given: Mapping[str, Tunables],
+        learnt: Learnt,
     ) -> RelayRecord:
         offered = samples_of(offers)
         return RelayRecord(
@@ -265,37 +328,41 @@ class CloudRelay:
             state.number,
             "up",
             tuple(sorted(edge for edge, samples in left.items() if len(samples))),
-            accepted=not reason,
+            accepted=not learnt.reason,
             version=state.version,
             num_drawn=sum(one.num_drawn for one in offers.values()),
             num_samples=sum(map(len, offered.values())),
             sample_bytes=sum(samples.nbytes + shared_with(offered, edge).nbytes for edge, samples in offered.items()),
-            scores=scores,
+            scores=learnt.scores,
             wall_s=0.0,
             usages=(),
-            reason=reason,
+            reason=learnt.reason,
             time_s=time.time(),
             cause=asked.cause,
             round_index=asked.round_index,
             num_disputed=num_disputed(offered, left.values()),
+            tunable_bytes=sum(tensor.nbytes for tunables in given.values() for tensor in tunables.values()),
+            tunables_share=learnt.share,
         )
 
-    def _taken(self, asked: Exchange, lessons: Mapping[str, Samples]) -> tuple[tuple[Taught, ...], Tunables, str]:
-        """How well the model does after learning from lessons, its tunables then, and why they are refused, if so."""
+    def _learnt(self, asked: Exchange, lessons: Mapping[str, Samples], given: Mapping[str, Tunables]) -> Learnt:
+        """What comes of learning from lessons, beginning where what edges have tuned does best."""
         if not lessons:
-            return (), self.state.tunables, "no edge drew what it, and others who know of it, were sure of"
+            reason = "no edge drew what it, and others who know of it, were sure of"
+            return Learnt((), self.state.tunables, reason)
         generator, before, key = self._generator, self.state.tunables, asked.key(self._seed)
         earlier = remaining(self.state.taught, lessons)
         parts = {edge: held_out(samples) for edge, samples in lessons.items()}
         parts |= {f"{edge}, earlier": held_out(samples) for edge, samples in earlier.items()}
         number = self._spec.samples * len({*lessons, *earlier})
         new = mixed({edge: own for edge, (_, own) in parts.items()}, number, keyed([*key, _MIX_KEY]))
-        after = generator.learn(before, generator.passages(new), self._rehearsal(), [*key, _LEARN_KEY])
         measures = {edge: generator.perplexity(generator.passages(own)) for edge, (own, _) in parts.items()}
-        scores = [Taught(edge, of(before), of(after), is_new=edge in lessons) for edge, of in sorted(measures.items())]
         of_known = generator.perplexity(self._known.held_out)
+        start, share = begun(before, given, lessons, [*measures.values(), of_known], self._ranks)
+        after = generator.learn(start, generator.passages(new), self._rehearsal(), [*key, _LEARN_KEY])
+        scores = [Taught(edge, of(before), of(after), is_new=edge in lessons) for edge, of in sorted(measures.items())]
         scores.append(Taught("before the relay", of_known(self._first), of_known(after), is_new=False))
-        return tuple(scores), after, refusal(scores, self._spec.tolerance)
+        return Learnt(tuple(scores), after, refusal(scores, self._spec.tolerance), share)
 
     def _rehearsal(self) -> Passages:
         """What the delivered model draws of what it knew; drawn once."""
