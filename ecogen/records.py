@@ -161,6 +161,8 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
         round_index: the round of the edges after which they were.
         p_value: of an edge's drift, by `relay.drift`.
         share: of the way from the weights before to what they were after learning, which is gone; 0 where refused.
+        tunable_bytes: of the tunables that edges sent along, by `relay.tunables`.
+        tunables_share: how far from the cloud's own tunables to the mean of these it began to learn, from 0 to 1.
     """
 
     node_id: str
@@ -182,6 +184,8 @@ class RelayRecord(msgspec.Struct, frozen=True, tag="relay", tag_field="type"):
     p_value: float | None = None
     num_disputed: int = 0
     share: float = 1.0
+    tunable_bytes: int = 0
+    tunables_share: float = 0.0
 
 
 class Hop(msgspec.Struct, frozen=True):

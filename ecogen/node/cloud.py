@@ -41,7 +41,7 @@ from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RelayRecord, RoundRecord, from_line, read_records, to_line
 from ecogen.relay.cloud import CloudRelay, known_glyphs
 from ecogen.relay.generator import Generator
-from ecogen.relay.messages import RELAY, VERDICT
+from ecogen.relay.messages import RELAY, TUNED, VERDICT
 from ecogen.runtime.membership import Members
 from ecogen.runtime.stage import Stage
 from ecogen.serving.crossing import CROSS, AskedGenerator
@@ -118,9 +118,9 @@ class CloudRole:
             **parent.methods(),
             **methods(
                 Caller(Tier.EDGE),
-                **{SYNC: self._on_sync, RELAY: self._on_relay, VERDICT: self._on_verdict, PUBLISH: self._publish},
+                **{SYNC: self._on_sync, PUBLISH: self._publish, CROSS: self._on_crossing},
+                **{TUNED: self._on_tuned, RELAY: self._on_relay, VERDICT: self._on_verdict},
             ),
-            **methods(Caller(Tier.EDGE), **{CROSS: self._on_crossing}),
             **methods(Caller(OPERATOR), **{STATUS: self._status, RESULT: self._result, DESCRIBE: self._describe}),
         }
 
@@ -207,6 +207,7 @@ class CloudRole:
             seed=recipe.seed,
             rounds=recipe.tuning.rounds,
             patience_s=recipe.tuning.rejoin_timeout_s,
+            ranks=LoraRanks.of(recipe),
         )
 
     async def _set_finished(self) -> None:
@@ -215,6 +216,9 @@ class CloudRole:
             await self._relay.set_finished(self._finished_edges)
 
     # Edges.
+
+    async def _on_tuned(self, peer: Peer, message: Message) -> Message:
+        return await (await self._relay_of(peer)).take_tunables(peer, message)
 
     async def _on_relay(self, peer: Peer, message: Message) -> Message:
         return await (await self._relay_of(peer)).exchange(peer, message)
@@ -226,7 +230,7 @@ class CloudRole:
         await self._prepared.wait()
         if self._relay is None:
             raise ProtocolError(
-                f"{peer.node_id} sent samples, and no relay is asked for; set relay.every or relay.drift"
+                f"{peer.node_id} has something for a relay, and none is asked for; set relay.every or relay.drift"
             )
         return self._relay
 

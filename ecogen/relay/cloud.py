@@ -2,8 +2,8 @@
 
 A lesson is taken once, when all edges that are here have sent theirs and have said what they think of those of others,
 or from one edge alone whose domain has drifted; who asks again is given the same answer. What was taught before of
-other captions is learnt along. What a lesson makes worse is refused, and the model stays what it was. Every model that
-was accepted is kept as a version.
+other captions is learnt along. Where edges send their tunables too, learning may begin on the way to their mean. What a
+lesson makes worse is refused, and the model stays what it was. Every model that was accepted is kept as a version.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from ecogen.records import Cause, Record, RelayRecord, Taught, Usage
 from ecogen.relay import versions
 from ecogen.relay.acceptance import LEAST, Taken, held_out, take
 from ecogen.relay.agreement import agreed, asked_of, num_disputed, shared_with
+from ecogen.relay.averaging import Given, Measure, begun, checked_tunables
 from ecogen.relay.buffer import mixed
 from ecogen.relay.cloud_state import RelayState, Remembered, remaining
 from ecogen.relay.generator import Generator, keyed
-from ecogen.relay.messages import CONFIDENCE, RELAY, Answer, Offer, Review, Verdict
+from ecogen.relay.messages import CONFIDENCE, RELAY, TUNED, Answer, Offer, Review, Tuned, Verdict
 from ecogen.relay.open_cycles import OpenCycles
 from ecogen.relay.samples import Samples, balanced, joined
 from ecogen.relay.teacher import Lesson
@@ -38,6 +39,7 @@ from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer
 from ecogen.tuning.passages import Passages
 from ecogen.tuning.pretrain_pairs import glyph_captions, glyph_passages
+from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.sync import note_seen
 
 _MIX_KEY, _LEARN_KEY, _TEACH_KEY, _REHEARSE_KEY, _KNOWN_KEY = range(20, 25)
@@ -103,6 +105,7 @@ class CloudRelay:
         folder: where state and versions are kept.
         rounds: of the federation, beyond which nobody has a lesson.
         publish: takes each record.
+        ranks: how LoRA is averaged where its products are.
     """
 
     def __init__(
@@ -120,8 +123,9 @@ class CloudRelay:
         seed: int,
         rounds: int,
         patience_s: float,
+        ranks: LoraRanks | None = None,
     ) -> None:
-        self._node_id, self._generator, self._folder = node_id, generator, folder
+        self._node_id, self._generator, self._folder, self._ranks = node_id, generator, folder, ranks
         self._worker, self._spec, self._known, self._publish, self._seed = worker, spec, known, publish, seed
         path = folder / "state.safetensors"
         self.state = RelayState.load(path) if path.exists() else RelayState(first)
@@ -131,6 +135,7 @@ class CloudRelay:
         self._open = OpenCycles(members, patience_s)
         self._alone: dict[str, tuple[int, Lesson]] = {}
         self._unbilled: tuple[Usage, ...] = ()
+        self._given: dict[str, Given] = {}
         self._closing: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._learning = asyncio.Lock()
         self._rehearsed: Passages | None = None
@@ -140,15 +145,33 @@ class CloudRelay:
         if self.state.record is not None:
             self._publish(self.state.record)
 
+    async def take_tunables(self, peer: Peer, message: Message) -> Message:
+        """Keep an edge's tunables until its exchange is closed, or it sends others.
+
+        Raises:
+            ProtocolError: if they are none that can be averaged with the cloud's, or nothing here asks for them.
+        """
+        told, edge_id = message.read(Tuned), peer.node_id
+        self._check_asked(edge_id, told)
+        if not self._spec.tunables:
+            raise ProtocolError(f"{edge_id} sent its tunables, and relay.tunables is off; set relay.tunables = true")
+        tunables = await self._worker.compute(checked_tunables, edge_id, message.tensors, self.state.tunables)
+        if not self._is_closed(edge_id, told):
+            self._given[edge_id] = Given(told, tunables)
+        return Message.of(TUNED)
+
     async def exchange(self, peer: Peer, message: Message) -> Message:
         """Take an edge's lesson, and answer with what those of others are about that it can judge.
+
+        It is not taken where its tunables are missing, since the cloud was lost between both: then the edge is told so
+        when it has judged nothing, and sends both again.
 
         Raises:
             ProtocolError: if it holds no samples, or comes as nothing here asks for.
         """
         offer, edge_id, shared = message.read(Offer), peer.node_id, self._nothing
         self._check_asked(edge_id, offer)
-        if not self._is_closed(edge_id, offer):
+        if not self._is_closed(edge_id, offer) and self._has_tunables(edge_id, offer):
             offered = Lesson(self._generator.read(offer.captions, message.tensors), offer.num_drawn)
             if offer.cause == "drift":
                 self._alone[edge_id] = offer.cycle, offered
@@ -179,7 +202,7 @@ class CloudRelay:
             await asyncio.shield(self._close(asked, lambda: self._take(asked, alone, {})))
         return self._answer(is_closed=self._is_closed(edge_id, verdict))
 
-    def _check_asked(self, edge_id: str, asked: Offer | Verdict) -> None:
+    def _check_asked(self, edge_id: str, asked: Offer | Verdict | Tuned) -> None:
         """Refuse who is not expected, and exchanges that there are none of."""
         every = self._spec.every if asked.cause == "schedule" else bool(self._spec.drift)
         if not every:
@@ -189,7 +212,20 @@ class CloudRelay:
         if asked.cycle >= self._rounds // every:
             raise ProtocolError(f"{edge_id} asked for exchange {asked.cycle}; there are {self._rounds // every}")
 
-    def _is_closed(self, edge_id: str, asked: Offer | Verdict) -> bool:
+    def _has_tunables(self, edge_id: str, offer: Offer) -> bool:
+        """Whether all is here that was to come before an offer."""
+        given = self._given.get(edge_id)
+        return not self._spec.tunables or (given is not None and given.is_for(offer.cause, offer.cycle))
+
+    def _given_for(self, asked: Exchange, edge_ids: Collection[str]) -> dict[str, Tunables]:
+        """The tunables that these edges sent for an exchange."""
+        return {
+            edge_id: given.tunables
+            for edge_id, given in self._given.items()
+            if edge_id in edge_ids and given.is_for(asked.cause, asked.cycle)
+        }
+
+    def _is_closed(self, edge_id: str, asked: Offer | Verdict | Tuned) -> bool:
         """Whether what is asked for is over, with what was asked or without it."""
         last = self.state.cycle if asked.cause == "schedule" else self.state.alone.get(edge_id, -1)
         return asked.cycle <= last
@@ -224,7 +260,8 @@ class CloudRelay:
         async with self._learning:
             self._unbilled += (self._worker.usage("tuning"),)
             began_s = time.perf_counter()
-            self.state = await self._worker.compute(self._learn, asked, offers, verdicts)
+            given = self._given_for(asked, offers)
+            self.state = await self._worker.compute(self._learn, asked, offers, verdicts, given)
             self._forget(asked)
             usages = (*self._unbilled, self._worker.usage("relay"))
             assert self.state.record is not None
@@ -238,13 +275,20 @@ class CloudRelay:
             self._alone.pop(asked.edge_id, None)
         else:
             self._open.close(asked.cycle)
+        self._given = {edge: own for edge, own in self._given.items() if not self._is_closed(edge, own.told)}
 
-    def _learn(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> RelayState:
+    def _learn(
+        self,
+        asked: Exchange,
+        offers: Mapping[str, Lesson],
+        verdicts: Mapping[str, Tensor],
+        given: Mapping[str, Tunables],
+    ) -> RelayState:
         """On the compute thread: the state after a lesson, written to disk."""
         offered = samples_of(offers)
         left, earlier = agreed(offered, verdicts), remaining(self.state.taught, offered)
         lessons = {edge: samples for edge, samples in left.items() if len(samples) >= LEAST}
-        taken, state = self._taken(asked, lessons, earlier), asked.closed(self.state)
+        taken, state = self._taken(asked, lessons, earlier, given), asked.closed(self.state)
         if not taken.reason:
             latest = state.latest + 1
             version = versions.Version(latest, "after", state.number, asked.round_index)
@@ -252,7 +296,7 @@ class CloudRelay:
             taught = self._remembered(asked, state.number, lessons, earlier)
             state = replace(state, tunables=taken.tunables, version=latest, latest=latest, taught=taught)
         state = replace(state, lesson=self._drawn(asked, state.tunables, [*lessons.values(), *earlier.values()]))
-        state = replace(state, record=self._record(asked, state, offers, left, taken))
+        state = replace(state, record=self._record(asked, state, offers, left, given, taken))
         state.save(self._folder / "state.safetensors")
         return state
 
@@ -262,6 +306,7 @@ class CloudRelay:
         state: RelayState,
         offers: Mapping[str, Lesson],
         left: Mapping[str, Samples],
+        given: Mapping[str, Tunables],
         taken: Taken,
     ) -> RelayRecord:
         offered = samples_of(offers)
@@ -284,10 +329,21 @@ class CloudRelay:
             cause=asked.cause,
             round_index=asked.round_index,
             num_disputed=num_disputed(offered, left.values()),
+            tunable_bytes=sum(tensor.nbytes for tunables in given.values() for tensor in tunables.values()),
+            tunables_share=taken.begun_at,
         )
 
-    def _taken(self, asked: Exchange, lessons: Mapping[str, Samples], earlier: Mapping[str, Samples]) -> Taken:
-        """What the model learns from lessons, and from what was taught earlier of other captions."""
+    def _taken(
+        self,
+        asked: Exchange,
+        lessons: Mapping[str, Samples],
+        earlier: Mapping[str, Samples],
+        given: Mapping[str, Tunables],
+    ) -> Taken:
+        """What the model learns from lessons, and from what was taught earlier of other captions.
+
+        It begins where what edges have tuned does best.
+        """
         if not lessons:
             return Taken(self.state.tunables, reason="no edge drew what it, and others who know of it, were sure of")
         generator, before, key = self._generator, self.state.tunables, asked.key(self._seed)
@@ -295,25 +351,26 @@ class CloudRelay:
         parts |= {f"{edge}, earlier": held_out(samples) for edge, samples in earlier.items()}
         number = self._spec.samples * len({*lessons, *earlier})
         new = mixed({edge: own for edge, (_, own) in parts.items()}, number, keyed([*key, _MIX_KEY]))
-        after = generator.learn(before, generator.passages(new), self._rehearsal(), [*key, _LEARN_KEY])
-        told = {edge: own for edge, (own, _) in parts.items()}
-        return take(before, after, self._judge(before, told, lessons.keys()), self._spec.tolerance)
+        measures = self._measures({edge: own for edge, (own, _) in parts.items()})
+        start, begun_at = begun(before, given, lessons, list(measures.values()), self._ranks)
+        after = generator.learn(start, generator.passages(new), self._rehearsal(), [*key, _LEARN_KEY])
+        taken = take(before, after, self._judge(before, measures, lessons.keys()), self._spec.tolerance)
+        return replace(taken, begun_at=begun_at)
+
+    def _measures(self, told: Mapping[str, Samples]) -> dict[str, Measure]:
+        """How unlikely what is held out of lessons, by edge, and of what was known before all, is to tunables."""
+        generator = self._generator
+        of_told = {edge: generator.perplexity(generator.passages(own)) for edge, own in sorted(told.items())}
+        return of_told | {_KNOWN: generator.perplexity(self._known.held_out)}
 
     def _judge(
-        self, before: Tunables, told: Mapping[str, Samples], new: Collection[str]
+        self, before: Tunables, measures: Mapping[str, Measure], new: Collection[str]
     ) -> Callable[[Tunables], list[Taught]]:
-        """What tunables are judged by: what is held out of lessons, by edge, and of what was known before all."""
-        measures = {
-            edge: self._generator.perplexity(self._generator.passages(own)) for edge, own in sorted(told.items())
-        }
-        of_known = self._generator.perplexity(self._known.held_out)
-        first = {edge: of(before) for edge, of in measures.items()} | {_KNOWN: of_known(self._first)}
-
-        def judge(tunables: Tunables) -> list[Taught]:
-            after = {edge: of(tunables) for edge, of in measures.items()} | {_KNOWN: of_known(tunables)}
-            return [Taught(name, first[name], value, is_new=name in new) for name, value in after.items()]
-
-        return judge
+        """What tunables are judged by: these, which were measured before; what was known, by the delivered model."""
+        first = {name: of(self._first if name == _KNOWN else before) for name, of in measures.items()}
+        return lambda tunables: [
+            Taught(name, first[name], of(tunables), is_new=name in new) for name, of in measures.items()
+        ]
 
     def _rehearsal(self) -> Passages:
         """What the delivered model draws of what it knew; drawn once."""

@@ -6,7 +6,7 @@ What an edge has learnt is refused if its own held-out pairs say that it does wo
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ecogen.relay.acceptance import LEAST, Taken, held_out, take
 from ecogen.relay.agreement import checked_by_itself, of_others
 from ecogen.relay.drift import DriftWatch
 from ecogen.relay.generator import Generator
-from ecogen.relay.messages import CONFIDENCE, RELAY, VERDICT, Answer, Offer, Review, Verdict
+from ecogen.relay.messages import CONFIDENCE, RELAY, TUNED, VERDICT, Answer, Offer, Review, Tuned, Verdict
 from ecogen.relay.samples import Samples
 from ecogen.relay.teacher import Lesson
 from ecogen.relay.versions import Version, keep
@@ -132,11 +132,12 @@ class EdgeRelay:
         return replace(after, lesson=msgspec.structs.replace(after.lesson, wall_s=wall_s, usages=(usage,)))
 
     async def _offer(self, asked: Asked, own: Lesson, tunables: Mapping[str, Tensor], ask: CallCloud) -> Message | None:
-        """The cloud's lesson in return for one's own; offered again to a cloud that has forgotten it."""
+        """The cloud's lesson in return for one's own; all is sent again to a cloud that has forgotten it."""
         body, tensors = own.samples.packed()
         told = Offer(asked.cycle, body, own.num_drawn, asked.cause)
         offer = Message.of(RELAY, told, kind="samples", tensors=tensors)
-        while review := await ask(offer):
+        tuned = Message.of(TUNED, Tuned(asked.cycle, asked.cause), kind="tunables", tensors=tunables)
+        while review := await _answer_to([tuned, offer] if self._spec.tunables else [offer], ask):
             shared = self._generator.read(review.read(Review).captions, review.tensors, self._num_edges)
             said = await self._worker.compute(self._generator.confidence, tunables, shared)
             verdict = Verdict(asked.cycle, asked.cause)
@@ -223,3 +224,12 @@ class EdgeRelay:
             Taught("cloud", first[0], of_new(tunables), is_new=True),
             Taught(self._node_id, first[1], of_own(tunables), is_new=False),
         ]
+
+
+async def _answer_to(messages: Sequence[Message], ask: CallCloud) -> Message | None:
+    """To the last of some, which are sent one by one; None where the cloud stays away."""
+    for message in messages:
+        answer = await ask(message)
+        if answer is None:
+            return None
+    return answer

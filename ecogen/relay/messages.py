@@ -1,6 +1,7 @@
 """What an edge and the cloud say to each other in the knowledge relay: samples and scores, and beside them counts only.
 
 An edge sends an `Offer`, is given a `Review` of what others offered, returns its `Verdict`, and is given an `Answer`.
+Where the recipe asks for its tunables as well, they go first, as `Tuned`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ import msgspec
 from ecogen.records import Cause
 from ecogen.relay.samples import Captions
 
-RELAY, VERDICT = "relay", "relay_verdict"
+RELAY, VERDICT, TUNED = "relay", "relay_verdict", "relay_tunables"
 CONFIDENCE = "confidence"
 
 Number = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Tuned(msgspec.Struct, frozen=True):
+    """Edge to cloud: what I have tuned, of the exchange for which I offer next. Tensors: the tunables.
+
+    The answer is empty: it is here.
+    """
+
+    cycle: Number
+    cause: Cause = "schedule"
 
 
 class Offer(msgspec.Struct, frozen=True):

@@ -22,7 +22,8 @@ class Lesson(TypedDict):
     """One lesson; `new` and `known` are by what the pairs are of.
 
     `round` is the one after which it was, from 1; None of runs that did not write it down. `cause` is schedule or
-    drift, and `p_value` that of an edge's drift.
+    drift, and `p_value` that of an edge's drift. `tunables_share` is how far from its own tunables to the mean of the
+    edges' the cloud began to learn; None where none were sent.
     """
 
     cycle: int
@@ -36,16 +37,18 @@ class Lesson(TypedDict):
     version: int
     num_drawn: int
     num_samples: int
+    tunables_share: float | None
     new: dict[str, Score]
     known: dict[str, Score]
     wall_s: float
 
 
 class Cycle(TypedDict):
-    """What one exchange of all lessons took: bytes of samples, as tensors; energy and emissions, modelled."""
+    """What one exchange of all lessons took: bytes of samples and of edges' tunables, as tensors; the rest modelled."""
 
     cycle: int
     sample_bytes: int
+    tunable_bytes: int
     energy_j: float
     emissions_g: float
 
@@ -111,6 +114,7 @@ def _lesson(record: RelayRecord) -> Lesson:
         "version": record.version,
         "num_drawn": record.num_drawn,
         "num_samples": record.num_samples,
+        "tunables_share": record.tunables_share if record.tunable_bytes else None,
         "new": _scores(score for score in record.scores if score.is_new),
         "known": _scores(score for score in record.scores if not score.is_new),
         "wall_s": record.wall_s,
@@ -144,6 +148,7 @@ def _cycle(cycle: int, records: Sequence[RelayRecord], topology: Topology) -> Cy
     return {
         "cycle": cycle,
         "sample_bytes": sum(one.sample_bytes for one in records),
+        "tunable_bytes": sum(one.tunable_bytes for one in records),
         "energy_j": total.energy_j.mid,
         "emissions_g": total.emissions_g.mid,
     }

@@ -20,6 +20,7 @@ def lessons_table(relay: Relay | None) -> Table:
             f"{direction}, {', '.join(one['teachers']) or 'nobody'} to {one['node_id']}",
             f"accepted, version {one['version']}" if one["accepted"] else f"refused: {one['reason']}",
             f"{format_count(one['num_samples'])} of {format_count(one['num_drawn'])}",
+            format_share(one["tunables_share"]),
             _told(one["new"]),
             _told(one["known"]),
             _why(one),
@@ -31,6 +32,7 @@ def lessons_table(relay: Relay | None) -> Table:
         identifier("lesson"),
         word("outcome"),
         Column("handed on", "of drawn"),
+        Column("averaged", "share"),
         word("perplexity on what was taught"),
         word("on what was known"),
         word("why"),
@@ -44,12 +46,14 @@ def cycles_table(relay: Relay | None) -> Table:
         (
             str(one["cycle"] + 1),
             format_bytes(one["sample_bytes"]),
+            format_bytes(one["tunable_bytes"]),
             format_joules(one["energy_j"]),
             f"{format_grams(one['emissions_g'])} CO2e",
         )
         for one in ([] if relay is None else relay["cycles"])
     )
-    columns = (word("cycle"), Column("samples sent"), Column("energy", "modelled"), Column("emissions", "modelled"))
+    sent = (Column("samples sent"), Column("tunables sent"))
+    columns = (word("cycle"), *sent, Column("energy", "modelled"), Column("emissions", "modelled"))
     return Table("Cycles of the knowledge relay", columns, rows)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from ecogen.metering.meter import Meter
 from ecogen.records import Phase, Usage
@@ -53,8 +54,7 @@ class Worker:
                 return result
             except asyncio.CancelledError:
                 self._given_up = True
-                await asyncio.wait([work])  # the thread cannot be stopped: keep the turn until it is done
-                work.exception()  # seen, so that asyncio does not warn
+                await _ended(work)  # the thread cannot be stopped: keep the turn until it is done
                 self._given_up = False
                 raise
 
@@ -85,3 +85,12 @@ class Worker:
         """Let the compute thread end."""
         if self._owned:
             self._owned.shutdown(wait=False, cancel_futures=True)
+
+
+async def _ended(work: asyncio.Future[Any]) -> None:
+    """Wait until it has, however often this is cancelled: a node that is cut off cancels what it asked for twice."""
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([work])
+    if not work.cancelled():
+        work.exception()  # seen, so that asyncio does not warn

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ecogen.config import Aggregation, Recipe, lora_averaging
 from ecogen.models.tunables import Tunables
-from ecogen.tuning.aggregate import Update
-from ecogen.tuning.strategies import Strategy
+from ecogen.tuning.aggregate import Update, aggregate, check_updates
+from ecogen.tuning.strategies import Strategy, fedavg
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -195,6 +195,23 @@ class LoraRanks:
             tunables[name + _A] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
             tunables[name + _B] = torch.cat([b * scale, b.new_zeros(len(b), missing)], 1)
         return replace(update, tunables=tunables)
+
+
+def average(before: Mapping[str, Tensor], updates: Sequence[Update], ranks: LoraRanks | None) -> Together:
+    """The mean of models of one rank, weighted by examples, as the cloud takes it over edges.
+
+    Args:
+        before: which has all names, and of which A keeps directions where the mean has fewer; see `LoraRanks`.
+        ranks: how LoRA is averaged where its products are: edges have turned their factors, each in its own way.
+
+    Raises:
+        AggregationError: as `aggregate`.
+    """
+    if ranks is None or ranks.how == "factors":
+        return Together(aggregate(updates), {})
+    check_updates(updates)
+    ordered = sorted(updates, key=lambda update: update.sender_id)
+    return ranks.put_together(before, ordered, {}, fedavg, Aggregation())
 
 
 def lora_modules(tunables: Mapping[str, Tensor]) -> list[str]:

@@ -9,23 +9,21 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ecogen.config import Aggregation
 from ecogen.models.checkpoint import load_metadata, load_tensors, save_tensors
 from ecogen.models.tunables import Tunables
 from ecogen.records import EventRecord, Record, RoundRecord, Score
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer
-from ecogen.tuning.aggregate import Update, aggregate, check_updates
+from ecogen.tuning.aggregate import Update
 from ecogen.tuning.gathering import Gathering
 from ecogen.tuning.messages import SYNC, SyncOrder, SyncResult
-from ecogen.tuning.ranks import LoraRanks, Together
-from ecogen.tuning.strategies import fedavg
+from ecogen.tuning.ranks import LoraRanks, average
 
 Evaluate = Callable[[Tunables], Score]
 
@@ -107,20 +105,12 @@ class CloudSync:
     async def _close_round(self, round_index: int) -> None:
         began_s = time.perf_counter()
         updates = list((await self._gathering.take(round_index)).values())
-        tunables, _, error = await self._worker.compute(self._average, updates)
+        tunables, _, error = await self._worker.compute(average, self.state.tunables, updates, self._ranks)
         score = await self._worker.compute(self._evaluate, tunables)
         members = sorted(update.sender_id for update in updates)
         self.state = CloudState(tunables, round_index, self.state.counted | dict.fromkeys(members, round_index))
         await self._worker.compute(self.state.save, self._path)
         self._publish(self._record(updates, members, score, error, time.perf_counter() - began_s))
-
-    def _average(self, updates: Sequence[Update]) -> Together:
-        """On the compute thread: the mean over edges, weighted by examples."""
-        if self._ranks is None or self._ranks.how == "factors":
-            return Together(aggregate(updates), {})
-        check_updates(updates)
-        ordered = sorted(updates, key=lambda update: update.sender_id)
-        return self._ranks.put_together(self.state.tunables, ordered, {}, fedavg, Aggregation())
 
     async def set_finished(self, edge_ids: set[str]) -> None:
         """These edges have done their last round; nobody waits for them any more."""

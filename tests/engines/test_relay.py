@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +115,28 @@ async def test_who_is_sure_of_nothing_hands_on_nothing(foundation: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("sure")
-@pytest.mark.parametrize("victim", ["cloud", "edge-0"])
-@pytest.mark.parametrize("moment", ["offers", "verdicts", "the first lesson"])
+@pytest.mark.parametrize(
+    ("moment", "victim"),
+    [
+        *product(("offers", "verdicts", "the first lesson"), ("cloud", "edge-0")),
+        *product(("tunables", "verdicts with tunables"), ("cloud",)),
+        ("tunables", "edge-0"),
+    ],
+)
 async def test_a_node_that_is_killed_gives_and_takes_the_same_lessons(
     moment: str, victim: str, foundation: Path, tmp_path: Path
 ) -> None:
-    recipe = relayed(foundation, data={"sources": {"edge-1": {"name": "digits", "labels": [4, 5, 6, 7, 8, 9]}}})
+    sources = {"edge-1": {"name": "digits", "labels": [4, 5, 6, 7, 8, 9]}}
+    recipe = relayed(foundation, {"tunables": "tunables" in moment}, data={"sources": sources})
     whole = await run(recipe, tmp_path / "whole")
     network = RecordingNetwork()
     async with running(recipe, tmp_path / "killed", network) as (federation, engine):
         finishing = asyncio.create_task(finish(federation))
         is_here = {
+            "tunables": lambda: network.links("relay_tunables"),
             "offers": lambda: network.links("relay"),
             "verdicts": lambda: network.links("relay_verdict"),
+            "verdicts with tunables": lambda: network.links("relay_verdict"),
             "the first lesson": lambda: any(isinstance(record, RelayRecord) for record in federation.records),
         }
         await until(is_here[moment])
@@ -135,7 +145,11 @@ async def test_a_node_that_is_killed_gives_and_takes_the_same_lessons(
         killed = await asyncio.wait_for(finishing, 30)
     assert all(torch.equal(tensor, killed.tunables[name]) for name, tensor in whole.tunables.items())
     ours, theirs = (
-        {(one.cycle, one.node_id): (one.scores, one.version) for one in lessons(done)} for done in (killed, whole)
+        {
+            (one.cycle, one.node_id): (one.scores, one.version, one.tunables_share, one.tunable_bytes)
+            for one in lessons(done)
+        }
+        for done in (killed, whole)
     )
     assert ours == theirs
 
@@ -156,8 +170,14 @@ async def test_edges_that_know_the_same_check_each_others_lessons(
 
 
 @pytest.mark.usefixtures("sure")
-async def test_what_crosses_the_link(foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between cloud and edges: the backbone and tunables on joining, samples and scores; nothing of anybody's data."""
+@pytest.mark.parametrize("with_tunables", [False, True])
+async def test_what_crosses_the_link(
+    with_tunables: bool, foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between cloud and edges: the backbone and tunables on joining, samples and scores; nothing of anybody's data.
+
+    And edges' tunables, only where the recipe asks for them.
+    """
     sent: list[Message] = []
     pack = MemoryTransport.pack
 
@@ -167,7 +187,7 @@ async def test_what_crosses_the_link(foundation: Path, tmp_path: Path, monkeypat
         return pack(self, message, receiver_id)
 
     monkeypatch.setattr(MemoryTransport, "pack", pack_and_keep)
-    recipe = relayed(foundation)
+    recipe = relayed(foundation, {"tunables": with_tunables})
     done = await run(recipe, tmp_path)
     held = {(message.kind, message.method) for message in sent if message.tensors}
     assert held == {
@@ -175,7 +195,13 @@ async def test_what_crosses_the_link(foundation: Path, tmp_path: Path, monkeypat
         ("tunables", "join"),
         ("samples", "relay"),  # an offer, what others offered of the same captions, and the cloud's answer
         ("scores", "relay_verdict"),  # on what others offered
+        *([("tunables", "relay_tunables")] if with_tunables else []),
     }
+    tuned = [message for message in sent if message.method == "relay_tunables" and message.tensors]
+    assert len(tuned) == 2 * 2 * with_tunables
+    for message in tuned:
+        assert message.tensors.keys() == done.tunables.keys()
+        assert msgspec.msgpack.decode(message.body).keys() == {"cycle", "cause"}
     samples = [message for message in sent if message.kind == "samples"]
     assert len(samples) == 2 * 2 * 3
     assert {name for message in samples for name in message.tensors} == {"codes", "shown"}
@@ -210,7 +236,7 @@ async def test_a_saved_run_tells_of_the_relay(
     foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assessment, "train_judge", partial(train_judge, steps=5))
-    recipe = relayed(foundation)
+    recipe = relayed(foundation, {"tunables": True})
     async with running(recipe, tmp_path) as (federation, _):
         done = await finish(federation)
         summary = await federation.save(tmp_path)
@@ -224,6 +250,18 @@ async def test_a_saved_run_tells_of_the_relay(
     assert sum(one["energy_j"] for one in relay["cycles"]) == pytest.approx(ledger.by_phase()["relay"].energy_j.mid)
     payload = sum(line.payload_bytes for line in ledger.traffic() if line.kind == "samples")
     assert sum(one["sample_bytes"] for one in relay["cycles"]) == payload
+    usages = [usage for one in lessons(done) for usage in one.usages]
+    tunables = [
+        line for usage in usages for line in usage.traffic if (line.receiver_id, line.kind) == ("cloud", "tunables")
+    ]
+    assert sum(one["tunable_bytes"] for one in relay["cycles"]) == sum(line.payload_bytes for line in tunables)
+    assert sum(line.messages for line in tunables) == 2 * 2
+    size = sum(tensor.nbytes for tensor in done.tunables.values())
+    assert {one["tunable_bytes"] for one in relay["cycles"]} == {2 * size}
+    assert [one["tunables_share"] for one in relay["up"]] == [
+        one.tunables_share for one in lessons(done) if one.direction == "up"
+    ]
+    assert {one["tunables_share"] for one in relay["down"]} == {None}
     assert relay["data_bytes"] == pytest.approx(2 * 24 * (64 + len("a handwritten three")), rel=0.05)
     ups, downs = ([one for one in relay[way] if one["accepted"]] for way in ("up", "down"))
     judged = {(one["node_id"], one["version"], one["domain"]) for one in relay["versions"]}
@@ -234,6 +272,8 @@ async def test_a_saved_run_tells_of_the_relay(
     page = (tmp_path / "report.html").read_text()
     assert "Lessons of the knowledge relay" in page
     assert "Versions of the models, cycle by cycle" in page
+    assert "tunables sent" in page
+    assert "Edges sent their tunables too" in page
     assert page.count('<img class="sheet"') == 6
     assert [*find_served(tmp_path).adapters] == ["tiny-pairs", "tiny-pairs/edge-0", "tiny-pairs/edge-1"]
     greedy = Sampling(temperature=0)
@@ -253,3 +293,11 @@ def test_what_a_relay_does_not_go_with(changes: dict[str, Any], said: str, found
         pair_recipe(foundation, relay={"every": 1}, **changes)
     with pytest.raises(ConfigError, match=r"relay\.every: models teach each other by drawing"):
         load("digits", ["relay.every=1"])
+
+
+def test_tunables_are_sent_along_with_lessons_only(foundation: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"relay\.tunables: they are sent along with lessons, and there are none; set"
+    ):
+        pair_recipe(foundation, relay={"tunables": True})
+    assert pair_recipe(foundation, relay={"tunables": True, "drift": 0.01}).relay.tunables

@@ -56,6 +56,9 @@ def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:
     model, data = recipe.model, recipe.data
     if recipe.relay.is_on:
         yield from _of_relay(recipe)
+    elif recipe.relay.tunables:
+        said = "they are sent along with lessons, and there are none; set relay.every or relay.drift, or false"
+        yield Contradiction(("relay.tunables", "relay.every", "relay.drift"), f"relay.tunables: {said}")
     if not data.is_pairs:
         if recipe.evaluation.crossings:
             said = "only a text-image generator draws and describes; set data.name = 'pairs', or 0"
