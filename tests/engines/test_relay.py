@@ -29,7 +29,7 @@ from ecogen.serving.sampling import Sampling
 from ecogen.transport.base import Message
 from ecogen.transport.memory import MemoryTransport
 from ecogen.tuning.captions import digit_caption
-from tests.pictures import SIZES, pair_recipe, save_pair_foundation
+from tests.pictures import SIZES, make_sure, pair_recipe, rehearse_little, save_pair_foundation
 from tests.runs import Finished, finish, run, running, until
 from tests.tiny import RecordingNetwork
 
@@ -49,10 +49,20 @@ def lessons(finished: Finished) -> list[RelayRecord]:
     return [record for record in finished.records if isinstance(record, RelayRecord)]
 
 
+@pytest.fixture(autouse=True)
+def little_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearse_little(monkeypatch)
+
+
 @pytest.fixture
 def sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random models are sure of nothing; let them hand on everything."""
-    monkeypatch.setattr("ecogen.relay.teacher.kept_places", lambda asked, said, log_likelihood: list(range(len(asked))))
+    make_sure(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[bool, Finished]:
+    """Of the runs in which somebody is killed, what they come to where nobody is: without tunables, and with."""
+    return {}
 
 
 @pytest.mark.usefixtures("sure")
@@ -124,11 +134,13 @@ async def test_who_is_sure_of_nothing_hands_on_nothing(foundation: Path, tmp_pat
     ],
 )
 async def test_a_node_that_is_killed_gives_and_takes_the_same_lessons(
-    moment: str, victim: str, foundation: Path, tmp_path: Path
+    moment: str, victim: str, foundation: Path, tmp_path: Path, undisturbed: dict[bool, Finished]
 ) -> None:
     sources = {"edge-1": {"name": "digits", "labels": [4, 5, 6, 7, 8, 9]}}
     recipe = relayed(foundation, {"tunables": "tunables" in moment}, data={"sources": sources})
-    whole = await run(recipe, tmp_path / "whole")
+    if recipe.relay.tunables not in undisturbed:
+        undisturbed[recipe.relay.tunables] = await run(recipe, tmp_path / "whole")
+    whole = undisturbed[recipe.relay.tunables]
     network = RecordingNetwork()
     async with running(recipe, tmp_path / "killed", network) as (federation, engine):
         finishing = asyncio.create_task(finish(federation))

@@ -16,7 +16,7 @@ from ecogen.errors import ConfigError
 from ecogen.records import Record, RelayRecord
 from ecogen.reports.relay import relay_of
 from ecogen.reports.relay_tables import lessons_table
-from tests.pictures import pair_recipe, save_pair_foundation
+from tests.pictures import make_sure, pair_recipe, rehearse_little, save_pair_foundation
 from tests.runs import Finished, finish, run, running, until
 
 FIRST, OTHERS = [0, 1, 2], [7, 8]
@@ -29,8 +29,8 @@ def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random models are sure of nothing; let them hand on everything."""
-    monkeypatch.setattr("ecogen.relay.teacher.kept_places", lambda asked, said, log_likelihood: list(range(len(asked))))
+    make_sure(monkeypatch)
+    rehearse_little(monkeypatch)
 
 
 def drifting(foundation: Path, rounds: int, later: Mapping[str, Any], **relay: Any) -> Recipe:
@@ -53,7 +53,8 @@ def both_causes(foundation: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def whole(foundation: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ecogen.relay.teacher.kept_places", lambda asked, *_: list(range(len(asked))))
+        make_sure(patch)
+        rehearse_little(patch)
         return asyncio.run(run(both_causes(foundation), tmp_path_factory.mktemp("whole"), timeout_s=90))
 
 

@@ -25,13 +25,13 @@ from ecogen.relay.judge import train_judge
 from ecogen.relay.versions import load, path_of
 from ecogen.tuning.edge_state import EdgeState
 from tests.command import Ran, call, save_recipe
-from tests.pictures import pair_recipe, save_pair_foundation
+from tests.pictures import make_sure, pair_recipe, rehearse_little, save_pair_foundation
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random models are sure of nothing; let them hand on everything. And judges learn little."""
-    monkeypatch.setattr("ecogen.relay.teacher.kept_places", lambda asked, said, log_likelihood: list(range(len(asked))))
+    make_sure(monkeypatch)
+    rehearse_little(monkeypatch)
     monkeypatch.setattr(assessment, "train_judge", partial(train_judge, steps=5))
 
 
@@ -59,7 +59,8 @@ def finished(foundation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run of two rounds, each followed by lessons; for tests that do not write there."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ecogen.relay.teacher.kept_places", lambda asked, *_: list(range(len(asked))))
+        make_sure(patch)
+        rehearse_little(patch)
         patch.setattr(assessment, "train_judge", partial(train_judge, steps=5))
         tune(relayed(foundation, 2), folder)
     return folder
