@@ -16,7 +16,6 @@ from ecogen.config import Tuning, Wire
 from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables, tunables_of
 from ecogen.runtime.compression import restore_all
-from ecogen.runtime.example_gradients import ExampleNoise
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.prefix_cache import PrefixCache, prefix_keys
 from ecogen.runtime.stage import OptimizerSettings, Stage
@@ -155,7 +154,6 @@ class DeviceTuning:
         cache: where it keeps prefix activations; None where none are kept.
         controls: this device's memory of SCAFFOLD; None for methods without.
         feedback: what makes of its tunables a change in fewer bytes; None where they are sent as they are.
-        noise: what protects each example, where something does; the stage's.
         update_factor: times what it learned is what it answers with: 1, but for a fault on purpose.
     """
 
@@ -173,10 +171,9 @@ class DeviceTuning:
         update_factor: float = 1.0,
         controls: Controls | None = None,
         feedback: Feedback | None = None,
-        noise: ExampleNoise | None = None,
     ) -> None:
-        self._noise, self._draws = noise, None
-        if noise is not None and data is not None:
+        self._draws: Draws | None = None
+        if stage.noise is not None and data is not None:
             assert isinstance(data.examples, Passages)
             self._draws = Draws.of(data.examples, tuning.batch_size)
         self._controls, self._feedback = controls, feedback
@@ -292,7 +289,7 @@ class DeviceTuning:
         self._lost = error
 
     def _begin(self, key: AttemptKey, draw: int, data: LocalData | None) -> LocalSteps:
-        is_plain = self._noise is None
+        is_plain = self._stage.noise is None
         self._current = LocalSteps(
             key,
             self._routes,
@@ -306,7 +303,6 @@ class DeviceTuning:
             own_keys=data.keys if data and is_plain else None,  # private draws have no keys
             cache=self._cache,
             unlabelled=self._tuning.unlabelled,
-            noise=self._noise,
             expected=self._draws.expected if self._draws else None,
             collect=self._own_tunables,
         )

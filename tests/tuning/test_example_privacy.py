@@ -63,7 +63,7 @@ def tune(
     case: TextCase, batches: Sequence[Passages], protection: ExampleNoise, spec: OptimizerSettings = SGD, **more: Any
 ) -> Tuned:
     stages = case.stages(protection)
-    given = {"noise": protection, "expected": EXPECTED, "num_microbatches": 2} | more
+    given = {"expected": EXPECTED, "num_microbatches": 2} | more
     return asyncio.run(tune_cluster(case, case.tunables, batches, spec, stages=stages, **given))
 
 
