@@ -90,7 +90,7 @@ class LocalData:
         Args:
             draw: the round; where clusters do not wait for each other, how many attempts of this one were counted.
         """
-        generator = self.augmenting(draw, epoch)
+        generator = _generator([*self._key(draw, epoch), _AUGMENT_KEY])
         number = draw * tuning.local_epochs + epoch
         view = self.views[number % len(self.views)] if self.views else None
         for labelled, unlabelled in self._order(tuning, np.random.default_rng([*self._key(draw, epoch), _ORDER_KEY])):
@@ -102,10 +102,6 @@ class LocalData:
                 strong = strongly_augment(images, tuning.unlabelled.strength, generator)
                 batch = mixed_batch(batch, strong, augment(images, tuning.augmentation, generator))
             yield batch
-
-    def augmenting(self, draw: int, epoch: int) -> torch.Generator:
-        """What moves the images of one local epoch."""
-        return _generator([*self._key(draw, epoch), _AUGMENT_KEY])
 
     def _key(self, draw: int, epoch: int) -> list[int]:
         return [self.seed, draw, self.cluster_index, self.owner_index, epoch]
@@ -230,8 +226,9 @@ class DeviceTuning:
         if self._draws is None:
             return data.batches(self._tuning, draw, epoch)
         assert isinstance(data.examples, Passages)
-        drawn, generator = self._draws.batches(data.examples, random.SystemRandom()), data.augmenting(draw, epoch)
-        return (_augmented(batch, self._tuning, generator) for batch in drawn)
+        source, strength = random.SystemRandom(), self._tuning.augmentation
+        drawn = self._draws.batches(data.examples, source)
+        return (one.moved_apart(strength, source) if isinstance(one, PairPassages) else one for one in drawn)
 
     def _recall(
         self, counted: int | None, control: Mapping[str, Tensor], tunables: Mapping[str, Tensor]
