@@ -22,7 +22,8 @@ class Lesson(TypedDict):
     """One lesson; `new` and `known` are by what the pairs are of.
 
     `round` is the one after which it was, from 1; None of runs that did not write it down. `cause` is schedule or
-    drift, and `p_value` that of an edge's drift.
+    drift, and `p_value` that of an edge's drift. Of the samples that were handed on, those that are disputed were held
+    for wrong by others who know their captions, and not learnt from.
     """
 
     cycle: int
@@ -36,6 +37,7 @@ class Lesson(TypedDict):
     version: int
     num_drawn: int
     num_samples: int
+    num_disputed: int
     new: dict[str, Score]
     known: dict[str, Score]
     wall_s: float
@@ -111,6 +113,7 @@ def _lesson(record: RelayRecord) -> Lesson:
         "version": record.version,
         "num_drawn": record.num_drawn,
         "num_samples": record.num_samples,
+        "num_disputed": record.num_disputed,
         "new": _scores(score for score in record.scores if score.is_new),
         "known": _scores(score for score in record.scores if not score.is_new),
         "wall_s": record.wall_s,
