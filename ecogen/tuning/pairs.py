@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ecogen.models.image_tokenizer import ImageTokenizer
-from ecogen.models.pair_tokens import PairTokens, pair_tokens
+from ecogen.models.pair_tokens import PairTokens, pair_tokens, prompts_of
 from ecogen.tuning.augment import augment
 from ecogen.tuning.passages import IGNORED, Passages
 
@@ -127,7 +127,7 @@ class PairWriter:
 
     def _written(self, captions: Sequence[str], codes: Tensor, is_drawn: NDArray[np.bool_]) -> Passages:
         written = self.tokens.written(codes).tolist()
-        said = self._tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        said = prompts_of(self._tokenizer, captions)
         rows = [self._row(*pair) for pair in zip(said, written, is_drawn, strict=True)]
         tokens = torch.tensor(rows, dtype=torch.int64).view(len(rows), self._length + 1)
         following = tokens[:, 1:].masked_fill(tokens[:, 1:] == self._padding, IGNORED)
