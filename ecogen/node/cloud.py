@@ -118,9 +118,9 @@ class CloudRole:
             **parent.methods(),
             **methods(
                 Caller(Tier.EDGE),
-                **{SYNC: self._on_sync, RELAY: self._on_relay, VERDICT: self._on_verdict, PUBLISH: self._publish},
+                **{SYNC: self._on_sync, RELAY: self._on_relay, VERDICT: self._on_verdict},
+                **{CROSS: self._on_crossing, PUBLISH: self._publish},
             ),
-            **methods(Caller(Tier.EDGE), **{CROSS: self._on_crossing}),
             **methods(Caller(OPERATOR), **{STATUS: self._status, RESULT: self._result, DESCRIBE: self._describe}),
         }
 
