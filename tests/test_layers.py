@@ -85,6 +85,13 @@ def test_modules_import_only_from_rows_below_their_own() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_page_of_the_architecture_has_every_row() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    table = page.partition("| row |")[2].partition("\n\n")[0]
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert not {name for name in folders if f"`{name}/`" not in table}
+
+
 def test_no_module_imports_itself_over_others() -> None:
     known = modules()
     graph = {module: {name for name, _ in imports(path, known)} for module, path in known.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ecogen.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
-from ecogen.models.pair_tokens import TEMPERATURE, PairTokens, pair_tokens
+from ecogen.models.pair_tokens import TEMPERATURE, PairTokens, caption_of, pair_tokens, prompts_of
 from ecogen.models.tokenizer import load_tokenizer
 
 _BATCH = 128
@@ -72,7 +72,7 @@ class PairModel:
         """
         heat = self._temperature if temperature is None else temperature
         parts = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
-        drawn = [self.draw_codes(self._said(part), generator, heat) for part in parts]
+        drawn = [self.draw_codes(prompts_of(self.tokenizer, part), generator, heat) for part in parts]
         codes, likelihoods = (torch.cat(one) for one in zip(*drawn, strict=True))
         return Drawn(self.images.decode(codes), codes, captions, likelihoods)
 
@@ -82,7 +82,7 @@ class PairModel:
 
     def describe_codes(self, codes: Tensor) -> list[str]:
         """The likeliest caption of each image in codes [N, T]."""
-        return [self._text(row) for part in codes.split(_BATCH) for row in self.caption_tokens(part)]
+        return [caption_of(self.tokenizer, row) for part in codes.split(_BATCH) for row in self.caption_tokens(part)]
 
     @torch.no_grad()
     def log_likelihood(self, images: Tensor, captions: Sequence[str]) -> Tensor:
@@ -106,7 +106,7 @@ class PairModel:
         return self.draw(captions, generator)
 
     def _log_likelihood(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
-        tokens, mask = _padded_left(self._asked(self._said(captions)), self._padding)
+        tokens, mask = _padded_left(self._asked(prompts_of(self.tokenizer, captions)), self._padding)
         own = codes + self.tokens.first
         mask = torch.cat([mask, torch.ones_like(own)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -119,18 +119,12 @@ class PairModel:
         """The product of the probabilities of a caption's tokens, and of its end."""
         written = self.tokens.written(codes)
         shown = torch.cat([torch.full((len(codes), 1), self.tokenizer.bos_token_id), written], 1)
-        rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in self._said(captions)]
+        rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in prompts_of(self.tokenizer, captions)]
         wanted = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         tokens = torch.cat([shown, wanted[:, :-1].clamp(min=0)], 1)  # what is behind a caption changes nothing before
         logs = self.model(tokens).logits[:, shown.shape[1] - 1 :].float().log_softmax(-1)
         each: Tensor = logs.gather(2, wanted.clamp(min=0)[:, :, None]).squeeze(2)
         return (each * (wanted >= 0)).sum(1).exp()
-
-    def _said(self, captions: Sequence[str]) -> list[list[int]]:
-        said: list[list[int]] = self.tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-        return said
 
     def _asked(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The tokens that an image follows on."""
@@ -163,7 +157,7 @@ class PairModel:
     def _invent_captions(self, count: int, generator: torch.Generator) -> list[str]:
         rows = [[self.tokenizer.bos_token_id]] * count
         said = self._captions(_State(self.model, *_padded_left(rows, self._padding)), generator)
-        return list(map(self._text, said))
+        return [caption_of(self.tokenizer, row) for row in said]
 
     def _captions(self, state: _State, generator: torch.Generator | None) -> list[list[int]]:
         """The tokens of text up to what ends it: the likeliest, or with a generator drawn."""
@@ -186,10 +180,6 @@ class PairModel:
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = {self.tokenizer.eos_token_id, self.tokens.begin}
         return tokens[: next((index for index, token in enumerate(tokens) if token in ends), len(tokens))]
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text.strip()
 
     @property
     def _padding(self) -> int:

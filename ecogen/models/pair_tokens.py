@@ -71,6 +71,19 @@ class PairTokens:
         return torch.tensor([tokens]) - self.first
 
 
+def prompts_of(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[list[int]]:
+    """The tokens of captions; what looks like a special token stays text."""
+    given = tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)
+    prompts: list[list[int]] = given["input_ids"]
+    return prompts
+
+
+def caption_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The caption that tokens are."""
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return text.strip()
+
+
 def pair_tokens(tokenizer: PreTrainedTokenizerBase, images: ImageTokens) -> PairTokens:
     """Where a tokenizer has the tokens for images.
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ecogen.models.folder import read_text_files
 from ecogen.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
-from ecogen.models.pair_tokens import PairTokens, pair_tokens
+from ecogen.models.pair_tokens import PairTokens, caption_of, pair_tokens, prompts_of
 from ecogen.models.pictures import png_of, read_picture
 from ecogen.models.tokenizer import load_tokenizer
 
@@ -42,14 +42,12 @@ class PictureModules:
     nbytes: int
 
     def prompt_of(self, caption: str) -> list[int]:
-        """The tokens of a caption; what looks like a special token stays text."""
-        tokens: list[int] = self.tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return tokens
+        """The tokens of a caption."""
+        return prompts_of(self.tokenizer, [caption])[0]
 
     def caption_of(self, tokens: Sequence[int]) -> str:
         """The caption that tokens are."""
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text.strip()
+        return caption_of(self.tokenizer, tokens)
 
     def codes_of(self, picture: bytes) -> list[int]:
         """The codes [T] of a picture in a file of any format and size.

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ecogen import config as recipes
-from ecogen.errors import NodeLostError
+from ecogen.errors import EcoGenError
 from ecogen.models.family import whole_segment
 from ecogen.models.pair_model import PairModel
 from ecogen.models.picture_modules import load_modules
@@ -57,17 +57,17 @@ async def compare_crossings(
     """Ask for so many pictures as the recipe says, and what each shows, in tokens and in pictures; publish each record.
 
     Captions are of all ten digits, whatever the edge knows, and what is described is what was drawn: so the questions
-    tell nothing of the edge. Where the cloud is away, there are fewer records.
+    tell nothing of the edge. Where something fails, there are fewer records: a run does not end for a measurement.
     """
     link = recipes.build_topology(recipe.topology).link(context.node_id, cloud_id)
     assert link is not None
-    modules = await context.worker.compute(load_modules, folder)
-    front = Front(context.node_id, cloud_id, modules, context.worker, context.transport, link)
     try:
+        modules = await context.worker.compute(load_modules, folder)
+        front = Front(context.node_id, cloud_id, modules, context.worker, context.transport, link)
         for number in range(recipe.evaluation.crossings):
             for record in await _both(front, number):
                 publish(record)
-    except NodeLostError as problem:
+    except EcoGenError as problem:
         logger.warning("not all pictures were asked for: %s", problem)
 
 

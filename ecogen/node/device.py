@@ -25,7 +25,6 @@ from ecogen.placement import Segment, neighbours_of, rotations, segments_held
 from ecogen.planning.cost import ModelShape, activation_bytes
 from ecogen.records import RequestRecord
 from ecogen.runtime.delivery import fetch_tensors
-from ecogen.runtime.example_gradients import ExampleNoise
 from ecogen.runtime.membership import attend
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.prefix_cache import PrefixCache
@@ -168,7 +167,6 @@ class DeviceRole:
             update_factor=factor,
             controls=controls if recipe.aggregation.strategy == "scaffold" else None,
             feedback=feedback if wire.updates != "float32" else None,
-            noise=self._noise,
         )
         serving = DeviceServing(cluster_id, placement, shape, topology.link, stage, context.worker, self.neighbours)
         neighbour_ids = frozenset(neighbours_of(placement, recipe.data.owners, context.node_id))
@@ -203,12 +201,8 @@ class DeviceRole:
         attach_tunables(model, spec)
         if isinstance(model, SegmentedViT):
             model.gives_all_tokens = self._recipe.wire.tokens == "all"
-        return Stage(model, device=self._context.device, dtype=self._context.dtype, noise=self._noise)
-
-    @property
-    def _noise(self) -> ExampleNoise | None:
-        """What protects each example in this device's steps, where something does."""
-        return example_noise(self._recipe.privacy, WAYS if self._recipe.data.is_pairs else 1)
+        noise = example_noise(self._recipe.privacy, WAYS if self._recipe.data.is_pairs else 1)
+        return Stage(model, device=self._context.device, dtype=self._context.dtype, noise=noise)
 
     def _cache(self, routes: list[Route], shape: ModelShape) -> PrefixCache | None:
         """Room for prefix activations where this device has the lowest tunable of a route and they can be kept."""

@@ -114,6 +114,7 @@ class ServingDevice:
         if stages is not None:
             await stages.close()
             self._windows.end(memory_bytes)
+        self._assembly.clear()  # whoever gives an adapter to the next model begins with its first part
         self._lora, self._held_bytes = None, 0
 
     def _open(self, folder: Path, visits: Mapping[int, Segment], load: Load) -> dict[int, DecoderStage]:

@@ -195,7 +195,8 @@ class CloudRelay:
         if verdict.cause == "schedule" and (offers := self._open.offers(cycle)) is not None:
             await self._open.judge(cycle, edge_id, checked(said, len(asked_of(samples_of(offers), edge_id))))
             asked = Exchange("schedule", cycle, (cycle + 1) * self._spec.every - 1)
-            await asyncio.shield(self._close(asked, lambda: self._close_cycle(asked, offers)))
+            if not self._is_closed(edge_id, verdict):  # as it may be since
+                await asyncio.shield(self._close(asked, lambda: self._close_cycle(asked, offers)))
         elif verdict.cause == "drift" and edge_id in self._alone and self._alone[edge_id][0] == cycle:
             alone = {edge_id: self._alone[edge_id][1]}
             asked = Exchange("drift", cycle, cycle, edge_id)

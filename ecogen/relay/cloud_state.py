@@ -103,8 +103,7 @@ def remaining(taught: Mapping[str, Remembered], lessons: Mapping[str, Samples]) 
 
 def _without(samples: Samples, captions: Iterable[str]) -> Samples:
     told = set(captions)
-    rest = samples[[place for place, caption in enumerate(samples.captions) if caption not in told]]
-    return replace(rest, evidence={caption: n for caption, n in samples.evidence.items() if caption not in told})
+    return samples[[place for place, caption in enumerate(samples.captions) if caption not in told]]
 
 
 def _of(edge: str) -> str:

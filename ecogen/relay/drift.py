@@ -2,7 +2,8 @@
 
 Both are pairs that nobody tunes on. Their losses are compared under one model, that of the exchange, so that of pairs
 of one domain the two sets of losses are of one distribution, whatever that model knows; a two-sample test says whether
-they are. None of it leaves the edge.
+they are. Pairs and losses stay at the edge. That it asks is told, and by its record how probable its pairs would be
+without a drift, to the cloud and to all who watch.
 
 Shapes: N pairs.
 """

@@ -26,11 +26,11 @@ from ecogen.relay.samples import Captions, Samples, unpacked
 from ecogen.relay.teacher import Lesson, teach
 from ecogen.runtime.stage import MicrobatchKey, OptimizerSettings, Stage
 from ecogen.runtime.worker import Worker
-from ecogen.tuning.evaluate import Evaluator
+from ecogen.tuning.evaluate import Evaluator, rows_at_once
 from ecogen.tuning.pairs import PairWriter
 from ecogen.tuning.passages import IGNORED, Passages, joined
 
-_CLIP_NORM, _WEIGHT_DECAY, _AT_ONCE = 1.0, 0.01, 128
+_CLIP_NORM, _WEIGHT_DECAY = 1.0, 0.01
 
 
 class Generator:
@@ -125,7 +125,9 @@ class Generator:
     def losses(self, tunables: Mapping[str, Tensor], passages: Passages) -> list[float]:
         """The mean cross-entropy of a token of each passage."""
         self._stage.begin(tunables)
-        return [loss for part in passages.trimmed().split(-(-len(passages) // _AT_ONCE)) for loss in self._losses(part)]
+        passages = passages.trimmed()
+        rows = rows_at_once(passages, self._shape)
+        return [loss for part in passages.split(-(-len(passages) // rows)) for loss in self._losses(part)]
 
     def _losses(self, part: Passages) -> list[float]:
         self._worker.meter.add_flops(forward_flops(self._shape, self._segment, len(part)))

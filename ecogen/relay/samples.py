@@ -18,6 +18,9 @@ from ecogen.errors import ProtocolError
 
 CODES, SHOWN = "codes", "shown"
 
+_KINDS = (torch.uint8, torch.int16, torch.int32)
+"""Of numbers that travel."""
+
 _MOST_CAPTIONS, _LONGEST_CAPTION = 4096, 256
 
 
@@ -37,7 +40,7 @@ class Samples:
     """Images in codes [N, T] and their captions [N], as a generator drew them.
 
     Attributes:
-        evidence: how many real examples the generator learnt from, by caption.
+        evidence: how many real examples the generator learnt from, by caption; a selection has that of what it shows.
     """
 
     codes: Tensor
@@ -48,7 +51,8 @@ class Samples:
         return len(self.captions)
 
     def __getitem__(self, indices: Sequence[int]) -> Samples:
-        return Samples(self.codes[list(indices)], [self.captions[index] for index in indices], self.evidence)
+        captions = [self.captions[index] for index in indices]
+        return Samples(self.codes[list(indices)], captions, _shown(self.evidence, captions))
 
     def split(self, count: int) -> tuple[Samples, Samples]:
         """The first so many, and the others."""
@@ -70,12 +74,17 @@ class Samples:
 def _small(numbers: Tensor) -> Tensor:
     """Numbers of 0 or more in the smallest type that holds them."""
     most = int(numbers.max()) if numbers.numel() else 0
-    kinds = (torch.uint8, torch.int16, torch.int32)
-    return numbers.to(next(kind for kind in kinds if most <= torch.iinfo(kind).max))
+    return numbers.to(next(kind for kind in _KINDS if most <= torch.iinfo(kind).max))
+
+
+def _shown(evidence: Mapping[str, int], captions: Sequence[str]) -> dict[str, int]:
+    """The evidence of captions that there are samples of, in the order that it is in."""
+    shown = set(captions)
+    return {caption: count for caption, count in evidence.items() if caption in shown}
 
 
 def unpacked(body: Captions, tensors: Mapping[str, Tensor], num_codes: int, length: int, most: int) -> Samples:
-    """The samples in a message.
+    """The samples in a message; evidence of captions of which it holds none counts for nothing.
 
     Args:
         num_codes: what codes are below.
@@ -85,18 +94,27 @@ def unpacked(body: Captions, tensors: Mapping[str, Tensor], num_codes: int, leng
     Raises:
         ProtocolError: if they are no such samples.
     """
-    codes, shown = tensors.get(CODES), tensors.get(SHOWN)
-    if codes is None or shown is None or codes.ndim != 2 or codes.shape != (len(shown), length):
-        raise ProtocolError(f"samples are to be codes [N, {length}] and captions [N]")
+    codes, shown = _whole(tensors, CODES, 2), _whole(tensors, SHOWN, 1)
+    if codes.shape != (len(shown), length):
+        raise ProtocolError(f"samples are to be codes [{len(shown)}, {length}], not {[*codes.shape]}")
     if len(codes) > most:
         raise ProtocolError(f"{len(codes)} samples; {most} at most were asked for")
     if len(body.captions) != len(body.evidence) or max(map(len, body.captions), default=0) > _LONGEST_CAPTION:
         raise ProtocolError(f"captions are to be of {_LONGEST_CAPTION} characters at most, each with its evidence")
-    codes, places = codes.long(), shown.long().tolist()
+    codes, places = codes.long(), shown.tolist()
     if not all(0 <= place < len(body.captions) for place in places) or ((codes < 0) | (codes >= num_codes)).any():
         raise ProtocolError(f"samples name captions that are not there, or codes that are not in 0..{num_codes - 1}")
-    evidence = dict(zip(body.captions, body.evidence, strict=True))
-    return Samples(codes, [body.captions[place] for place in places], evidence)
+    captions = [body.captions[place] for place in places]
+    return Samples(codes, captions, _shown(dict(zip(body.captions, body.evidence, strict=True)), captions))
+
+
+def _whole(tensors: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:
+    """The whole numbers of that name."""
+    found = tensors.get(name)
+    if found is None or found.ndim != ndim or found.dtype not in _KINDS:
+        what = "nothing" if found is None else f"{found.dtype} {[*found.shape]}"
+        raise ProtocolError(f"{name!r} of samples are to be whole numbers with ndim {ndim}, not {what}")
+    return found
 
 
 def joined(parts: Sequence[Samples]) -> Samples:

@@ -64,7 +64,7 @@ def teach(
     drawn = model.draw(asked, generator, temperature=temperature)
     said = model.describe_codes(drawn.codes)
     kept = kept_places(asked, said, drawn.log_likelihood)
-    samples = Samples(drawn.codes[kept], [asked[place] for place in kept], dict(evidence))
+    samples = Samples(drawn.codes, asked, dict(evidence))[kept]
     return Lesson(balanced(samples, number, generator), len(asked))
 
 

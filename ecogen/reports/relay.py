@@ -22,8 +22,10 @@ class Lesson(TypedDict):
     """One lesson; `new` and `known` are by what the pairs are of.
 
     `round` is the one after which it was, from 1; None of runs that did not write it down. `cause` is schedule or
-    drift, and `p_value` that of an edge's drift. `tunables_share` is how far from its own tunables to the mean of the
-    edges' the cloud began to learn; None where none were sent.
+    drift, and `p_value` that of an edge's drift. `share` is how far the receiver went towards what it had learnt, 0
+    where it refused it; `tunables_share` how far from its own tunables to the mean of the edges' the cloud began to
+    learn, None where none were sent. Of the samples that were handed on, those that are disputed were held for wrong by
+    others who know their captions, and not learnt from.
     """
 
     cycle: int
@@ -38,6 +40,8 @@ class Lesson(TypedDict):
     num_drawn: int
     num_samples: int
     tunables_share: float | None
+    num_disputed: int
+    share: float
     new: dict[str, Score]
     known: dict[str, Score]
     wall_s: float
@@ -115,6 +119,8 @@ def _lesson(record: RelayRecord) -> Lesson:
         "num_drawn": record.num_drawn,
         "num_samples": record.num_samples,
         "tunables_share": record.tunables_share if record.tunable_bytes else None,
+        "num_disputed": record.num_disputed,
+        "share": record.share if record.accepted else 0.0,
         "new": _scores(score for score in record.scores if score.is_new),
         "known": _scores(score for score in record.scores if not score.is_new),
         "wall_s": record.wall_s,

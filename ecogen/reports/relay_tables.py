@@ -18,8 +18,9 @@ def lessons_table(relay: Relay | None) -> Table:
         (
             str(one["cycle"] + 1),
             f"{direction}, {', '.join(one['teachers']) or 'nobody'} to {one['node_id']}",
-            f"accepted, version {one['version']}" if one["accepted"] else f"refused: {one['reason']}",
+            _outcome(one),
             f"{format_count(one['num_samples'])} of {format_count(one['num_drawn'])}",
+            format_count(one["num_disputed"]),
             format_share(one["tunables_share"]),
             _told(one["new"]),
             _told(one["known"]),
@@ -32,6 +33,7 @@ def lessons_table(relay: Relay | None) -> Table:
         identifier("lesson"),
         word("outcome"),
         Column("handed on", "of drawn"),
+        Column("disputed", "of these"),
         Column("averaged", "share"),
         word("perplexity on what was taught"),
         word("on what was known"),
@@ -88,6 +90,13 @@ def _why(lesson: Lesson) -> str:
     after = "" if lesson["round"] is None else f" after round {lesson['round']}"
     found = "" if lesson["p_value"] is None else f", p = {lesson['p_value']:.2g}"
     return f"{lesson['cause']}{after}{found}"
+
+
+def _outcome(one: Lesson) -> str:
+    if not one["accepted"]:
+        return f"refused: {one['reason']}"
+    part = "" if one["share"] == 1 else f" to {100 * one['share']:.0f} %"
+    return f"accepted{part}, version {one['version']}"
 
 
 def _told(scores: Mapping[str, Score]) -> str:

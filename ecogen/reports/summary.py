@@ -30,7 +30,7 @@ class RunFacts:
         saved_perplexity: of a language model: of the saved one, on each edge's held-out text.
         drawings: of a text-image generator: of the saved one, of what each edge knows.
         cloud_drawings: where cloud and edges taught each other: of the cloud's, of what each edge knows.
-        by_version: then of every version that a lesson led to, of the cloud's and the edges' models.
+        by_version: then of the last 12 versions of each node that lessons led to.
         data_bytes: of the images with captions that the edges' devices tuned on.
     """
 

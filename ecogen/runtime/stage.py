@@ -64,7 +64,7 @@ class Stage:
     ) -> None:
         self.device = torch.device(resolve_device(device))
         self.dtype = getattr(torch, dtype)
-        self.model = model.to(self.device)
+        self.model, self.noise = model.to(self.device), noise
         self._lower_frozen()
         self._named = dict(named_tunables(model))  # looked up once: walking the modules costs as much as a small block
         self._examples = ExampleGradients(model, self._named, noise) if noise else None

@@ -16,7 +16,6 @@ from ecogen.config import Tuning, Wire
 from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables, tunables_of
 from ecogen.runtime.compression import restore_all
-from ecogen.runtime.example_gradients import ExampleNoise
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.prefix_cache import PrefixCache, prefix_keys
 from ecogen.runtime.stage import OptimizerSettings, Stage
@@ -91,7 +90,7 @@ class LocalData:
         Args:
             draw: the round; where clusters do not wait for each other, how many attempts of this one were counted.
         """
-        generator = self.augmenting(draw, epoch)
+        generator = _generator([*self._key(draw, epoch), _AUGMENT_KEY])
         number = draw * tuning.local_epochs + epoch
         view = self.views[number % len(self.views)] if self.views else None
         for labelled, unlabelled in self._order(tuning, np.random.default_rng([*self._key(draw, epoch), _ORDER_KEY])):
@@ -103,10 +102,6 @@ class LocalData:
                 strong = strongly_augment(images, tuning.unlabelled.strength, generator)
                 batch = mixed_batch(batch, strong, augment(images, tuning.augmentation, generator))
             yield batch
-
-    def augmenting(self, draw: int, epoch: int) -> torch.Generator:
-        """What moves the images of one local epoch."""
-        return _generator([*self._key(draw, epoch), _AUGMENT_KEY])
 
     def _key(self, draw: int, epoch: int) -> list[int]:
         return [self.seed, draw, self.cluster_index, self.owner_index, epoch]
@@ -155,7 +150,6 @@ class DeviceTuning:
         cache: where it keeps prefix activations; None where none are kept.
         controls: this device's memory of SCAFFOLD; None for methods without.
         feedback: what makes of its tunables a change in fewer bytes; None where they are sent as they are.
-        noise: what protects each example, where something does; the stage's.
         update_factor: times what it learned is what it answers with: 1, but for a fault on purpose.
     """
 
@@ -173,10 +167,9 @@ class DeviceTuning:
         update_factor: float = 1.0,
         controls: Controls | None = None,
         feedback: Feedback | None = None,
-        noise: ExampleNoise | None = None,
     ) -> None:
-        self._noise, self._draws = noise, None
-        if noise is not None and data is not None:
+        self._draws: Draws | None = None
+        if stage.noise is not None and data is not None:
             assert isinstance(data.examples, Passages)
             self._draws = Draws.of(data.examples, tuning.batch_size)
         self._controls, self._feedback = controls, feedback
@@ -233,8 +226,9 @@ class DeviceTuning:
         if self._draws is None:
             return data.batches(self._tuning, draw, epoch)
         assert isinstance(data.examples, Passages)
-        drawn, generator = self._draws.batches(data.examples, random.SystemRandom()), data.augmenting(draw, epoch)
-        return (_augmented(batch, self._tuning, generator) for batch in drawn)
+        source, strength = random.SystemRandom(), self._tuning.augmentation
+        drawn = self._draws.batches(data.examples, source)
+        return (one.moved_apart(strength, source) if isinstance(one, PairPassages) else one for one in drawn)
 
     def _recall(
         self, counted: int | None, control: Mapping[str, Tensor], tunables: Mapping[str, Tensor]
@@ -292,7 +286,7 @@ class DeviceTuning:
         self._lost = error
 
     def _begin(self, key: AttemptKey, draw: int, data: LocalData | None) -> LocalSteps:
-        is_plain = self._noise is None
+        is_plain = self._stage.noise is None
         self._current = LocalSteps(
             key,
             self._routes,
@@ -306,7 +300,6 @@ class DeviceTuning:
             own_keys=data.keys if data and is_plain else None,  # private draws have no keys
             cache=self._cache,
             unlabelled=self._tuning.unlabelled,
-            noise=self._noise,
             expected=self._draws.expected if self._draws else None,
             collect=self._own_tunables,
         )

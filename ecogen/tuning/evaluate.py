@@ -67,8 +67,7 @@ class Evaluator:
 
     def _loss(self, passages: Passages) -> float:
         """Summed over all tokens that count."""
-        rows = max(1, min(_BATCH, _LOGITS // (passages.tokens.shape[1] * self._shape.num_labels)))
-        return self._sum(passages, rows, _summed_loss)
+        return self._sum(passages, rows_at_once(passages, self._shape), _summed_loss)
 
     def _sum(self, examples: Batch, rows: int, measure: Callable[[Tensor, Tensor], float]) -> float:
         """A measure of outputs and labels, summed over all examples, so many rows at once."""
@@ -90,6 +89,11 @@ class Evaluator:
         shape = self._shape.seeing(inputs.shape[1])
         self._worker.meter.add_flops(forward_flops(shape, segment, len(inputs)))
         return self._stage.infer(segment, inputs)
+
+
+def rows_at_once(passages: Passages, shape: ModelShape) -> int:
+    """How many passages may be evaluated at once, so that their logits have room."""
+    return max(1, min(_BATCH, _LOGITS // (passages.tokens.shape[1] * shape.num_labels)))
 
 
 def _num_right(logits: Tensor, labels: Tensor) -> float:

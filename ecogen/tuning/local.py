@@ -31,7 +31,6 @@ from ecogen.errors import NodeLostError, ProtocolError
 from ecogen.models.tunables import Tunables
 from ecogen.records import Kind
 from ecogen.runtime.compression import TENSOR
-from ecogen.runtime.example_gradients import ExampleNoise
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import Stage
@@ -82,8 +81,7 @@ class LocalSteps:
         own_keys: on an owner whose prefix activations should be kept: of all its examples.
         cache: where this device keeps those of others.
         unlabelled: what is made of unlabelled examples, where batches have some.
-        noise: what protects each example, where something does; the stage's.
-        expected: on an owner, how many of its examples a step then has on average.
+        expected: on an owner whose examples are protected each, how many of them a step has on average.
         collect: what this device answers with, called after the last step on the compute thread.
     """
 
@@ -102,7 +100,6 @@ class LocalSteps:
         own_keys: Tensor | None = None,
         cache: PrefixCache | None = None,
         unlabelled: Unlabelled | None = None,
-        noise: ExampleNoise | None = None,
         expected: int | None = None,
         collect: Callable[[], Tunables] = dict,
     ) -> None:
@@ -120,7 +117,6 @@ class LocalSteps:
             cache=cache,
             unlabelled=unlabelled or Unlabelled(),
             collect=collect,
-            noise=noise,
         )
         self._inbox: list[_Task] = []
         self._arrived = asyncio.Event()

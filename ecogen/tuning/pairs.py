@@ -7,8 +7,10 @@ Shapes: N pairs, C channels, S side of an image, T tokens of a passage.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -17,12 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ecogen.models.image_tokenizer import ImageTokenizer
-from ecogen.models.pair_tokens import PairTokens, pair_tokens
+from ecogen.models.pair_tokens import PairTokens, pair_tokens, prompts_of
 from ecogen.tuning.augment import augment
 from ecogen.tuning.passages import IGNORED, Passages
 
 WAYS = 2
 """In which each pair is told, as passages side by side: they are one example."""
+
+_SEED_BITS = 32
+"""Of a seed, all that a generator of PyTorch on the CPU makes use of."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,18 @@ class PairPassages(Passages):
         """The same of images that are shifted, rotated and scaled a little, as `augment` does it."""
         if strength == 0 or not len(self):
             return self
-        pairs = Pairs(augment(self.pairs.images, strength, generator), self.pairs.captions)
+        return self._written_anew(augment(self.pairs.images, strength, generator))
+
+    def moved_apart(self, strength: float, source: random.Random) -> Passages:
+        """As `moved`, each example by a seed of its own: one example more or less changes nothing of the others."""
+        if strength == 0 or not len(self):
+            return self
+        generators = (torch.Generator().manual_seed(source.getrandbits(_SEED_BITS)) for _ in range(self.num_examples))
+        moved = map(augment, self.pairs.images.tensor_split(self.num_examples), repeat(strength), generators)
+        return self._written_anew(torch.cat([*moved]))
+
+    def _written_anew(self, images: Tensor) -> Passages:
+        pairs = Pairs(images, self.pairs.captions)
         return replace(self.writer.mixed(pairs, self.is_drawn), rows=self.rows)
 
 
@@ -111,7 +127,7 @@ class PairWriter:
 
     def _written(self, captions: Sequence[str], codes: Tensor, is_drawn: NDArray[np.bool_]) -> Passages:
         written = self.tokens.written(codes).tolist()
-        said = self._tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        said = prompts_of(self._tokenizer, captions)
         rows = [self._row(*pair) for pair in zip(said, written, is_drawn, strict=True)]
         tokens = torch.tensor(rows, dtype=torch.int64).view(len(rows), self._length + 1)
         following = tokens[:, 1:].masked_fill(tokens[:, 1:] == self._padding, IGNORED)

@@ -81,6 +81,7 @@ class CloudSync:
         self._evaluate, self._publish = evaluate, publish
         self._gathering: Gathering[Update] = Gathering(members, patience_s)
         self._closing: dict[int, asyncio.Task[None]] = {}
+        self._averaging = asyncio.Lock()
 
     async def sync(self, peer: Peer, message: Message) -> Message:
         """Answer an edge with the average of its round, once that is closed."""
@@ -88,29 +89,34 @@ class CloudSync:
         if order.round_index > self.state.round_index:
             update = Update(peer.node_id, message.tensors, order.num_examples)
             await self._gathering.put(order.round_index, peer.node_id, update)
-            await asyncio.shield(self._close(order.round_index))
+            await self._closed(order.round_index)
         counted = self.state.counted.get(peer.node_id) == order.round_index
         if not counted:
             self._fence(peer.node_id, order.round_index)
         result = SyncResult(self.state.round_index, counted)
         return Message.of(SYNC, result, kind="tunables", tensors=self.state.tunables)
 
-    def _close(self, round_index: int) -> asyncio.Task[None]:
-        """The task that closes a round, begun by whoever comes first."""
+    async def _closed(self, round_index: int) -> None:
+        """Return once a round is closed, by a task that whoever comes first begins."""
+        if round_index <= self.state.round_index:  # it was, while an update for it was put down
+            return
         if round_index not in self._closing:
             task = self._closing[round_index] = asyncio.create_task(self._close_round(round_index))
             task.add_done_callback(note_seen)  # those who wait for it are told; where all have gone, nobody is
-        return self._closing[round_index]
+            task.add_done_callback(lambda _: self._closing.pop(round_index))  # who asks after a failure begins anew
+        await asyncio.shield(self._closing[round_index])
 
     async def _close_round(self, round_index: int) -> None:
         began_s = time.perf_counter()
         updates = list((await self._gathering.take(round_index)).values())
-        tunables, _, error = await self._worker.compute(average, self.state.tunables, updates, self._ranks)
-        score = await self._worker.compute(self._evaluate, tunables)
-        members = sorted(update.sender_id for update in updates)
-        self.state = CloudState(tunables, round_index, self.state.counted | dict.fromkeys(members, round_index))
-        await self._worker.compute(self.state.save, self._path)
-        self._publish(self._record(updates, members, score, error, time.perf_counter() - began_s))
+        async with self._averaging:  # another round may close meanwhile, of an edge that went on alone
+            tunables, _, error = await self._worker.compute(average, self.state.tunables, updates, self._ranks)
+            score = await self._worker.compute(self._evaluate, tunables)
+            members = sorted(update.sender_id for update in updates)
+            state = CloudState(tunables, round_index, self.state.counted | dict.fromkeys(members, round_index))
+            await self._worker.compute(state.save, self._path)
+            self.state = state  # what is not on disk is no answer
+            self._publish(self._record(updates, members, score, error, time.perf_counter() - began_s))
 
     async def set_finished(self, edge_ids: set[str]) -> None:
         """These edges have done their last round; nobody waits for them any more."""

@@ -21,7 +21,7 @@ from ecogen.models.tunables import Tunables
 from ecogen.placement import Segment
 from ecogen.planning.cost import ModelShape, backward_flops, forward_flops
 from ecogen.runtime.compression import TENSOR, compress, restore
-from ecogen.runtime.example_gradients import ExampleNoise, example_weights
+from ecogen.runtime.example_gradients import example_weights
 from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import MicrobatchKey, Stage
 from ecogen.tuning.fixmatch import targets, without_weak
@@ -71,7 +71,6 @@ class Visits:
         wire_types: of what this device sends, by method; float32 where nothing is said.
         cache: where it keeps prefix activations.
         unlabelled: what is made of unlabelled examples, where batches have some.
-        noise: what protects each example, where something does; the stage's.
         collect: what it answers with after the last step.
     """
 
@@ -86,13 +85,12 @@ class Visits:
         cache: PrefixCache | None,
         unlabelled: Unlabelled,
         collect: Callable[[], Tunables],
-        noise: ExampleNoise | None = None,
     ) -> None:
         self._routes, self._own_id, self._stage, self._meter = routes, node_id, stage, meter
         self._wire_types, self._cache, self._unlabelled, self._collect = wire_types, cache, unlabelled, collect
         self._backwards: dict[int, int] = {}  # visit -> microbatches of this step that came back
         self._step = 0
-        self._noise, self._expected = noise, 1  # examples that the step has on average
+        self._expected = 1  # examples that the step has on average
 
     def execute(self, method: str, flow: Flow, tensors: Mapping[str, Tensor]) -> Parcel | LocalResult:
         """Compute what a message asks for; returns what to send and to which visit, or the result at the end."""
@@ -110,7 +108,7 @@ class Visits:
     def _step_up_to(self, flow: Flow) -> None:
         """Take the optimizer step before this one, unless it is taken."""
         if flow.step > self._step:
-            if self._noise is not None:
+            if self._stage.noise is not None:
                 self._stage.noised_step(flow.squared_norms, self._expected)
             else:
                 self._stage.step(flow.squared_norm)
@@ -148,10 +146,10 @@ class Visits:
             size, spec = flow.batch_size, self._unlabelled
             aim = targets(tensors[LABELS], len(inputs), weak_outputs, spec, size, flow.num_unlabelled)
             weights = aim.weights
-            if self._noise is not None:  # examples by themselves, until they are clipped
-                size, weights = 1, example_weights(aim.labels, self._noise.rows)
+            if self._stage.noise is not None:  # examples by themselves, until they are clipped
+                size, weights = 1, example_weights(aim.labels, self._stage.noise.rows)
             loss = self._stage.loss(key, segment, inputs, aim.labels, size, weights=weights, input_grads=input_grads)
-            if self._noise is not None:
+            if self._stage.noise is not None:
                 loss /= flow.batch_size
             flow = at(flow, visit, loss=loss, confident=aim.confident)
             flow = msgspec.structs.replace(flow, squared_norm=0.0, squared_norms=())
@@ -207,7 +205,7 @@ class Visits:
 
     def _with_norm(self, flow: Flow) -> Flow:
         """The same with the gradient's squared norm at this visit added; where examples are protected, with theirs."""
-        if self._noise is None:
+        if self._stage.noise is None:
             return msgspec.structs.replace(flow, squared_norm=flow.squared_norm + self._norm_when_complete(flow))
         key = MicrobatchKey(flow.step, flow.microbatch, flow.visit)
         own = self._stage.example_norms(key, self._route(flow).segment(flow.visit))

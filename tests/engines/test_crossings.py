@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ecogen.accounting.ledger import settle
 from ecogen.config import Recipe, build_topology, load
-from ecogen.errors import ConfigError, EcoGenError
+from ecogen.errors import CheckpointError, ConfigError, DataError, EcoGenError, ProtocolError
 from ecogen.records import CrossingRecord, PhaseRecord
 from ecogen.relay import assessment
 from ecogen.relay.judge import train_judge
-from ecogen.serving.crossing import CROSS, Order, Told
+from ecogen.serving.crossing import CROSS, Front, Order, Told
 from ecogen.transport.base import Message, Peer
 from ecogen.transport.memory import MemoryTransport
 from ecogen.tuning.captions import DIGITS, digit_caption
@@ -62,6 +63,27 @@ async def test_both_placements_answer_the_same_and_are_billed(
     assert sum(usage.flops for one in closing for usage in one.usages if usage.node_id == "cloud") > 0
     captions = [order.told.text for order in orders if order.told.text is not None]
     assert set(captions) == {digit_caption(digit) for digit in range(len(DIGITS))}, "of all digits, not of the edge's"
+
+
+@pytest.mark.parametrize(
+    "error", [ProtocolError("nonsense"), CheckpointError("other modules"), DataError("no picture")]
+)
+async def test_a_measurement_that_fails_does_not_end_the_run(
+    error: EcoGenError, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, asked = Front.ask, list[str]()
+
+    async def fails(self: Front, request_id: str, *order: Any) -> Any:
+        asked.append(request_id)
+        if request_id.endswith("-3"):
+            raise error
+        return await ask(self, request_id, *order)
+
+    monkeypatch.setattr(Front, "ask", fails)
+    done = await run(recipe, tmp_path)
+    assert {event.node_id for event in done.events("finished")} == {"cloud", "edge-0", "edge-1"}
+    assert len(crossings(done)) == 2 * 3 * 2 * 2, "edges, pictures before the failure, tasks, ways"
+    assert not any(request_id.endswith("-4") for request_id in asked)
 
 
 async def test_the_report_and_its_json_show_both(

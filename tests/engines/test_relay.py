@@ -23,6 +23,7 @@ from ecogen.models.checkpoint import load_tensors
 from ecogen.node.context import OPERATOR
 from ecogen.records import RelayRecord
 from ecogen.relay import assessment
+from ecogen.relay.cloud_state import RelayState
 from ecogen.relay.generator import Generator
 from ecogen.relay.judge import train_judge
 from ecogen.serving.sampling import Sampling
@@ -171,14 +172,23 @@ async def test_a_node_that_is_killed_gives_and_takes_the_same_lessons(
 async def test_edges_that_know_the_same_check_each_others_lessons(
     confidence: float, foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who has fewer real examples of a caption than another that holds its pictures for wrong teaches none of it."""
+    """Who has fewer real examples of a caption than another that holds its pictures for wrong teaches none of it.
+
+    The cloud draws nothing of what nobody is left to teach.
+    """
     monkeypatch.setattr(Generator, "confidence", lambda _, __, samples: torch.full((len(samples),), confidence))
     digits = {"name": "digits", "labels": [0, 1, 2]}
     done = await run(relayed(foundation, data={"sources": {"edge-0": digits, "edge-1": digits}}), tmp_path)
     ups = [one for one in lessons(done) if one.direction == "up"]
     downs = [one for one in lessons(done) if one.direction == "down"]
     assert [one.num_samples for one in ups] == [40, 40]
-    assert {bool(one.num_disputed) for one in [*ups, *downs] if one.num_samples} == {confidence == 0}
+    assert {bool(one.num_disputed) for one in ups} == {confidence == 0}
+    assert any(one.num_disputed for one in downs) == (confidence == 0), "of what another has drawn of the same"
+    state = RelayState.load(tmp_path / "nodes" / "cloud" / "relay" / "state.safetensors")
+    assert state.lesson is not None
+    taught = {caption for own in state.taught.values() for caption in own.samples.captions}
+    assert set(state.lesson.samples.captions) == taught
+    assert len(taught) == (3 if confidence else 2), "both have as many zeros"
 
 
 @pytest.mark.usefixtures("sure")

@@ -19,6 +19,7 @@ from ecogen.models.adapters import load_whole
 from ecogen.models.checkpoint import open_foundation
 from ecogen.models.profile import shape_of
 from ecogen.models.tunables import get_tunables
+from ecogen.placement import Segment
 from ecogen.records import RelayRecord, Taught
 from ecogen.relay.cloud import Exchange
 from ecogen.relay.cloud_state import RelayState, Remembered, remaining
@@ -96,8 +97,8 @@ def test_who_does_not_look_keeps_nothing(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_pairs_loss(tmp_path: Path) -> None:
-    """The losses of single pairs make the perplexity of all."""
+def test_a_pairs_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of single pairs make the perplexity of all; logits take no more room than in an evaluation."""
     recipe, foundation = pair_recipe(save_pair_foundation(tmp_path)), open_foundation(tmp_path)
     stage = Stage(load_whole(foundation, foundation.config, recipe.tunables, 0))
     worker = Worker(null_meter("edge-0"), TrafficCounter())
@@ -111,6 +112,17 @@ def test_a_pairs_loss(tmp_path: Path) -> None:
     mean = sum(loss * count for loss, count in zip(losses, counted, strict=True)) / sum(counted)
     assert math.exp(mean) == pytest.approx(generator.perplexity(passages)(tunables), rel=1e-5)
     assert worker.usage("relay").flops > 0
+    most, numbers, infer = 400 * shape.num_labels, list[int](), stage.infer
+
+    def counted_infer(segment: Segment, inputs: Tensor) -> Tensor:
+        logits = infer(segment, inputs)
+        numbers.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(stage, "infer", counted_infer)
+    monkeypatch.setattr("ecogen.tuning.evaluate._LOGITS", most)
+    assert generator.losses(tunables, passages) == pytest.approx(losses, rel=1e-5)
+    assert max(numbers) <= most, "of all logits that there are at once"
     worker.close()
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ecogen.errors import ProtocolError
 from ecogen.records import Taught
 from ecogen.relay.acceptance import held_out, refusal, take
+from ecogen.relay.agreement import asked_of
 from ecogen.relay.buffer import mixed
 from ecogen.relay.samples import Captions, Samples, balanced, joined, unpacked
 from ecogen.relay.teacher import kept_places
@@ -25,6 +26,10 @@ def some(captions: list[str], evidence: dict[str, int] | None = None) -> Samples
     """Samples whose first code tells their place."""
     codes = torch.arange(len(captions))[:, None] * torch.tensor([1, 0, 0])
     return Samples(codes, captions, evidence or {})
+
+
+def whole(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
 
 
 def generator() -> torch.Generator:
@@ -45,13 +50,21 @@ def test_samples_travel(captions: list[str]) -> None:
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({}, "are to be codes"),
-        ({"codes": torch.zeros(2, 4)}, "are to be codes"),
-        ({"codes": torch.zeros(2, 4), "shown": torch.zeros(2)}, r"codes \[N, 3\]"),
-        ({"codes": torch.zeros(5, 3), "shown": torch.zeros(5)}, "5 samples; 4 at most"),
-        ({"codes": torch.full((2, 3), 64), "shown": torch.zeros(2)}, "0..63"),
-        ({"codes": torch.full((2, 3), -1), "shown": torch.zeros(2)}, "0..63"),
-        ({"codes": torch.zeros(2, 3), "shown": torch.tensor([0, 1])}, "captions that are not there"),
+        ({}, "'codes' of samples are to be whole numbers with ndim 2, not nothing"),
+        ({"codes": whole(2, 3)}, "'shown' of samples are to be whole numbers with ndim 1, not nothing"),
+        ({"codes": whole(6), "shown": whole(2)}, r"'codes' .* ndim 2, not torch.uint8 \[6\]"),
+        ({"codes": whole(2, 3), "shown": whole()}, r"'shown' .* ndim 1, not torch.uint8 \[\]"),
+        ({"codes": whole(2, 3), "shown": whole(2, 1)}, r"'shown' .* ndim 1, not torch.uint8 \[2, 1\]"),
+        ({"codes": whole(2, 3) + 0.5, "shown": whole(2)}, r"'codes' .* not torch.float32 \[2, 3\]"),
+        ({"codes": whole(2, 3), "shown": whole(2) + 0.5}, r"'shown' .* not torch.float32 \[2\]"),
+        ({"codes": whole(2, 3), "shown": whole(2).bool()}, r"'shown' .* not torch.bool \[2\]"),
+        ({"codes": whole(2, 4), "shown": whole(2)}, r"codes \[2, 3\], not \[2, 4\]"),
+        ({"codes": whole(3, 3), "shown": whole(2)}, r"codes \[2, 3\], not \[3, 3\]"),
+        ({"codes": whole(5, 3), "shown": whole(5)}, "5 samples; 4 at most"),
+        ({"codes": whole(2, 3) + 64, "shown": whole(2)}, "0..63"),
+        ({"codes": whole(2, 3).short() - 1, "shown": whole(2)}, "0..63"),
+        ({"codes": whole(2, 3), "shown": whole(2) + 1}, "captions that are not there"),
+        ({"codes": whole(2, 3), "shown": whole(2).short() - 1}, "captions that are not there"),
     ],
 )
 def test_what_are_no_samples(tensors: dict[str, torch.Tensor], said: str) -> None:
@@ -59,7 +72,26 @@ def test_what_are_no_samples(tensors: dict[str, torch.Tensor], said: str) -> Non
         unpacked(Captions(("one",), (1,)), tensors, 64, 3, 4)
     for body in (Captions(("one", "two"), (1,)), Captions(("o" * 300,), (1,))):
         with pytest.raises(ProtocolError, match="256 characters at most, each with its evidence"):
-            unpacked(body, {"codes": torch.zeros(1, 3), "shown": torch.zeros(1)}, 64, 3, 4)
+            unpacked(body, {"codes": whole(1, 3), "shown": whole(1)}, 64, 3, 4)
+
+
+@given(CAPTIONS, st.data())
+@settings(deadline=None)
+def test_evidence_is_of_what_is_shown(captions: list[str], data: st.DataObject) -> None:
+    """Whatever a lesson says of captions that it does not show, nobody counts it."""
+    samples = some(captions, {caption: place for place, caption in enumerate(["none", "four", "three", "two", "one"])})
+    chosen = samples[data.draw(st.lists(st.integers(0, len(captions) - 1)))]
+    assert set(chosen.evidence) == set(chosen.captions)
+    assert chosen.evidence.items() <= samples.evidence.items()
+
+
+def test_thousands_of_captions_without_a_sample_are_no_evidence() -> None:
+    names = tuple(f"caption {number}" for number in range(4096))
+    for size, shown in ((0, []), (2, [7, 7])):
+        tensors = {"codes": whole(size, 3), "shown": torch.tensor(shown, dtype=torch.int16)}
+        told = unpacked(Captions(names, (5,) * 4096), tensors, 64, 3, 4)
+        assert told.evidence == {names[place]: 5 for place in shown}
+        assert not asked_of({"liar": told, "other": some(["caption 1"], {"caption 1": 1})}, "liar")
 
 
 @given(CAPTIONS, st.integers(0, 50))

@@ -22,7 +22,7 @@ from ecogen.node.serving_edge import ServingEdge
 from ecogen.serving import gateway as gateway_module
 from ecogen.serving.cluster import ServedCluster
 from ecogen.serving.generation import GenerationRequest
-from ecogen.serving.loading import Prepare, parts_of
+from ecogen.serving.loading import UNLOAD, Prepare, parts_of
 from ecogen.serving.sampling import Chosen
 from ecogen.serving.versions import Version, Versions
 from ecogen.transport.base import Message, Peer, Stream
@@ -320,6 +320,24 @@ async def test_who_leaves_while_an_adapter_comes_leaves_nothing(
         assert not device._loaded._ids
         assert not assembly._parts
         assert [served.name for served in gateway.models()] == ["tiny"]
+
+
+async def test_parts_go_with_the_model(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that lets go of its model has no use for what came of an adapter, and is never given the rest."""
+    monkeypatch.setattr("ecogen.serving.loading._PART_BYTES", 1)
+    async with serving(tiny_recipe(model, devices=1), tmp_path) as (gateway, engine):
+        await asked(gateway, "tiny", [5, 6], 2)
+        device, edge = engine.roles["edge-0.cluster-0.device-0"], Peer("edge-0", "edge")
+        assert isinstance(device, ServingDevice)
+        first, second, *_ = parts_of("one", open_adapter(adapters["one"]))
+        await device._hold(edge, first)
+        assert device._assembly._parts
+        await device._unload(edge, Message.of(UNLOAD))
+        assert not device._assembly._parts
+        with pytest.raises(ProtocolError, match="part 1 of adapter 'one' came without those before it"):
+            await device._hold(edge, second)
 
 
 async def test_parts_go_with_the_last_gateway(

@@ -23,7 +23,6 @@ from ecogen.models.profile import model_shape
 from ecogen.models.tunables import attach_tunables, named_tunables, tunables_of
 from ecogen.models.vit import SegmentedViT, load_vit, parameter_names, whole_segment
 from ecogen.placement import Placement, Segment, neighbours_of, place, rotations, segments_held
-from ecogen.runtime.example_gradients import ExampleNoise
 from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.prefix_cache import PrefixCache
 from ecogen.runtime.stage import OptimizerSettings, Stage
@@ -229,7 +228,6 @@ async def tune_cluster(
     num_microbatches: int = 1,
     num_epochs: int = 1,
     unlabelled: Unlabelled | None = None,
-    noise: ExampleNoise | None = None,
     expected: int | None = None,
     stages: Mapping[str, Stage] | None = None,
     wire_types: Mapping[str, WireType] | None = None,
@@ -261,7 +259,6 @@ async def tune_cluster(
                 batches=own,
                 num_microbatches=num_microbatches,
                 unlabelled=unlabelled,
-                noise=noise,
                 expected=expected,
                 wire_types=wire_types,
                 own_keys=torch.cat([batch.keys for batch in batches]) if caches and own else None,

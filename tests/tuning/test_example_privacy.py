@@ -21,8 +21,14 @@ from torch import Tensor
 from ecogen.config import Privacy, Recipe, from_table, load
 from ecogen.config import Tunables as Spec
 from ecogen.errors import CheckpointError, ConfigError, ProtocolError
+from ecogen.metering.meter import null_meter
 from ecogen.runtime.example_gradients import ExampleGradients, ExampleNoise, clip_factor, example_weights
+from ecogen.runtime.neighbours import Neighbours
 from ecogen.runtime.stage import MicrobatchKey, OptimizerSettings, Stage
+from ecogen.runtime.worker import Worker
+from ecogen.transport.base import Peer, TrafficCounter
+from ecogen.transport.memory import MemoryNetwork
+from ecogen.tuning.device import DeviceTuning
 from ecogen.tuning.messages import Sampled
 from ecogen.tuning.passages import IGNORED, Passages
 from ecogen.tuning.privacy import ExamplePrivacy, epsilon, example_noise, secure_normal
@@ -30,6 +36,7 @@ from ecogen.tuning.sampling import Draws
 from tests.texts import LENGTH, VOCABULARY, save_text_foundation
 from tests.tuning.clusters import Tuned, tune_cluster
 from tests.tuning.passages import TextCase, lora_of, plain_loss, random_passages
+from tests.tuning.test_pairs import moved_data
 
 SGD = OptimizerSettings(learning_rate=1.0, optimizer="sgd")
 ADAMW = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-3)
@@ -63,7 +70,7 @@ def tune(
     case: TextCase, batches: Sequence[Passages], protection: ExampleNoise, spec: OptimizerSettings = SGD, **more: Any
 ) -> Tuned:
     stages = case.stages(protection)
-    given = {"noise": protection, "expected": EXPECTED, "num_microbatches": 2} | more
+    given = {"expected": EXPECTED, "num_microbatches": 2} | more
     return asyncio.run(tune_cluster(case, case.tunables, batches, spec, stages=stages, **given))
 
 
@@ -306,6 +313,21 @@ def test_an_examples_tokens_count_for_one_whatever_is_beside_it(counts: list[int
     assert torch.allclose(sums, torch.tensor([float(count > 0) for count in counts]))
 
 
+def test_what_moves_images_is_no_function_of_the_seed(folder: Path) -> None:
+    """Whoever knows the recipe would know it: of the same round and epoch it is another each time."""
+    case, (data, tuning) = TextCase(folder, cuts=()), moved_data()
+    everybody = replace(tuning, batch_size=100)
+    (stage,) = case.stages(noise(1.0, rows=2)).values()
+    network = MemoryNetwork().join(Peer("device-0", "end"))
+    neighbours = Neighbours(network, lambda *_: None, lambda _: None)
+    worker = Worker(null_meter("device-0"), TrafficCounter())
+    role = DeviceTuning(case.routes, everybody, stage, worker, neighbours, data)
+    first, second = ([one.inputs for one in role._batches(data, 0, 0)] for _ in range(2))
+    assert [len(one) for one in first] == [len(one) for one in second] == [8]
+    assert not torch.equal(first[0], second[0])
+    worker.close()
+
+
 # What it costs.
 
 
@@ -357,6 +379,7 @@ def test_the_recipe_pairs_may_be_private() -> None:
         ("tuning.clip_norm=1", "tuning.clip_norm: each example's gradient is clipped by privacy.clip_norm"),
         ("tuning.proximal=0.1", "tuning.proximal: is a term of gradients that are not noised"),
         ("tunables.lora_kind=dora", "tunables.lora_kind: gradients are told apart by example of LoRA's factors only"),
+        ("tuning.augmentation_views=2", "tuning.augmentation_views: images that come again are by the recipe's seed"),
         ("aggregation.strategy=scaffold", "aggregation.strategy: scaffold sends sums of gradients"),
         ("aggregation.buffer=1", "aggregation.buffer: epsilon counts rounds"),
         ("privacy.delta=0.01", r"privacy.delta: 0.01 is not below 1 / data.train = 0.00142857"),

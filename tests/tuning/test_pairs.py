@@ -1,3 +1,5 @@
+import random
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -104,6 +106,31 @@ def test_a_device_has_the_images_of_its_own_passages() -> None:
     assert own.pairs.captions == [digit_caption(3)] * 2
     assert own.rows == own.moved(0.5, torch.Generator().manual_seed(0)).rows == 2
     assert torch.equal(own.writer.mixed(own.pairs, own.is_drawn).tokens, own.tokens)
+
+
+class Seeds(random.Random):
+    """Gives these seeds, and no others."""
+
+    def __init__(self, seeds: Iterable[int]) -> None:
+        super().__init__()
+        self._seeds = iter(seeds)
+
+    def getrandbits(self, _: int) -> int:
+        return next(self._seeds)
+
+
+def test_moved_apart_an_example_changes_nothing_of_the_others() -> None:
+    """Each by its own seed, wherever it stands: with one stream for all, one more moved those behind it otherwise."""
+    data, _ = moved_data()
+    examples = data.examples
+    assert isinstance(examples, PairPassages)
+    everybody = examples.moved_apart(0.5, Seeds([7, 8, 9, 10]))
+    without = examples.examples([0, 2, 3])
+    assert isinstance(without, PairPassages)
+    assert torch.equal(without.moved_apart(0.5, Seeds([7, 9, 10])).tokens, everybody.examples([0, 2, 3]).tokens)
+    assert (everybody.rows, len(everybody)) == (2, 8)
+    assert not torch.equal(everybody.tokens, examples.moved_apart(0.5, Seeds([1, 2, 3, 4])).tokens)
+    assert examples.moved_apart(0.0, Seeds([])) is examples
 
 
 def test_an_image_tokenizer_learns_to_give_images_back() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ecogen.errors import AggregationError, StorageError
 from ecogen.metering.meter import null_meter
 from ecogen.records import EventRecord, Record, RoundRecord, Score
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer, TrafficCounter
+from ecogen.tuning.aggregate import Update
 from ecogen.tuning.messages import SYNC, SyncOrder, SyncResult
 from ecogen.tuning.sync import CloudState, CloudSync
 
@@ -97,6 +100,64 @@ async def test_an_edge_that_was_counted_and_comes_back_after_a_later_round_is_no
     assert await cloud.send("edge-1", 0, 5.0, 10) == (4.0, SyncResult(1, True))
     assert cloud.events("fenced") == []
     assert await cloud.send("edge-1", 1, 5.0, 10) == (4.0, SyncResult(1, False))
+    assert cloud.events("fenced") == ["edge-1"]
+
+
+async def test_after_an_average_that_failed_the_round_is_tried_again(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edges are told, and send their updates again; what failed was given to whoever asked, for ever."""
+    scores = iter([AggregationError("no"), Score()])
+
+    def evaluate(_: object) -> Score:
+        if isinstance(score := next(scores), Exception):
+            raise score
+        return score
+
+    def both() -> Awaitable[list[Any]]:
+        sends = cloud.send("edge-0", 0, 1.0, 30), cloud.send("edge-1", 0, 5.0, 10)
+        return asyncio.gather(*sends, return_exceptions=True)
+
+    monkeypatch.setattr(cloud.sync, "_evaluate", evaluate)
+    assert [str(problem) for problem in await both()] == ["no", "no"]
+    assert (cloud.sync.state.round_index, cloud.rounds) == (-1, [])
+    assert await both() == [(2.0, SyncResult(0, True))] * 2
+    assert len(cloud.rounds) == 1
+    assert not cloud.sync._closing
+
+
+async def test_what_is_not_on_disk_is_no_answer(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    await cloud.members.lose("edge-1", "silent")
+    with monkeypatch.context() as full:
+        full.setattr(CloudState, "save", _no_room)
+        with pytest.raises(StorageError, match="full"):
+            await cloud.send("edge-0", 0, 1.0, 30)
+    assert cloud.sync.state.round_index == -1
+    assert await cloud.send("edge-0", 0, 1.0, 30) == (1.0, SyncResult(0, True))
+    assert len(cloud.rounds) == 1
+
+
+def _no_room(*_: object) -> None:
+    raise StorageError("the disk is full")
+
+
+async def test_a_round_that_closes_while_an_update_is_put_down_is_not_closed_again(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, is_closed = cloud.sync._gathering.put, asyncio.Event()
+
+    async def put_late(round_index: int, edge_id: str, update: Update) -> None:
+        if edge_id == "edge-1":
+            await is_closed.wait()
+        await put(round_index, edge_id, update)
+
+    monkeypatch.setattr(cloud.sync._gathering, "put", put_late)
+    late = asyncio.create_task(cloud.send("edge-1", 0, 5.0, 10))
+    await cloud.members.lose("edge-1", "silent")
+    assert await cloud.send("edge-0", 0, 1.0, 30) == (1.0, SyncResult(0, True))
+    is_closed.set()
+    assert await asyncio.wait_for(late, 1) == (1.0, SyncResult(0, False))
+    assert len(cloud.rounds) == 1
     assert cloud.events("fenced") == ["edge-1"]
 
 

@@ -29,6 +29,8 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     clipped = "each example's gradient is clipped by privacy.clip_norm, and their noised mean by nothing; set 0"
     yield "tuning.clip_norm", bool(tuning.clip_norm), clipped
     yield "tuning.proximal", bool(tuning.proximal), "is a term of gradients that are not noised; set 0"
+    views = "images that come again are by the recipe's seed, and each example is moved in secret; set 0"
+    yield "tuning.augmentation_views", bool(tuning.augmentation_views), views
     has_sums = recipe.aggregation.strategy == "scaffold"
     yield "aggregation.strategy", has_sums, "scaffold sends sums of gradients that are not noised; use another"
     changes = any(source.later is not None for source in data.sources.values())

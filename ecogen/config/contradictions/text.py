@@ -119,9 +119,10 @@ def _wrong_for_text(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     has_bottleneck = bool(tunables.bottleneck) or any(own.bottleneck for own in blocks)
     yield "tunables.bottleneck", has_bottleneck, "plain PEFT has none, so nothing else could load the model; set 0"
     yield "tunables.backbone", is_backbone, "of a decoder of text only adapters train; set 'frozen'"
-    is_moved = not data.is_pairs
-    yield "tuning.augmentation", is_moved and bool(tuning.augmentation), "moves images; set 0 for text"
-    yield "tuning.augmentation_views", is_moved and bool(tuning.augmentation_views), "are of images; set 0 for text"
+    is_plain_text = not data.is_pairs
+    has_views = is_plain_text and bool(tuning.augmentation_views)
+    yield "tuning.augmentation", is_plain_text and bool(tuning.augmentation), "moves images; set 0 for text"
+    yield "tuning.augmentation_views", has_views, "are of images; set 0 for text"
     yield "tuning.unlabelled.method", tuning.unlabelled.method != "ignore", "text needs no labels; set 'ignore'"
     yield "data.labelled", data.labelled < 1, "text needs no labels; set 1"
     yield "data.labels_of_edges", bool(data.labels_of_edges), "text has no classes; leave it out"
