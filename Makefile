@@ -20,9 +20,9 @@ demo: install
 	rm -rf runs/digits
 	$(BIN)/ecogen run digits --out runs/digits
 
-# Two processes: most tests wait for processes of their own.
+# Three processes on two cores: most tests wait for processes of their own.
 test: install check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 check: install
 	$(BIN)/ruff check ecogen tests benchmarks
