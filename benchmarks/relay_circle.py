@@ -38,7 +38,7 @@ from ecogen.models.pair_model import PairModel
 from ecogen.models.tunables import get_tunables
 from ecogen.records import Record, RelayRecord
 from ecogen.relay.assessment import Assessor
-from ecogen.relay.cloud import CloudRelay, Exchange
+from ecogen.relay.cloud_learner import Exchange, Learner
 from ecogen.relay.cloud_state import RelayState
 from ecogen.relay.edge import Asked, EdgeRelay
 from ecogen.relay.generator import Generator, keyed
@@ -99,19 +99,19 @@ def recipe_of(variant: str, seed: int, cycles: int, overrides: Sequence[str]) ->
 @contextmanager
 def watched(seen: Seen) -> Iterator[None]:
     """Keep the models as they are when each cycle has ended."""
-    commit, learn = EdgeRounds._commit, CloudRelay._learn
+    commit, learn = EdgeRounds._commit, Learner.learn
 
     async def _commit(self: EdgeRounds, state: EdgeState) -> None:
         await commit(self, state)
         if state.next_round and state.next_round % EVERY == 0:  # the last commit of a cycle is what it ends with
             seen.models[state.next_round // EVERY, self._node_id] = dict(state.tunables)
 
-    def _learn(self: CloudRelay, asked: Exchange, *rest: Any) -> RelayState:
-        state = learn(self, asked, *rest)
+    def _learn(self: Learner, before: RelayState, asked: Exchange, *rest: Any) -> RelayState:
+        state = learn(self, before, asked, *rest)
         seen.models[asked.cycle + 1, CLOUD] = dict(state.tunables)
         return state
 
-    with patch.object(EdgeRounds, "_commit", _commit), patch.object(CloudRelay, "_learn", _learn):
+    with patch.object(EdgeRounds, "_commit", _commit), patch.object(Learner, "learn", _learn):
         yield
 
 
@@ -122,10 +122,10 @@ def real_lessons(splits: Mapping[str, PairSplits]) -> Iterator[None]:
     def of_edge(self: EdgeRelay, asked: Asked, _: Mapping[str, Tensor]) -> Lesson:
         return real_lesson(self._generator, self._spec.samples, [self._node_id], splits, asked.cycle)
 
-    def of_cloud(self: CloudRelay, asked: Exchange, _: Mapping[str, Tensor], __: Mapping[str, Samples]) -> Lesson:
+    def of_cloud(self: Learner, asked: Exchange, _: RelayState, __: Sequence[Samples]) -> Lesson:
         return real_lesson(self._generator, self._spec.samples, EDGES, splits, asked.cycle)
 
-    with patch.object(EdgeRelay, "_teach", of_edge), patch.object(CloudRelay, "_drawn", of_cloud):
+    with patch.object(EdgeRelay, "_teach", of_edge), patch.object(Learner, "_drawn", of_cloud):
         yield
 
 

@@ -78,5 +78,5 @@ def make_sure(patch: pytest.MonkeyPatch) -> None:
 
 def rehearse_little(patch: pytest.MonkeyPatch) -> None:
     """What was known before takes most of the time otherwise."""
-    for role in ("cloud", "edge"):
+    for role in ("cloud_learner", "edge"):
         patch.setattr(f"ecogen.relay.{role}._REHEARSED", 30)

@@ -39,7 +39,8 @@ from ecogen.node.parent import Parent
 from ecogen.node.status import ask_heard, status_of
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RelayRecord, RoundRecord, from_line, read_records, to_line
-from ecogen.relay.cloud import CloudRelay, known_glyphs
+from ecogen.relay.cloud import CloudRelay
+from ecogen.relay.cloud_learner import known_glyphs
 from ecogen.relay.generator import Generator
 from ecogen.relay.messages import RELAY, TUNED, VERDICT
 from ecogen.runtime.membership import Members

@@ -1,100 +1,35 @@
 """The cloud's part of the relay: it learns from what all edges drew, and draws for them what it knows by then.
 
 A lesson is taken once, when all edges that are here have sent theirs and have said what they think of those of others,
-or from one edge alone whose domain has drifted; who asks again is given the same answer. What was taught before of
-other captions is learnt along. Where edges send their tunables too, learning may begin on the way to their mean. What a
-lesson makes worse is refused, and the model stays what it was. Every model that was accepted is kept as a version.
+or from one edge alone whose domain has drifted; who asks again is given the same answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import zlib
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 
 import msgspec
-import torch
 from torch import Tensor
 
 from ecogen.config import Relay
 from ecogen.errors import ProtocolError
 from ecogen.models.tunables import Tunables
-from ecogen.records import Cause, Record, RelayRecord, Taught, Usage
-from ecogen.relay import versions
-from ecogen.relay.acceptance import LEAST, Taken, held_out, take
-from ecogen.relay.agreement import agreed, asked_of, num_disputed, shared_with
-from ecogen.relay.averaging import Given, Measure, begun, checked_tunables
-from ecogen.relay.buffer import mixed
-from ecogen.relay.cloud_state import RelayState, Remembered, remaining
-from ecogen.relay.generator import Generator, keyed
+from ecogen.records import Record, Usage
+from ecogen.relay.agreement import asked_of, shared_with
+from ecogen.relay.averaging import Given, checked_tunables
+from ecogen.relay.cloud_learner import Exchange, Known, Learner, nothing, samples_of
+from ecogen.relay.generator import Generator
 from ecogen.relay.messages import CONFIDENCE, RELAY, TUNED, Answer, Offer, Review, Tuned, Verdict
 from ecogen.relay.open_cycles import OpenCycles
-from ecogen.relay.samples import Samples, balanced, joined
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer
-from ecogen.tuning.passages import Passages
-from ecogen.tuning.pretrain_pairs import glyph_captions, glyph_passages
 from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.sync import note_seen
-
-_MIX_KEY, _LEARN_KEY, _TEACH_KEY, _REHEARSE_KEY, _KNOWN_KEY = range(20, 25)
-_REMEMBER_KEY = 27
-_NUM_KNOWN = 256
-_KNOWN = "before the relay"
-
-_REHEARSED = 1500
-"""Pictures that the cloud draws once of what it knew, to rehearse: two of each glyph."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """What edges ask for.
-
-    Attributes:
-        cycle: of the schedule; where one edge's domain has drifted, the round after which it comes.
-        edge_id: then, whose.
-        round_index: the round after which it comes.
-    """
-
-    cause: Cause
-    cycle: int
-    round_index: int
-    edge_id: str = ""
-
-    def key(self, seed: int) -> list[int]:
-        """What its random numbers are drawn from."""
-        return [seed, self.cycle, *([zlib.crc32(self.edge_id.encode())] if self.edge_id else [])]
-
-    def closed(self, state: RelayState) -> RelayState:
-        """The state of a cloud that takes this one no more."""
-        if self.cause == "drift":
-            return replace(state, number=state.number + 1, alone={**state.alone, self.edge_id: self.round_index})
-        return replace(state, number=state.number + 1, cycle=self.cycle)
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the cloud's model knew before the first lesson.
-
-    Attributes:
-        captions: that it may rehearse.
-        held_out: real pairs of the cloud's own, which tell whether it forgets.
-    """
-
-    captions: tuple[str, ...]
-    held_out: Passages
-
-
-def known_glyphs(generator: Generator, seed: int) -> Known:
-    """What a model knows that was pre-trained here: rendered glyphs with captions."""
-    images, writer = generator.images, generator.writer
-    drawn = glyph_passages(writer, images.num_channels, images.image_size)
-    return Known(tuple(glyph_captions()), drawn(_NUM_KNOWN, keyed([seed, _KNOWN_KEY])))
 
 
 class CloudRelay:
@@ -125,20 +60,16 @@ class CloudRelay:
         patience_s: float,
         ranks: LoraRanks | None = None,
     ) -> None:
-        self._node_id, self._generator, self._folder, self._ranks = node_id, generator, folder, ranks
-        self._worker, self._spec, self._known, self._publish, self._seed = worker, spec, known, publish, seed
-        path = folder / "state.safetensors"
-        self.state = RelayState.load(path) if path.exists() else RelayState(first)
-        if not versions.path_of(folder, 0).exists():
-            versions.keep(folder, versions.Version(0, "delivered"), first)
-        self._first, self._rounds, self._members = first, rounds, members
+        self.learner = Learner(node_id, generator, first, folder, spec, known, seed=seed, ranks=ranks)
+        self.state = self.learner.first_state()
+        self._generator, self._worker, self._spec, self._publish = generator, worker, spec, publish
+        self._rounds, self._members = rounds, members
         self._open = OpenCycles(members, patience_s)
         self._alone: dict[str, tuple[int, Lesson]] = {}
         self._unbilled: tuple[Usage, ...] = ()
         self._given: dict[str, Given] = {}
         self._closing: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._learning = asyncio.Lock()
-        self._rehearsed: Passages | None = None
 
     def publish_again(self) -> None:
         """Publish the record of the last lesson, in case this node died before it had."""
@@ -169,7 +100,7 @@ class CloudRelay:
         Raises:
             ProtocolError: if it holds no samples, or comes as nothing here asks for.
         """
-        offer, edge_id, shared = message.read(Offer), peer.node_id, self._nothing
+        offer, edge_id, shared = message.read(Offer), peer.node_id, nothing(self._generator.images.num_codes)
         self._check_asked(edge_id, offer)
         if not self._is_closed(edge_id, offer) and self._has_tunables(edge_id, offer):
             offered = Lesson(self._generator.read(offer.captions, message.tensors), offer.num_drawn)
@@ -235,12 +166,9 @@ class CloudRelay:
         """These edges come no more."""
         await self._open.set_finished(edge_ids)
 
-    @property
-    def _nothing(self) -> Samples:
-        return Samples(torch.empty(0, self._generator.images.num_codes, dtype=torch.long), [], {})
-
     def _answer(self, *, is_closed: bool) -> Message:
-        lesson = self.state.lesson or Lesson(self._nothing, 0)  # before the first, and after a rollback
+        untaught = Lesson(nothing(self._generator.images.num_codes), 0)  # before the first lesson, and after a rollback
+        lesson = self.state.lesson or untaught
         body, tensors = lesson.samples.packed()
         answer = Answer(max(0, self.state.number), body, lesson.num_drawn, self.state.version, is_closed)
         return Message.of(RELAY, answer, kind="samples", tensors=tensors)
@@ -262,7 +190,7 @@ class CloudRelay:
             self._unbilled += (self._worker.usage("tuning"),)
             began_s = time.perf_counter()
             given = self._given_for(asked, offers)
-            self.state = await self._worker.compute(self._learn, asked, offers, verdicts, given)
+            self.state = await self._worker.compute(self.learner.learn, self.state, asked, offers, verdicts, given)
             self._forget(asked)
             usages = (*self._unbilled, self._worker.usage("relay"))
             assert self.state.record is not None
@@ -277,134 +205,6 @@ class CloudRelay:
         else:
             self._open.close(asked.cycle)
         self._given = {edge: own for edge, own in self._given.items() if not self._is_closed(edge, own.told)}
-
-    def _learn(
-        self,
-        asked: Exchange,
-        offers: Mapping[str, Lesson],
-        verdicts: Mapping[str, Tensor],
-        given: Mapping[str, Tunables],
-    ) -> RelayState:
-        """On the compute thread: the state after a lesson, written to disk."""
-        offered = samples_of(offers)
-        left, earlier = agreed(offered, verdicts), remaining(self.state.taught, offered)
-        lessons = {edge: samples for edge, samples in left.items() if len(samples) >= LEAST}
-        taken, state = self._taken(asked, lessons, earlier, given), asked.closed(self.state)
-        if not taken.reason:
-            latest = state.latest + 1
-            version = versions.Version(latest, "after", state.number, asked.round_index)
-            versions.keep(self._folder, version, taken.tunables)
-            taught = self._remembered(asked, state.number, lessons, earlier)
-            state = replace(state, tunables=taken.tunables, version=latest, latest=latest, taught=taught)
-        state = replace(state, lesson=self._drawn(asked, state.tunables, [*lessons.values(), *earlier.values()]))
-        state = replace(state, record=self._record(asked, state, offers, left, given, taken))
-        state.save(self._folder / "state.safetensors")
-        return state
-
-    def _record(
-        self,
-        asked: Exchange,
-        state: RelayState,
-        offers: Mapping[str, Lesson],
-        left: Mapping[str, Samples],
-        given: Mapping[str, Tunables],
-        taken: Taken,
-    ) -> RelayRecord:
-        offered = samples_of(offers)
-        return RelayRecord(
-            self._node_id,
-            state.number,
-            "up",
-            tuple(sorted(edge for edge, samples in left.items() if len(samples))),
-            accepted=not taken.reason,
-            version=state.version,
-            num_drawn=sum(one.num_drawn for one in offers.values()),
-            num_samples=sum(map(len, offered.values())),
-            sample_bytes=sum(samples.nbytes + shared_with(offered, edge).nbytes for edge, samples in offered.items()),
-            scores=taken.scores,
-            wall_s=0.0,
-            usages=(),
-            reason=taken.reason,
-            share=taken.share,
-            time_s=time.time(),
-            cause=asked.cause,
-            round_index=asked.round_index,
-            num_disputed=num_disputed(offered, left.values()),
-            tunable_bytes=sum(tensor.nbytes for tunables in given.values() for tensor in tunables.values()),
-            tunables_share=taken.begun_at,
-        )
-
-    def _taken(
-        self,
-        asked: Exchange,
-        lessons: Mapping[str, Samples],
-        earlier: Mapping[str, Samples],
-        given: Mapping[str, Tunables],
-    ) -> Taken:
-        """What the model learns from lessons, and from what was taught earlier of other captions.
-
-        It begins where what edges have tuned does best.
-        """
-        if not lessons:
-            return Taken(self.state.tunables, reason="no edge drew what it, and others who know of it, were sure of")
-        generator, before, key = self._generator, self.state.tunables, asked.key(self._seed)
-        parts = {edge: held_out(samples) for edge, samples in lessons.items()}
-        parts |= {f"{edge}, earlier": held_out(samples) for edge, samples in earlier.items()}
-        number = self._spec.samples * len({*lessons, *earlier})
-        new = mixed({edge: own for edge, (_, own) in parts.items()}, number, keyed([*key, _MIX_KEY]))
-        measures = self._measures({edge: own for edge, (own, _) in parts.items()})
-        start, begun_at = begun(before, given, lessons, list(measures.values()), self._ranks)
-        after = generator.learn(start, generator.passages(new), self._rehearsal(), [*key, _LEARN_KEY])
-        taken = take(before, after, self._judge(before, measures, lessons.keys()), self._spec.tolerance)
-        return replace(taken, begun_at=begun_at)
-
-    def _measures(self, told: Mapping[str, Samples]) -> dict[str, Measure]:
-        """How unlikely what is held out of lessons, by edge, and of what was known before all, is to tunables."""
-        generator = self._generator
-        of_told = {edge: generator.perplexity(generator.passages(own)) for edge, own in sorted(told.items())}
-        return of_told | {_KNOWN: generator.perplexity(self._known.held_out)}
-
-    def _judge(
-        self, before: Tunables, measures: Mapping[str, Measure], new: Collection[str]
-    ) -> Callable[[Tunables], list[Taught]]:
-        """What tunables are judged by: these, which were measured before; what was known, by the delivered model."""
-        first = {name: of(self._first if name == _KNOWN else before) for name, of in measures.items()}
-        return lambda tunables: [
-            Taught(name, first[name], of(tunables), is_new=name in new) for name, of in measures.items()
-        ]
-
-    def _rehearsal(self) -> Passages:
-        """What the delivered model draws of what it knew; drawn once."""
-        if self._rehearsed is None:
-            evidence, key = dict.fromkeys(self._known.captions, 0), [self._seed, _REHEARSE_KEY]
-            lesson = self._generator.teach(self._first, evidence, _REHEARSED, key, is_checked=False)
-            self._rehearsed = self._generator.passages(lesson.samples)
-        return self._rehearsed
-
-    def _remembered(
-        self, asked: Exchange, number: int, lessons: Mapping[str, Samples], earlier: Mapping[str, Samples]
-    ) -> dict[str, Remembered]:
-        """What each edge has taught, by its last accepted lesson of each caption; no more than twice a lesson."""
-        generator = keyed([*asked.key(self._seed), _REMEMBER_KEY])
-        rest = {edge: balanced(samples, self._spec.samples, generator) for edge, samples in sorted(earlier.items())}
-        cycles = {edge: own.cycle for edge, own in self.state.taught.items()} | dict.fromkeys(lessons, number)
-        return {
-            edge: Remembered(joined([part[edge] for part in (lessons, rest) if edge in part]), cycles[edge])
-            for edge in sorted({*lessons, *rest})
-        }
-
-    def _drawn(self, asked: Exchange, tunables: Mapping[str, Tensor], told: Sequence[Samples]) -> Lesson:
-        """The cloud's own lesson: of all captions that edges have taught."""
-        earlier = self.state.lesson.samples.evidence if self.state.lesson else {}
-        evidence = dict.fromkeys(earlier, 0) | dict(joined(told).evidence if told else {})
-        if not evidence:
-            return Lesson(self._nothing, 0)
-        return self._generator.teach(tunables, evidence, self._spec.samples, [*asked.key(self._seed), _TEACH_KEY])
-
-
-def samples_of(offers: Mapping[str, Lesson]) -> dict[str, Samples]:
-    """What each edge offered."""
-    return {edge: one.samples for edge, one in offers.items()}
 
 
 def checked(verdict: Tensor | None, number: int) -> Tensor:

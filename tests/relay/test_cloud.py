@@ -14,7 +14,8 @@ import torch
 from ecogen.config import Relay
 from ecogen.errors import ProtocolError
 from ecogen.records import RelayRecord, Usage
-from ecogen.relay.cloud import CloudRelay, Known
+from ecogen.relay.cloud import CloudRelay
+from ecogen.relay.cloud_learner import Known
 from ecogen.relay.messages import CONFIDENCE, RELAY, VERDICT, Answer, Offer, Review, Verdict
 from ecogen.relay.samples import Captions, Samples, unpacked
 from ecogen.relay.teacher import Lesson

@@ -21,7 +21,8 @@ from ecogen.models.profile import shape_of
 from ecogen.models.tunables import Tunables, get_tunables
 from ecogen.records import Cause, Record, RelayRecord, from_line, to_line
 from ecogen.relay.acceptance import Taken
-from ecogen.relay.cloud import CloudRelay, Exchange, Known
+from ecogen.relay.cloud import CloudRelay
+from ecogen.relay.cloud_learner import Exchange, Known
 from ecogen.relay.generator import Generator
 from ecogen.relay.messages import CONFIDENCE, RELAY, TUNED, VERDICT, Answer, Offer, Review, Tuned, Verdict
 from ecogen.relay.samples import Samples
@@ -95,7 +96,7 @@ class Cloud:
     def learnt(self, own: Tunables, given: Mapping[str, Tunables], lessons: Mapping[str, Samples]) -> Taken:
         """What a cloud with these tunables learns."""
         self.relay.state = replace(self.relay.state, tunables=own)
-        return self.relay._taken(FIRST, lessons, {}, given)
+        return self.relay.learner.taken(self.relay.state, FIRST, lessons, {}, given)
 
 
 def some(digits: Sequence[int], number: int) -> Samples:
@@ -116,7 +117,7 @@ def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def cloud(foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cloud]:
-    monkeypatch.setattr("ecogen.relay.cloud._REHEARSED", 10)
+    monkeypatch.setattr("ecogen.relay.cloud_learner._REHEARSED", 10)
     made = Cloud(foundation, tmp_path)
     for edge in EDGES:
         await made.members.join(edge, edge)

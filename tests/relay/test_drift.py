@@ -21,7 +21,7 @@ from ecogen.models.profile import shape_of
 from ecogen.models.tunables import get_tunables
 from ecogen.placement import Segment
 from ecogen.records import RelayRecord, Taught
-from ecogen.relay.cloud import Exchange
+from ecogen.relay.cloud_learner import Exchange
 from ecogen.relay.cloud_state import RelayState, Remembered, remaining
 from ecogen.relay.drift import DriftWatch, p_value
 from ecogen.relay.generator import Generator
