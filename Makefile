@@ -22,7 +22,7 @@ demo: install
 
 # Three processes on two cores: most tests wait for processes of their own.
 test: install check
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff check ecogen tests benchmarks
