@@ -7,20 +7,20 @@ Shapes: B passages a batch, T tokens of a passage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ecogen.config import Model
 from ecogen.tuning.muon import Muon
-from ecogen.tuning.passages import IGNORED, Passages
+from ecogen.tuning.parallel import Workers
+from ecogen.tuning.passages import Passages
 from ecogen.tuning.pretrain import schedule
 
-TEXT_VERSION = 1
+TEXT_VERSION = 2
 """Raise it with any change that makes the same arguments give another model: caches are keyed by it."""
 
 OnStep = Callable[[str, int, int, float], None]
@@ -67,7 +67,7 @@ def pretrain_decoder(
     learning_rate: float,
     weight_decay: float,
 ) -> LlamaForCausalLM:
-    """A small Llama that was shown a corpus; the same for the same arguments and number of threads.
+    """A small Llama that was shown a corpus; the same for the same arguments.
 
     Args:
         batches: so many passages, as a function of the generator.
@@ -77,19 +77,13 @@ def pretrain_decoder(
     generator, model = torch.Generator().manual_seed(seed), new_llama(config, seed)
     optimizers = _optimizers(model, matrix_rate, learning_rate, weight_decay)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    for step in range(steps):
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * schedule((step + 1) / steps)
-        loss = next_token_loss(model, batches(batch_size, generator))
-        _descend(loss, model, optimizers)
-        on_step("next token", step + 1, steps, loss.item())
+    with Workers() as workers:
+        for step in range(steps):
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = peak * schedule((step + 1) / steps)
+            loss = _descend(workers, model, batches(batch_size, generator), optimizers)
+            on_step("next token", step + 1, steps, loss)
     return model
-
-
-def next_token_loss(model: LlamaForCausalLM, passages: Passages) -> Tensor:
-    """Mean cross-entropy of the labels that count [B, T], each given the tokens before it."""
-    logits = model(input_ids=passages.tokens, use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1), passages.labels.flatten(), ignore_index=IGNORED)
 
 
 def windows(stream: Tensor, length: int) -> Batches:
@@ -106,20 +100,19 @@ def windows(stream: Tensor, length: int) -> Batches:
 def _optimizers(
     model: LlamaForCausalLM, matrix_rate: float, learning_rate: float, weight_decay: float
 ) -> list[Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the embedding and norms."""
+    """Muon for the blocks' matrices, in two halves, AdamW for the embedding and norms."""
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [
-        Muon(matrices, lr=matrix_rate, weight_decay=weight_decay),
+        *(Muon(matrices[start::2], lr=matrix_rate, weight_decay=weight_decay) for start in range(2)),
         AdamW(others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98)),
     ]
 
 
-def _descend(loss: Tensor, model: LlamaForCausalLM, optimizers: list[Optimizer]) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
+def _descend(workers: Workers, model: LlamaForCausalLM, batch: Passages, optimizers: Sequence[Optimizer]) -> float:
+    """A step; gives the loss before it."""
+    loss = workers.backward(model, batch)
     torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP_NORM)
-    for optimizer in optimizers:
-        optimizer.step()
+    workers.step(optimizers)
+    return loss

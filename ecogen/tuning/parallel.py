@@ -1,0 +1,57 @@
+"""A decoder's training steps on two cores: each half of a batch has its gradient on a thread of its own.
+
+It is always two halves, so that the model is the same on any number of cores. Each thread computes on one core: small
+matrices gain less where every product is cut in two.
+
+Shapes: B passages a batch, T tokens of a passage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from ecogen.tuning.passages import IGNORED, Passages
+
+_THREADS = 2
+
+
+class Workers:
+    """Two threads; use it as a context, and they end with it."""
+
+    def __enter__(self) -> Workers:
+        self._pool = ThreadPoolExecutor(_THREADS, "training", initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def backward(self, model: PreTrainedModel, passages: Passages) -> float:
+        """The mean cross-entropy of the labels that count [B, T]; its gradients are put into the parameters."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        counted = (passages.labels != IGNORED).sum()
+
+        def one(part: Passages) -> tuple[float, Sequence[Tensor]]:
+            loss = _summed(model, part) / counted
+            return loss.item(), torch.autograd.grad(loss, parameters)
+
+        (loss, gradients), *others = self._pool.map(one, passages.split(min(_THREADS, len(passages))))
+        for parameter, *of_parts in zip(parameters, gradients, *(each for _, each in others), strict=True):
+            parameter.grad = torch.stack(of_parts).sum(0)
+        return loss + sum(each for each, _ in others)
+
+    def step(self, optimizers: Sequence[Optimizer]) -> None:
+        """A step of each; they share no parameter."""
+        for _ in self._pool.map(lambda optimizer: optimizer.step(), optimizers):
+            pass
+
+
+def _summed(model: PreTrainedModel, passages: Passages) -> Tensor:
+    logits = model(input_ids=passages.tokens, use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1), passages.labels.flatten(), ignore_index=IGNORED, reduction="sum")
