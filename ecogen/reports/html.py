@@ -71,7 +71,7 @@ def render_report(
         figures={name: Markup(svg) for name, svg in _figures(records, ledger, topology, facts, summary).items()},
         tables=_tables(records, ledger, topology, facts)
         | {"privacy": tables.privacy_table(summary)}
-        | {"perplexity": tables.perplexity_table(summary)}
+        | {"perplexity": _perplexity(summary, recipe)}
         | {"drawings": tables.drawings_table(facts.drawings)}
         | {"cloud_drawings": tables.drawings_table(facts.cloud_drawings, _OF_CLOUD)}
         | {
@@ -80,7 +80,7 @@ def render_report(
             "by_version": relay_tables.versions_table(summary["relay"]),
             "crossings": crossings_table(summary["crossings"]),
         },
-        inputs="text" if recipe.data.is_text else "images",
+        inputs=_inputs(recipe),
         hidden_parts=drawing.hidden_parts(topology),
         num_joined=_num_joined(records),
         first_cuts=first_cuts(facts.placements),
@@ -88,6 +88,14 @@ def render_report(
         privacy_warning=warn_of_epsilon(summary["privacy"]["epsilon"]) if summary["privacy"] else "",
         exact_db=EXACT_DB,
     )
+
+
+def _inputs(recipe: Recipe) -> str:
+    return "pairs" if recipe.data.is_pairs else "text" if recipe.data.is_text else "images"
+
+
+def _perplexity(summary: Summary, recipe: Recipe) -> tables.Table:
+    return tables.perplexity_table(summary, examples=_inputs(recipe), is_averaged=recipe.tuning.cloud_every > 0)
 
 
 def _headline(summary: Summary, ledger: Ledger, recipe: Recipe, facts: RunFacts) -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ecogen.reports.relay import Lesson, Relay, Score
-from ecogen.reports.tables import Column, Table, identifier, word
+from ecogen.reports.tables import Column, Table, identifier, sentence, word
 from ecogen.reports.wording import DASH, format_count, format_grams, format_number, format_share
 from ecogen.units import format_bytes, format_joules
 
@@ -14,6 +14,7 @@ def lessons_table(relay: Relay | None) -> Table:
     """A row for each lesson; none without a relay."""
     up, down = (relay["up"], relay["down"]) if relay else ([], [])
     lessons = [*(("up", one) for one in up), *(("down", one) for one in down)]
+    has_tunables = any(one["tunables_share"] is not None for one in up)
     rows = tuple(
         (
             str(one["cycle"] + 1),
@@ -21,7 +22,7 @@ def lessons_table(relay: Relay | None) -> Table:
             _outcome(one),
             f"{format_count(one['num_samples'])} of {format_count(one['num_drawn'])}",
             format_count(one["num_disputed"]),
-            format_share(one["tunables_share"]),
+            *((format_share(one["tunables_share"]),) if has_tunables else ()),
             _told(one["new"]),
             _told(one["known"]),
             _why(one),
@@ -31,13 +32,13 @@ def lessons_table(relay: Relay | None) -> Table:
     columns = (
         word("cycle"),
         identifier("lesson"),
-        word("outcome"),
+        sentence("outcome"),
         Column("handed on", "of drawn"),
         Column("disputed", "of these"),
-        Column("averaged", "share"),
-        word("perplexity on what was taught"),
-        word("on what was known"),
-        word("why"),
+        *((Column("averaged", "share"),) if has_tunables else ()),
+        sentence("what was taught", "perplexity"),
+        sentence("what was known", "perplexity"),
+        sentence("why"),
     )
     return Table("Lessons of the knowledge relay", columns, rows)
 

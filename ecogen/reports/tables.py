@@ -34,12 +34,13 @@ _MAX_EDGES = 6  # more edges than this have no column of their own
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column's head. Figures stand right, words left; what people copy is kept on one line."""
+    """A column's head. Figures stand right, words left; what people copy is kept on one line, sentences are not."""
 
     name: str
     unit: str = ""
     is_figure: bool = True
     is_id: bool = False
+    wraps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,11 @@ class Table:
 def word(name: str) -> Column:
     """The head of a column of words."""
     return Column(name, is_figure=False)
+
+
+def sentence(name: str, unit: str = "") -> Column:
+    """The head of a column of words that may take several lines."""
+    return Column(name, unit, is_figure=False, wraps=True)
 
 
 def identifier(name: str) -> Column:
@@ -83,8 +89,13 @@ def rounds_table(records: Sequence[Record], topology: Topology) -> Table:
     return Table("Rounds", tuple(columns), tuple(rows))
 
 
-def perplexity_table(summary: Summary) -> Table:
-    """Perplexity by edge: delivered, tuned and saved; no rows of images."""
+def perplexity_table(summary: Summary, *, examples: str = "text", is_averaged: bool = True) -> Table:
+    """Perplexity by edge: delivered, tuned and saved; no rows of images.
+
+    Args:
+        examples: what was held out.
+        is_averaged: whether the cloud averages what edges have tuned, and so makes what is saved.
+    """
     rows = tuple(
         (edge, *(format_perplexity(found[when]) for when in ("delivered", "tuned", "saved")))
         for edge, found in (summary["perplexity"] or {}).items()
@@ -93,9 +104,9 @@ def perplexity_table(summary: Summary) -> Table:
         identifier("edge"),
         Column("delivered"),
         Column("tuned", "its own average"),
-        Column("saved", "of the cloud"),
+        Column("saved", "the cloud's average" if is_averaged else "of each edge"),
     )
-    return Table("Perplexity on held-out text", columns, rows)
+    return Table(f"Perplexity on held-out {examples}", columns, rows)
 
 
 def drawings_table(
