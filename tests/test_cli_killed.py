@@ -29,7 +29,7 @@ EcoGen = Callable[..., Ran]
 ROUNDS = 4
 
 
-@pytest.mark.parametrize("engine", ["inproc", "local"])
+@pytest.mark.parametrize("engine", [pytest.param("inproc", marks=pytest.mark.slow), "local"])
 def test_a_killed_run_is_resumed_as_if_nothing_had_happened(
     recipe_of: RecipeOf, tmp_path: Path, ecogen: EcoGen, engine: str
 ) -> None:

@@ -92,6 +92,7 @@ def nodes(certificates: Path, tmp_path: Path) -> Iterator[Nodes]:
         yield Nodes(certificates, tmp_path / "disks", stack)
 
 
+@pytest.mark.slow  # seven processes, each of which imports everything
 def test_nodes_started_by_hand_serve(
     model: Path,
     certificates: Path,

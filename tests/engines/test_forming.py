@@ -175,6 +175,7 @@ def test_a_run_of_a_pool_from_its_plan_to_its_predictions(ecogen: EcoGen, pooled
     assert f"slowest stage {format_seconds(planned['slowest_s'])} " in shown.out
 
 
+@pytest.mark.slow  # two whole runs
 def test_a_study_of_a_pool_is_resumed(ecogen: EcoGen, pooled: RecipeOf, tmp_path: Path) -> None:
     """Its runs have their clusters written down, which its recipe has not."""
     sweep = '\n[sweep]\nseeds = [0]\n[[sweep.cases]]\nname = "one"\n'

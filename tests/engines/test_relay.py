@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import Mapping
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +128,15 @@ async def test_who_is_sure_of_nothing_hands_on_nothing(foundation: Path, tmp_pat
 @pytest.mark.parametrize(
     ("moment", "victim"),
     [
-        *product(("offers", "verdicts", "the first lesson"), ("cloud", "edge-0")),
-        *product(("tunables", "verdicts with tunables"), ("cloud",)),
-        ("tunables", "edge-0"),
+        ("offers", "cloud"),
+        ("the first lesson", "edge-0"),
+        ("tunables", "cloud"),
+        pytest.param("offers", "edge-0", marks=pytest.mark.slow),
+        pytest.param("verdicts", "cloud", marks=pytest.mark.slow),
+        pytest.param("verdicts", "edge-0", marks=pytest.mark.slow),
+        pytest.param("the first lesson", "cloud", marks=pytest.mark.slow),
+        pytest.param("verdicts with tunables", "cloud", marks=pytest.mark.slow),
+        pytest.param("tunables", "edge-0", marks=pytest.mark.slow),
     ],
 )
 async def test_a_node_that_is_killed_gives_and_takes_the_same_lessons(

@@ -91,7 +91,7 @@ def test_one_edge_teaches_alone_and_what_others_taught_is_learnt_along(whole: Fi
     assert told["edge-0"] < 0.01
 
 
-@pytest.mark.parametrize("victim", ["cloud", "edge-0"])
+@pytest.mark.parametrize("victim", ["cloud", pytest.param("edge-0", marks=pytest.mark.slow)])
 async def test_who_is_killed_gives_and_takes_the_same_lessons_once(
     victim: str, whole: Finished, foundation: Path, tmp_path: Path
 ) -> None:

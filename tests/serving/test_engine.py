@@ -98,7 +98,10 @@ async def test_many_requests_at_once_answer_as_each_alone(folder: Path, whole: P
         agree(given, alone(whole, *request))
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_next", "deepseek_v32", "inkling_text"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["deepseek_v32", *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen3_next", "inkling_text"))],
+)
 async def test_models_that_keep_more_than_keys_and_values(model_type: str, tmp_path: Path, agree: Agree) -> None:
     """Slots go from one request to the next, and requests from slot to slot, with states and indexed keys."""
     changes = {"index_n_heads": 16} if model_type == "deepseek_v32" else {}  # two give ties, which lengths decide
