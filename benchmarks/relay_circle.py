@@ -1,10 +1,11 @@
-"""The circle: `python -m benchmarks.relay_circle [--seeds 5] [--cycles 3] [--set KEY=VALUE ...]`.
+"""The circle: `python -m benchmarks.relay_circle [--seeds 5] [--cycles 3] [--workers 2] [--set KEY=VALUE ...]`.
 
 Two edges tune the generator of `ecogen run pairs` on their own handwritten digits, 0 to 4 and 5 to 9, and in each cycle
 exchange lessons with the cloud: tune, up, down. Beside it stand, with the same data, rounds and seeds:
 
 - no relay: each edge stays alone, and the cloud what it was;
 - real data: lessons are the edges' real training pairs instead of drawings, as if data might travel (an upper bound);
+- relay and averaging: edges send their tunables along, and the cloud begins to learn on the way to their mean;
 - averaging only: the cloud averages the edges' tunables where the relay would exchange lessons.
 
 After each cycle the models of the edges and of the cloud draw and describe both domains, judged as a run judges them:
@@ -15,13 +16,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -75,6 +79,7 @@ VARIANTS: dict[str, list[str]] = {
     "relay": [],
     "no relay": ["relay.every=0"],
     "real data": [],
+    "relay and averaging": ["relay.tunables=true"],
     "averaging only": ["relay.every=0", f"tuning.cloud_every={EVERY}"],
 }
 
@@ -223,7 +228,7 @@ def model_of(seen: Seen, cycle: int, node: str, variant: str, first: Mapping[str
 
 
 def summed_up(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean, least and most over seeds, by variant, node, domain, measure and cycle."""
+    """Mean, standard deviation, least and most over seeds, by variant, node, domain, measure and cycle."""
     values: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for row in rows:
         key = (row["variant"], row["node"], row["domain"], row["measure"], str(row["cycle"]))
@@ -233,7 +238,8 @@ def summed_up(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         place = table
         for name in path[:-1]:
             place = place.setdefault(name, {})
-        place[path[-1]] = {"mean": statistics.fmean(of), "least": min(of), "most": max(of)}
+        spread = statistics.stdev(of) if len(of) > 1 else 0.0
+        place[path[-1]] = {"mean": statistics.fmean(of), "deviation": spread, "least": min(of), "most": max(of)}
     return table
 
 
@@ -263,26 +269,51 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def main(seeds: int = 5, cycles: int = 3, overrides: Sequence[str] = (), variants: Sequence[str] = ()) -> None:
-    """Measure, and write benchmarks/results/relay_circle.json after every run."""
-    quiet, rows = wait_until_quiet(), list[dict[str, Any]]()
-    for seed in range(seeds):
-        for variant in variants or VARIANTS:
-            rows += measure(variant, seed, cycles, overrides)
-            table = summed_up(rows)
-            result = circumstances(("torch", "transformers")) | {
-                "others_before": quiet,
-                "seeds": seed + 1,
-                "cycles": cycles,
-                "settings": [*SMALL, *overrides],
-                "table": table,
-                "goals": goals(table, cycles) if "relay" in table else {},
-            }
+def main(
+    seeds: int = 5,
+    cycles: int = 3,
+    overrides: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    workers: int = 2,
+    kept: Path | None = None,
+) -> None:
+    """Measure, and write benchmarks/results/relay_circle.json after every run.
+
+    Args:
+        workers: processes that measure side by side: figures are of quality, not of time.
+        kept: a file of rows that were measured before, which is added to.
+    """
+    quiet, rows = wait_until_quiet(), list(read_rows(kept)) if kept and kept.exists() else []
+    done = {(row["variant"], row["seed"]) for row in rows}
+    jobs = [(variant, seed) for seed in range(seeds) for variant in variants or VARIANTS if (variant, seed) not in done]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        measuring = [pool.submit(measure, *job, cycles, overrides) for job in jobs]
+        for measured in as_completed(measuring):
+            rows += measured.result()
+            if kept:
+                kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            result = result_of(rows, cycles, overrides) | {"others_before": quiet}
             write_result("relay_circle", result)
     for line in lines(result):
         print(line)
     for goal, met in result["goals"].items():
         print(f"{'reached' if met else 'MISSED'}: {goal}")
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    yield from map(json.loads, path.read_text().splitlines())
+
+
+def result_of(rows: Sequence[Mapping[str, Any]], cycles: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """What is written."""
+    table = summed_up(rows)
+    return circumstances(("torch", "transformers")) | {
+        "seeds": {variant: len({row["seed"] for row in rows if row["variant"] == variant}) for variant in table},
+        "cycles": cycles,
+        "settings": [*SMALL, *overrides],
+        "table": table,
+        "goals": goals(table, cycles) if "relay" in table else {},
+    }
 
 
 if __name__ == "__main__":
@@ -291,5 +322,7 @@ if __name__ == "__main__":
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--variant", dest="variants", action="append", default=[], choices=[*VARIANTS])
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    parser.add_argument("--rows", type=Path, help="where rows are kept, so that what was cut off can be gone on with")
     options = parser.parse_args()
-    main(options.seeds, options.cycles, options.overrides, options.variants)
+    main(options.seeds, options.cycles, options.overrides, options.variants, options.workers, options.rows)
