@@ -97,7 +97,7 @@ class Generator:
             self._stage.set_rate(rate * (1 + math.cos(math.pi * step / steps)) / 2)
             parts = [_some(new, spec.batch_size - num_known, generator)]
             parts += [_some(known, num_known, generator)] if known is not None and num_known else []
-            self._step(step, joined(parts))
+            self._step(step, joined(parts).trimmed())
         return self._stage.tunables
 
     def _step(self, step: int, batch: Passages) -> None:

@@ -37,11 +37,13 @@ class Workers:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         counted = (passages.labels != IGNORED).sum()
 
+        halves = passages.trimmed().split(min(_THREADS, len(passages)))
+
         def one(part: Passages) -> tuple[float, Sequence[Tensor]]:
             loss = _summed(model, part) / counted
             return loss.item(), torch.autograd.grad(loss, parameters)
 
-        (loss, gradients), *others = self._pool.map(one, passages.split(min(_THREADS, len(passages))))
+        (loss, gradients), *others = self._pool.map(one, halves)
         for parameter, *of_parts in zip(parameters, gradients, *(each for _, each in others), strict=True):
             parameter.grad = torch.stack(of_parts).sum(0)
         return loss + sum(each for each, _ in others)
