@@ -35,7 +35,7 @@ _GENTLE = 0.5
 """Share of the steps, and of the rate, at which an edge learns: it has been tuned to what it is there for."""
 
 _REHEARSED = 600
-"""Pictures that an edge draws of its own captions, to rehearse what it knows: as various as it knows them."""
+"""Pictures that an edge that hands on nothing draws of its own captions, to rehearse what it knows."""
 
 CallCloud = Callable[[Message], Awaitable[Message | None]]
 """Asks the cloud; None where it stays away."""
@@ -126,7 +126,7 @@ class EdgeRelay:
             return replace(state, is_untaught=False, drift=None)
         answer = reply.read(Answer)
         lesson = Lesson(self._generator.read(answer.captions, reply.tensors), answer.num_drawn)
-        after = await self._worker.compute(self._learn, asked, state, lesson, answer.cycle)
+        after = await self._worker.compute(self._learn, asked, state, own.samples, lesson, answer.cycle)
         wall_s, usage = time.perf_counter() - began_s, self._worker.usage("relay")
         assert after.lesson is not None
         return replace(after, lesson=msgspec.structs.replace(after.lesson, wall_s=wall_s, usages=(usage,)))
@@ -150,12 +150,16 @@ class EdgeRelay:
         key = [*self._key, *asked.key, _TEACH_KEY]
         return self._generator.teach(tunables, self._domain(asked.round_index).evidence, self._spec.samples, key)
 
-    def _learn(self, asked: Asked, state: EdgeState, lesson: Lesson, cycle: int) -> EdgeState:
-        """On the compute thread: the state after a lesson, with the tunables before where it is refused."""
+    def _learn(self, asked: Asked, state: EdgeState, own: Samples, lesson: Lesson, cycle: int) -> EdgeState:
+        """On the compute thread: the state after a lesson, with the tunables before where it is refused.
+
+        Args:
+            own: what the edge handed on.
+        """
         evidence = self._domain(asked.round_index).evidence
         news = of_others(lesson.samples, evidence)
         taken = checked_by_itself(news, evidence, self._generator.confidence(state.tunables, news))
-        outcome = self._taken(asked, state.tunables, taken)
+        outcome = self._taken(asked, state.tunables, own, taken)
         learnt = replace(state, is_untaught=False, drift=None)
         if not outcome.reason:
             number = state.latest + 2
@@ -203,17 +207,22 @@ class EdgeRelay:
             num_disputed=num_disputed,
         )
 
-    def _taken(self, asked: Asked, before: Mapping[str, Tensor], lesson: Samples) -> Taken:
+    def _taken(self, asked: Asked, before: Mapping[str, Tensor], own: Samples, lesson: Samples) -> Taken:
         if len(lesson) < LEAST:
             return Taken(
                 dict(before), reason="the cloud drew nothing of what others know that this edge, too, was sure of"
             )
-        generator, evidence, key = self._generator, self._domain(asked.round_index).evidence, [*self._key, *asked.key]
+        generator, key = self._generator, [*self._key, *asked.key, _LEARN_KEY]
         told, learnt = held_out(lesson)
-        known = generator.teach(before, evidence, _REHEARSED, [*key, _REHEARSE_KEY], is_checked=False)
-        rehearsal = generator.passages(known.samples)
-        after = generator.learn(before, generator.passages(learnt), rehearsal, [*key, _LEARN_KEY], share=_GENTLE)
+        rehearsal = generator.passages(own if len(own) else self._drawn(asked, before))
+        after = generator.learn(before, generator.passages(learnt), rehearsal, key, share=_GENTLE)
         return take(before, after, self._judge(asked, before, told), self._spec.tolerance)
+
+    def _drawn(self, asked: Asked, tunables: Mapping[str, Tensor]) -> Samples:
+        """What an edge rehearses that was sure of nothing it drew."""
+        key = [*self._key, *asked.key, _REHEARSE_KEY]
+        evidence = self._domain(asked.round_index).evidence
+        return self._generator.teach(tunables, evidence, _REHEARSED, key, is_checked=False).samples
 
     def _judge(self, asked: Asked, before: Mapping[str, Tensor], told: Samples) -> Callable[[Tunables], list[Taught]]:
         """What tunables are judged by: what is held out of the lesson, and what the edge holds out of its own."""
