@@ -41,16 +41,23 @@ KEPT = 0.97
 
 TEACHER = [
     "tuning.rounds=6",
+    "tunables.lora_rank=16",
+    "tunables.lora_alpha=32.0",
     "relay.every=6",
     "relay.samples=2000",
     "relay.steps=1200",
     "relay.rehearsal=0.33",
-    "relay.tolerance=0.25",
+    "relay.tolerance=0.3",
+    "relay.tunables=true",
     "evaluation.split=none",
     "evaluation.requests=0",
     "evaluation.crossings=0",
 ]
-"""What differs from the recipe: the lesson is not pressed for time, and may cost a little more of what was known."""
+"""What differs from the recipe: the lesson is not pressed for time, and may cost a little more of what was known.
+
+The teacher's tunables are of twice the rank, since they hold ten digits and not five, and it begins at the edges' mean.
+At a tolerance of 0.25 it went nine tenths of the way, and read three points less of the edges' digits.
+"""
 
 SAMPLES = 7000
 TEMPERATURE = 1.0

@@ -94,7 +94,11 @@ class PairModel:
 
     @torch.no_grad()
     def confidence(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
-        """How likely the model holds captions to be what images in codes [N, T] show [N], of 0 to 1."""
+        """How likely the model holds captions to be what images in codes [N, T] show [N], of 0 to 1.
+
+        Of two captions, the one that is asked about and the one that it gives itself: 1 where these are the same. What
+        it would say in other words says nothing against a caption.
+        """
         starts = range(0, len(captions), _BATCH)
         parts = [self._confidence(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]
         return torch.cat(parts) if parts else torch.empty(0)
@@ -116,7 +120,13 @@ class PairModel:
         return logs.gather(2, codes[:, :, None]).sum((1, 2))
 
     def _confidence(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
-        """The product of the probabilities of a caption's tokens, and of its end."""
+        said = self.describe_codes(codes)
+        asked, own = self._caption_log_likelihood(codes, captions), self._caption_log_likelihood(codes, said)
+        is_same = torch.tensor([ours == theirs for ours, theirs in zip(said, captions, strict=True)])
+        return torch.where(is_same, 1.0, (asked - own).sigmoid())
+
+    def _caption_log_likelihood(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
+        """Of a caption's tokens, and of its end, after an image [N]."""
         written = self.tokens.written(codes)
         shown = torch.cat([torch.full((len(codes), 1), self.tokenizer.bos_token_id), written], 1)
         rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in prompts_of(self.tokenizer, captions)]
@@ -124,7 +134,7 @@ class PairModel:
         tokens = torch.cat([shown, wanted[:, :-1].clamp(min=0)], 1)  # what is behind a caption changes nothing before
         logs = self.model(tokens).logits[:, shown.shape[1] - 1 :].float().log_softmax(-1)
         each: Tensor = logs.gather(2, wanted.clamp(min=0)[:, :, None]).squeeze(2)
-        return (each * (wanted >= 0)).sum(1).exp()
+        return (each * (wanted >= 0)).sum(1)
 
     def _asked(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The tokens that an image follows on."""

@@ -70,7 +70,8 @@ class Generator:
     def confidence(self, tunables: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """How likely a model with these tunables holds the captions of samples to be right [N]."""
         self._stage.begin(tunables)
-        self._worker.meter.add_flops(forward_flops(self._shape, self._segment, len(samples)))
+        passes = 3 * len(samples)  # what it says itself, and both captions' likelihood
+        self._worker.meter.add_flops(forward_flops(self._shape, self._segment, passes))
         return self._model.confidence(samples.codes, samples.captions)
 
     def learn(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+HANDWRITTEN = "a handwritten"
+"""How captions of what people wrote begin."""
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -51,7 +54,7 @@ def glyph_caption(font: str, character: str) -> str:
 
 def digit_caption(digit: int) -> str:
     """Of one that a person wrote: "a handwritten seven"."""
-    return _article(f"handwritten {DIGITS[digit]}")
+    return f"{HANDWRITTEN} {DIGITS[digit]}"
 
 
 def digit_of(caption: str) -> int | None:

@@ -129,14 +129,22 @@ class PairWriter:
         written = self.tokens.written(codes).tolist()
         said = prompts_of(self._tokenizer, captions)
         rows = [self._row(*pair) for pair in zip(said, written, is_drawn, strict=True)]
-        tokens = torch.tensor(rows, dtype=torch.int64).view(len(rows), self._length + 1)
+        return self._padded(rows)
+
+    def spoken(self, captions: Sequence[str]) -> Passages:
+        """Captions alone; what follows them is left open."""
+        return self._padded([[self._tokenizer.bos_token_id, *said] for said in prompts_of(self._tokenizer, captions)])
+
+    def _padded(self, rows: Sequence[list[int]]) -> Passages:
+        places = self._length + 1
+        padded = [(row + [self._padding] * places)[:places] for row in rows]
+        tokens = torch.tensor(padded, dtype=torch.int64).view(len(rows), places)
         following = tokens[:, 1:].masked_fill(tokens[:, 1:] == self._padding, IGNORED)
         return Passages(tokens[:, :-1], following)
 
     def _row(self, said: list[int], drawn: list[int], is_drawn: bool) -> list[int]:
         content = [*said, *drawn] if is_drawn else [*drawn, *said]
-        row = [self._tokenizer.bos_token_id, *content, self._tokenizer.eos_token_id][: self._length + 1]
-        return row + [self._padding] * (self._length + 1 - len(row))
+        return [self._tokenizer.bos_token_id, *content, self._tokenizer.eos_token_id]
 
     @property
     def _padding(self) -> int:

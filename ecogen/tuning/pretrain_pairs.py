@@ -13,12 +13,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ecogen.tuning.captions import digit_caption, glyph_caption
+from ecogen.tuning.captions import HANDWRITTEN, digit_caption, glyph_caption
 from ecogen.tuning.glyphs import CHARACTERS, FONTS, Augmentation, augment, render_glyphs
 from ecogen.tuning.pairs import Pairs, PairWriter
-from ecogen.tuning.passages import Passages
+from ecogen.tuning.passages import Passages, joined
 
-PAIRS_VERSION = 3
+PAIRS_VERSION = 5
 """Raise it with any change that makes the same arguments give another model: caches are keyed by it."""
 
 CALM = Augmentation(
@@ -28,6 +28,15 @@ CALM = Augmentation(
 
 _DRAWN = 0.7
 """Share of the pairs that are learnt with the caption first: drawing takes longer to learn than reading."""
+
+
+_SPOKEN = 1 / 32
+"""Share of the passages that are words without a picture: those of edges' captions that glyphs have not.
+
+A foundation model has read of what it has not seen. Where it has not, a word stays unlikely however often an edge shows
+it, since embeddings are not tuned. What is handwritten is left open: where that was read as well, edges' models
+described less well.
+"""
 
 
 def glyph_captions() -> Sequence[str]:
@@ -60,6 +69,17 @@ def glyph_passages(writer: PairWriter, num_channels: int, size: int) -> Callable
         images, chosen = views(count, generator)
         is_drawn = torch.rand(count, generator=generator) < _DRAWN
         return writer.mixed(Pairs(images, [captions[index] for index in chosen]), is_drawn.numpy())
+
+    return drawn
+
+
+def lessons(writer: PairWriter, num_channels: int, size: int) -> Callable[[int, torch.Generator], Passages]:
+    """So many passages to learn from: glyphs with their captions, and words of captions that edges may have."""
+    glyphs = glyph_passages(writer, num_channels, size)
+
+    def drawn(count: int, generator: torch.Generator) -> Passages:
+        spoken = writer.spoken([HANDWRITTEN] * round(_SPOKEN * count))
+        return joined([spoken, glyphs(count - len(spoken), generator)])
 
     return drawn
 

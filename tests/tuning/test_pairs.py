@@ -7,11 +7,13 @@ import torch
 
 from ecogen.config import Tuning
 from ecogen.models.image_tokenizer import ImageTokenizer, ImageTokens
+from ecogen.models.pair_tokens import caption_of
 from ecogen.tuning.captions import digit_caption, digit_of, glyph_caption
 from ecogen.tuning.device import LocalData
 from ecogen.tuning.glyphs import CHARACTERS, FONTS, Augmentation, augment, render_glyphs
 from ecogen.tuning.pairs import PairPassages, Pairs, PairWriter
 from ecogen.tuning.passages import IGNORED
+from ecogen.tuning.pretrain_pairs import all_captions, lessons
 from ecogen.tuning.quantizer import train_image_tokenizer
 from ecogen.tuning.vocabulary import train_tokenizer
 
@@ -59,6 +61,24 @@ def test_chosen_ways() -> None:
     mixed = write.mixed(pairs[[0, 0]], np.array([False, True]))
     assert torch.equal(mixed.tokens, both.tokens.flip(0))
     assert torch.equal(write.captioned(pairs[[0]]).tokens, both.tokens[:1])
+
+
+def test_captions_alone_leave_open_what_follows() -> None:
+    write = writer()
+    both = write.both(Pairs(torch.rand(1, 1, 8, 8), [digit_caption(3)])).tokens[0].tolist()
+    length = both.index(write.tokens.begin)
+    spoken = write.spoken([digit_caption(3)])
+    assert spoken.tokens[0].tolist() == both[:length] + [0] * (20 - length)
+    assert spoken.labels[0].tolist() == both[1:length] + [IGNORED] * (21 - length)
+
+
+def test_some_of_what_the_cloud_learns_are_words_of_what_edges_may_have() -> None:
+    tokenizer = train_tokenizer(all_captions(), 640, SMALL.codebook_size)
+    write = PairWriter(tokenizer, ImageTokenizer(SMALL).eval(), 40)
+    batch = lessons(write, 1, 8)(32, torch.Generator().manual_seed(0))
+    has_image = (batch.tokens == write.tokens.begin).any(1)
+    assert has_image.tolist() == [False] + [True] * 31
+    assert caption_of(tokenizer, batch.tokens[0, 1:].tolist()) == "a handwritten"
 
 
 def moved_data(views: int = 0, strength: float = 0.5) -> tuple[LocalData, Tuning]:
