@@ -8,6 +8,8 @@ exchange lessons with the cloud: tune, up, down. Beside it stand, with the same 
 - relay and averaging: edges send their tunables along, and the cloud begins to learn on the way to their mean;
 - averaging only: the cloud averages the edges' tunables where the relay would exchange lessons.
 
+Rounds of tuning are as many everywhere; a lesson is more steps besides, which edges that stay alone do not take.
+
 After each cycle the models of the edges and of the cloud draw and describe both domains, judged as a run judges them:
 by a classifier of real images, and on test pairs that nobody tunes on. All are also asked to read letters.
 """
@@ -49,6 +51,7 @@ from ecogen.relay.generator import Generator, keyed
 from ecogen.relay.samples import Samples, balanced
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.stage import Stage
+from ecogen.storage import write_atomically
 from ecogen.tuning.edge_state import EdgeState
 from ecogen.tuning.foundation import obtain_foundation
 from ecogen.tuning.pair_data import PairSplits
@@ -224,7 +227,8 @@ def model_of(seen: Seen, cycle: int, node: str, variant: str, first: Mapping[str
     """A node's tunables after a cycle; with averaging the cloud has what all edges have."""
     if node == CLOUD and variant == "averaging only" and cycle:
         node = EDGES[0]
-    return seen.models.get((cycle, node), first)
+    is_first = cycle == 0 or (node == CLOUD and variant == "no relay")
+    return first if is_first else seen.models[cycle, node]
 
 
 def summed_up(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -283,16 +287,18 @@ def main(
         workers: processes that measure side by side: figures are of quality, not of time.
         kept: a file of rows that were measured before, which is added to.
     """
-    quiet, rows = wait_until_quiet(), list(read_rows(kept)) if kept and kept.exists() else []
+    settings = {"cycles": cycles, "settings": [*SMALL, *overrides]}
+    quiet, rows = wait_until_quiet(), list(read_rows(kept, settings)) if kept and kept.exists() else []
     done = {(row["variant"], row["seed"]) for row in rows}
     jobs = [(variant, seed) for seed in range(seeds) for variant in variants or VARIANTS if (variant, seed) not in done]
+    result = result_of(rows, settings) | {"others_before": quiet}
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         measuring = [pool.submit(measure, *job, cycles, overrides) for job in jobs]
         for measured in as_completed(measuring):
             rows += measured.result()
             if kept:
-                kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            result = result_of(rows, cycles, overrides) | {"others_before": quiet}
+                write_atomically(kept, "".join(json.dumps(row | settings) + "\n" for row in rows))
+            result = result_of(rows, settings) | {"others_before": quiet}
             write_result("relay_circle", result)
     for line in lines(result):
         print(line)
@@ -300,19 +306,26 @@ def main(
         print(f"{'reached' if met else 'MISSED'}: {goal}")
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    yield from map(json.loads, path.read_text().splitlines())
+def read_rows(path: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows that were measured before.
+
+    Raises:
+        SystemExit: if any was with other settings.
+    """
+    for row in map(json.loads, path.read_text().splitlines()):
+        if any(row.get(name) != value for name, value in settings.items()):
+            raise SystemExit(f"{path} has rows of other settings than {settings}; give another file")
+        yield row
 
 
-def result_of(rows: Sequence[Mapping[str, Any]], cycles: int, overrides: Sequence[str]) -> dict[str, Any]:
+def result_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is written."""
     table = summed_up(rows)
     return circumstances(("torch", "transformers")) | {
         "seeds": {variant: len({row["seed"] for row in rows if row["variant"] == variant}) for variant in table},
-        "cycles": cycles,
-        "settings": [*SMALL, *overrides],
+        **settings,
         "table": table,
-        "goals": goals(table, cycles) if "relay" in table else {},
+        "goals": goals(table, settings["cycles"]) if "relay" in table else {},
     }
 
 

@@ -96,8 +96,8 @@ class PairModel:
     def confidence(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
         """How likely the model holds captions to be what images in codes [N, T] show [N], of 0 to 1.
 
-        Of two captions, the one that is asked about and the one that it gives itself: 1 where these are the same. What
-        it would say in other words says nothing against a caption.
+        Of two captions, the one that is asked about and the one that it gives itself: 1 where these are the same, and
+        less than half where its own is likelier, be it the same in other words.
         """
         starts = range(0, len(captions), _BATCH)
         parts = [self._confidence(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]

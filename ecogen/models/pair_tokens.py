@@ -73,6 +73,8 @@ class PairTokens:
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[list[int]]:
     """The tokens of captions; what looks like a special token stays text."""
+    if not captions:
+        return []
     given = tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)
     prompts: list[list[int]] = given["input_ids"]
     return prompts

@@ -107,7 +107,8 @@ class CloudRelay:
             if offer.cause == "drift":
                 self._alone[edge_id] = offer.cycle, offered
             else:
-                shared = shared_with(samples_of(await self._open.offer(offer.cycle, edge_id, offered)), edge_id)
+                offers = await self._open.offer(offer.cycle, edge_id, offered)
+                shared = shared_with(samples_of(offers), edge_id) if offers else shared
         body, tensors = shared.packed()
         return Message.of(RELAY, Review(offer.cycle, body), kind="samples", tensors=tensors)
 
@@ -157,7 +158,7 @@ class CloudRelay:
             if edge_id in edge_ids and given.is_for(asked.cause, asked.cycle)
         }
 
-    def _is_closed(self, edge_id: str, asked: Offer | Verdict | Tuned) -> bool:
+    def _is_closed(self, edge_id: str, asked: Offer | Verdict | Tuned | Exchange) -> bool:
         """Whether what is asked for is over, with what was asked or without it."""
         last = self.state.cycle if asked.cause == "schedule" else self.state.alone.get(edge_id, -1)
         return asked.cycle <= last
@@ -187,6 +188,8 @@ class CloudRelay:
 
     async def _take(self, asked: Exchange, offers: Mapping[str, Lesson], verdicts: Mapping[str, Tensor]) -> None:
         async with self._learning:
+            if self._is_closed(asked.edge_id, asked):  # a later one was learnt while this one waited
+                return
             self._unbilled += (self._worker.usage("tuning"),)
             began_s = time.perf_counter()
             given = self._given_for(asked, offers)

@@ -65,7 +65,7 @@ class Exchange:
         """The state of a cloud that takes this one no more."""
         if self.cause == "drift":
             return replace(state, number=state.number + 1, alone={**state.alone, self.edge_id: self.round_index})
-        return replace(state, number=state.number + 1, cycle=self.cycle)
+        return replace(state, number=state.number + 1, cycle=max(state.cycle, self.cycle))
 
 
 @dataclass(frozen=True)

@@ -63,15 +63,14 @@ class Generator:
         """As `teacher.teach`, with these tunables."""
         self._stage.begin(tunables)
         lesson = teach(self._model, evidence, number, keyed(key), is_checked=is_checked)
-        passes = lesson.num_drawn * (1 + is_checked)  # of all tokens, each once, whether they are cached or not
-        self._worker.meter.add_flops(forward_flops(self._shape, self._segment, passes))
+        self._meter(lesson.num_drawn * (1 + is_checked), self._num_tokens(list(evidence)))
         return lesson
 
     def confidence(self, tunables: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """How likely a model with these tunables holds the captions of samples to be right [N]."""
         self._stage.begin(tunables)
-        passes = 3 * len(samples)  # what it says itself, and both captions' likelihood
-        self._worker.meter.add_flops(forward_flops(self._shape, self._segment, passes))
+        passes = 3 * len(samples)  # what it says itself, and how likely both are
+        self._meter(passes, self._num_tokens(samples.captions))
         return self._model.confidence(samples.codes, samples.captions)
 
     def learn(
@@ -107,7 +106,7 @@ class Generator:
         self._stage.loss(key, segment, batch.tokens, batch.labels, counted, input_grads=False)
         self._stage.backward(key, None)
         self._stage.step(self._stage.squared_norm(segment))
-        shape = self._shape
+        shape = self._shape.seeing(batch.tokens.shape[1])
         flops = forward_flops(shape, segment, len(batch)) + backward_flops(shape, segment, len(batch))
         self._worker.meter.add_flops(flops)
 
@@ -131,7 +130,7 @@ class Generator:
         return [loss for part in passages.split(-(-len(passages) // rows)) for loss in self._losses(part)]
 
     def _losses(self, part: Passages) -> list[float]:
-        self._worker.meter.add_flops(forward_flops(self._shape, self._segment, len(part)))
+        self._meter(len(part), part.tokens.shape[1])
         logits = self._stage.infer(self._segment, part.tokens).cpu().float()
         each = cross_entropy(logits.transpose(1, 2), part.labels, reduction="none", ignore_index=IGNORED)
         means: list[float] = (each.sum(1) / (part.labels != IGNORED).sum(1)).tolist()
@@ -149,6 +148,15 @@ class Generator:
         """
         most = teachers * self._spec.samples
         return unpacked(body, tensors, self.images.codebook_size, self.images.num_codes, most)
+
+    def _meter(self, passes: int, num_tokens: int) -> None:
+        """Of all tokens, each once, whether they are cached or not."""
+        self._worker.meter.add_flops(forward_flops(self._shape.seeing(num_tokens), self._segment, passes))
+
+    def _num_tokens(self, captions: Sequence[str]) -> int:
+        """Of the longest passage of a picture with one of these captions."""
+        codes = torch.zeros(len(captions), self.images.num_codes, dtype=torch.int64)
+        return self.writer.both_of(captions, codes).trimmed().tokens.shape[1]
 
     @property
     def _segment(self) -> Segment:

@@ -6,17 +6,13 @@ Where the recipe asks for its tunables as well, they go first, as `Tuned`.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import msgspec
 
 from ecogen.records import Cause
-from ecogen.relay.samples import Captions
+from ecogen.relay.samples import Captions, Number
 
 RELAY, VERDICT, TUNED = "relay", "relay_verdict", "relay_tunables"
 CONFIDENCE = "confidence"
-
-Number = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Tuned(msgspec.Struct, frozen=True):

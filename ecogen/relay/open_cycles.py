@@ -27,11 +27,14 @@ class OpenCycles:
         self._offers: Gathering[Lesson] = Gathering(members, patience_s)
         self._verdicts: Gathering[Tensor] = Gathering(members, patience_s)
         self._all: dict[int, asyncio.Task[dict[str, Lesson]]] = {}
+        self._closed = -1
 
     async def offer(self, cycle: int, edge_id: str, offered: Lesson) -> Mapping[str, Lesson]:
-        """Those of all edges, of which this is one unless it comes too late."""
+        """Those of all edges, of which this is one unless it comes too late; none of a cycle that is closed."""
         await self._offers.skip(edge_id, cycle)
         await self._verdicts.skip(edge_id, cycle)
+        if cycle <= self._closed:
+            return {}
         if self.offers(cycle) is None:
             await self._offers.put(cycle, edge_id, offered)
         if cycle not in self._all:
@@ -54,7 +57,9 @@ class OpenCycles:
 
     def close(self, cycle: int) -> None:
         """Forget a cycle, and those before it."""
+        self._closed = max(self._closed, cycle)
         self._all = {later: task for later, task in self._all.items() if later > cycle}
+        self._offers.drop(cycle)
         self._verdicts.drop(cycle)
 
     async def set_finished(self, edge_ids: set[str]) -> None:

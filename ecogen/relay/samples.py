@@ -23,6 +23,11 @@ _KINDS = (torch.uint8, torch.int16, torch.int32)
 
 _MOST_CAPTIONS, _LONGEST_CAPTION = 4096, 256
 
+MOST = 2**31
+"""Of what is counted in messages."""
+
+Number = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
+
 
 class Captions(msgspec.Struct, frozen=True):
     """The body of a message with samples. Tensors: `CODES` [N, T], and `SHOWN` [N], each one's place in `captions`.
@@ -32,7 +37,7 @@ class Captions(msgspec.Struct, frozen=True):
     """
 
     captions: Annotated[tuple[str, ...], msgspec.Meta(max_length=_MOST_CAPTIONS)]
-    evidence: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    evidence: Annotated[tuple[Number, ...], msgspec.Meta(max_length=_MOST_CAPTIONS)]
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,13 @@ def _whole(tensors: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
-    """All of several; evidence is summed up."""
+    """All of several; evidence is summed up, to `MOST` at most."""
     evidence: Counter[str] = Counter()
     for part in parts:
         evidence.update(part.evidence)
     captions = [caption for part in parts for caption in part.captions]
-    return Samples(torch.cat([part.codes for part in parts]), captions, dict(evidence))
+    summed = {caption: min(count, MOST) for caption, count in evidence.items()}
+    return Samples(torch.cat([part.codes for part in parts]), captions, summed)
 
 
 def balanced(samples: Samples, number: int, generator: torch.Generator) -> Samples:

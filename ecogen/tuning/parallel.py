@@ -26,11 +26,13 @@ class Workers:
     """Two threads; use it as a context, and they end with it."""
 
     def __enter__(self) -> Workers:
+        self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(_THREADS, "training", initializer=torch.set_num_threads, initargs=(1,))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+        torch.set_num_threads(self._threads)  # what one thread sets is what new ones begin with
 
     def backward(self, model: PreTrainedModel, passages: Passages) -> float:
         """The mean cross-entropy of the labels that count [B, T]; its gradients are put into the parameters."""

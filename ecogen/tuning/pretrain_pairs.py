@@ -78,7 +78,10 @@ def lessons(writer: PairWriter, num_channels: int, size: int) -> Callable[[int, 
     glyphs = glyph_passages(writer, num_channels, size)
 
     def drawn(count: int, generator: torch.Generator) -> Passages:
-        spoken = writer.spoken([HANDWRITTEN] * round(_SPOKEN * count))
+        number, left = divmod(_SPOKEN * count, 1)
+        if left and float(torch.rand(1, generator=generator)) < left:
+            number += 1
+        spoken = writer.spoken([HANDWRITTEN] * int(number))
         return joined([spoken, glyphs(count - len(spoken), generator)])
 
     return drawn

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from ecogen.records import RelayRecord, Usage
 from ecogen.relay.cloud import CloudRelay
 from ecogen.relay.cloud_learner import Known
 from ecogen.relay.messages import CONFIDENCE, RELAY, VERDICT, Answer, Offer, Review, Verdict
-from ecogen.relay.samples import Captions, Samples, unpacked
+from ecogen.relay.samples import MOST, Captions, Samples, joined, unpacked
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.membership import Members
 from ecogen.transport.base import Message, Peer
@@ -58,11 +60,16 @@ class Words:
         return Lesson(samples(sorted(evidence)), len(evidence))
 
 
+@dataclass
 class Worker:
+    may_go_on: asyncio.Event | None = None
+
     def usage(self, _: str) -> Usage:
         return cast(Usage, f"usage {_}")
 
     async def compute(self, work: Any, *arguments: object) -> Any:
+        if self.may_go_on is not None:
+            await self.may_go_on.wait()
         return work(*arguments)
 
 
@@ -76,22 +83,23 @@ class Cloud:
     relay: CloudRelay
     words: Words
     published: list[RelayRecord]
+    worker: Worker
 
     async def offer(self, captions: Sequence[str], cycle: int = 0, peer: Peer = PEER, cause: Any = "drift") -> Message:
         body, tensors = samples(captions).packed()
         offer = Offer(cycle, body, len(captions), cause)
         return await self.relay.exchange(peer, Message.of(RELAY, offer, kind="samples", tensors=tensors))
 
-    async def judge(self, number: int = 0, cycle: int = 0, cause: Any = "drift") -> Answer:
+    async def judge(self, number: int = 0, cycle: int = 0, cause: Any = "drift", peer: Peer = PEER) -> Answer:
         tensors = {CONFIDENCE: torch.ones(number)}
         verdict = Message.of(VERDICT, Verdict(cycle, cause), kind="scores", tensors=tensors)
-        return (await self.relay.judged(PEER, verdict)).read(Answer)
+        return (await self.relay.judged(peer, verdict)).read(Answer)
 
 
 @pytest.fixture
 def cloud(tmp_path: Path) -> Cloud:
     published: list[RelayRecord] = []
-    words, members = Words(), Members(["edge-0", "edge-1"], lambda _: None)
+    words, members, worker = Words(), Members(["edge-0", "edge-1"], lambda _: None), Worker()
     spec = Relay(every=2, drift=0.01, samples=100)
     known = Known(("a glyph",), Passages(torch.empty(0, 4), torch.empty(0, 4)))
     relay = CloudRelay(
@@ -100,7 +108,7 @@ def cloud(tmp_path: Path) -> Cloud:
         FIRST,
         tmp_path,
         members,
-        cast(Any, Worker()),
+        cast(Any, worker),
         spec,
         known,
         cast(Any, published.append),
@@ -108,7 +116,7 @@ def cloud(tmp_path: Path) -> Cloud:
         rounds=5,
         patience_s=0.05,
     )
-    return Cloud(relay, words, published)
+    return Cloud(relay, words, published, worker)
 
 
 async def test_a_lesson_is_learnt(cloud: Cloud) -> None:
@@ -141,6 +149,38 @@ async def test_a_lesson_by_schedule_that_failed_too(cloud: Cloud) -> None:
         except OSError:
             continue
     assert (answer.is_closed, answer.version, len(cloud.published)) == (True, 1, 1)
+
+
+async def test_a_cycle_that_comes_late_changes_nothing_of_a_later_one(cloud: Cloud) -> None:
+    """One edge has gone on alone; the other returns with what it had before, while the cloud learns."""
+
+    async def exchange(peer: Peer, cycle: int) -> Answer:
+        await cloud.offer(["one"] * 10, cycle=cycle, peer=peer, cause="schedule")
+        number = 10 * max(0, len(cloud.relay._open.offers(cycle) or ()) - 1)
+        return await cloud.judge(number, cycle=cycle, cause="schedule", peer=peer)
+
+    cloud.worker.may_go_on = asyncio.Event()
+    later = asyncio.create_task(exchange(PEER, 1))
+    await asyncio.sleep(0.2)
+    late = asyncio.create_task(exchange(Peer("edge-1", "edge"), 0))
+    await asyncio.sleep(0.2)
+    cloud.worker.may_go_on.set()
+    answers = await asyncio.wait_for(asyncio.gather(later, late), 5)
+    assert [(answer.is_closed, answer.version) for answer in answers] == [(True, 1), (True, 1)]
+    assert cloud.relay.state.cycle == 1
+    assert (await exchange(PEER, 1)).is_closed
+    assert len(cloud.published) == 1
+
+
+async def test_who_counts_too_many_examples(cloud: Cloud) -> None:
+    """Neither one number nor the sum of what many say grows past what can be sent on."""
+    body, tensors = samples(["one"] * 2).packed()
+    for count in (MOST + 1, 2**64 - 1):
+        told = Offer(0, msgspec.structs.replace(body, evidence=(count,)), 2, "drift")
+        with pytest.raises(ProtocolError, match="not a Offer"):
+            await cloud.relay.exchange(PEER, Message.of(RELAY, told, kind="samples", tensors=tensors))
+    one = Samples(torch.zeros(1, 4), ["one"], {"one": MOST})
+    assert joined([one, one]).evidence == {"one": MOST}
 
 
 async def test_a_lesson_of_one_sample_is_none(cloud: Cloud) -> None:

@@ -111,7 +111,13 @@ def test_a_pairs_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(losses) == 140
     mean = sum(loss * count for loss, count in zip(losses, counted, strict=True)) / sum(counted)
     assert math.exp(mean) == pytest.approx(generator.perplexity(passages)(tunables), rel=1e-5)
-    assert worker.usage("relay").flops > 0
+    flops = worker.usage("relay").flops
+    assert flops > 0
+    short = passages.trimmed()
+    assert short.tokens.shape[1] < passages.tokens.shape[1]
+    generator.losses(tunables, short)
+    generator.perplexity(passages)(tunables)
+    assert worker.usage("relay").flops == pytest.approx(flops), "padding costs nothing, whoever measures"
     most, numbers, infer = 400 * shape.num_labels, list[int](), stage.infer
 
     def counted_infer(segment: Segment, inputs: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from ecogen.config import Tuning
@@ -79,6 +80,18 @@ def test_some_of_what_the_cloud_learns_are_words_of_what_edges_may_have() -> Non
     has_image = (batch.tokens == write.tokens.begin).any(1)
     assert has_image.tolist() == [False] + [True] * 31
     assert caption_of(tokenizer, batch.tokens[0, 1:].tolist()) == "a handwritten"
+
+
+@pytest.mark.parametrize("count", [2, 16, 48])
+def test_batches_of_any_size(count: int) -> None:
+    tokenizer = train_tokenizer(all_captions(), 640, SMALL.codebook_size)
+    write = PairWriter(tokenizer, ImageTokenizer(SMALL).eval(), 40)
+    drawn, begin = lessons(write, 1, 8), write.tokens.begin
+    generator = torch.Generator().manual_seed(0)
+    batches = [drawn(count, generator) for _ in range(40)]
+    assert {len(batch) for batch in batches} == {count}
+    num_spoken = sum(int((~(batch.tokens == begin).any(1)).sum()) for batch in batches)
+    assert num_spoken == pytest.approx(40 * count / 32, rel=0.4, abs=3)
 
 
 def moved_data(views: int = 0, strength: float = 0.5) -> tuple[LocalData, Tuning]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,9 +53,12 @@ def test_halves_give_the_gradients_of_the_whole_batch(num: int) -> None:
 
 
 def test_the_model_is_the_same_on_any_number_of_cores(one_thread: None) -> None:
+    """Tensors are of a size at which PyTorch would use more threads."""
+    large = LlamaConfig(**{**_CONFIG.to_dict(), "vocab_size": 900, "hidden_size": 192, "head_dim": 96})
+
     def trained(threads: int) -> dict[str, Tensor]:
         torch.set_num_threads(threads)
-        return _trained().state_dict()
+        return _trained(config=large).state_dict()
 
     one, four = trained(1), trained(4)
     assert all(torch.equal(one[name], four[name]) for name in one)
@@ -73,10 +77,18 @@ def test_a_failure_is_told_and_no_thread_is_left() -> None:
     assert threading.active_count() == before
 
 
-def _trained(on_step: object = lambda *_: None, steps: int = 5) -> LlamaForCausalLM:
+def test_other_threads_compute_afterwards_as_before(one_thread: None) -> None:
+    torch.set_num_threads(3)
+    with Workers() as workers:
+        workers.backward(new_llama(_CONFIG, 0), _passages(4))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+
+
+def _trained(on_step: object = lambda *_: None, steps: int = 4, config: LlamaConfig = _CONFIG) -> LlamaForCausalLM:
     stream = torch.arange(256) % 16
     return pretrain_decoder(
-        _CONFIG,
+        config,
         windows(stream, 12),
         seed=0,
         on_step=on_step,  # type: ignore[arg-type]
