@@ -131,7 +131,7 @@ def real_lessons(splits: Mapping[str, PairSplits]) -> Iterator[None]:
         return real_lesson(self._generator, self._spec.samples, [self._node_id], splits, asked.cycle)
 
     def of_cloud(self: Learner, asked: Exchange, _: RelayState, __: Sequence[Samples]) -> Lesson:
-        return real_lesson(self._generator, self._spec.samples, EDGES, splits, asked.cycle)
+        return real_lesson(self.generator, self.spec.samples, EDGES, splits, asked.cycle)
 
     with patch.object(EdgeRelay, "_teach", of_edge), patch.object(Learner, "_drawn", of_cloud):
         yield

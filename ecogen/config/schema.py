@@ -282,16 +282,13 @@ class Relay:
     # An edge asks for one too when its held-out pairs differ from those of its last exchange, by a test of this level.
     drift: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: it does not look
     samples: Count = 400  # pairs that a teacher hands on, at most
-    tunables: bool = (
-        False  # edges send theirs too; the cloud begins to learn on the way to their mean, where it is best
-    )
+    tunables: bool = False  # edges send theirs too: the cloud begins to learn where the way to their mean is best
     steps: Count = 240  # in which the cloud learns from them; an edge takes half of them, at half of the rate
     batch_size: Count = 24
     learning_rate: Positive = 8e-3  # of the first step, AdamW's; falls to 0 along half a cosine
     rehearsal: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of each batch, what the receiver itself drew before
-    tolerance: NonNegative = (
-        0.15  # share by which perplexity on what it knew may rise; as much is learnt as that allows
-    )
+    # As much is learnt as lets perplexity on what the receiver knew rise by no more than this share.
+    tolerance: NonNegative = 0.15
 
     @property
     def is_on(self) -> bool:

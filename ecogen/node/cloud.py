@@ -40,7 +40,7 @@ from ecogen.node.status import ask_heard, status_of
 from ecogen.planning.clusters import place_clusters
 from ecogen.records import EventRecord, PhaseRecord, Record, RelayRecord, RoundRecord, from_line, read_records, to_line
 from ecogen.relay.cloud import CloudRelay
-from ecogen.relay.cloud_learner import known_glyphs
+from ecogen.relay.cloud_learner import Learner, known_glyphs
 from ecogen.relay.generator import Generator
 from ecogen.relay.messages import RELAY, TUNED, VERDICT
 from ecogen.runtime.membership import Members
@@ -195,21 +195,18 @@ class CloudRole:
         context, recipe = self._context, self._recipe
         length = recipe.model.context_length
         generator = Generator(self._stage, self._foundation.folder, self._shape, context.worker, recipe.relay, length)
-        return CloudRelay(
+        learner = Learner(
             context.node_id,
             generator,
             get_tunables(self._stage.model),
             context.folder / "relay",
-            self._members,
-            context.worker,
             recipe.relay,
             known_glyphs(generator, recipe.seed),
-            self._log.put,
             seed=recipe.seed,
-            rounds=recipe.tuning.rounds,
-            patience_s=recipe.tuning.rejoin_timeout_s,
             ranks=LoraRanks.of(recipe),
         )
+        patience_s, rounds = recipe.tuning.rejoin_timeout_s, recipe.tuning.rounds
+        return CloudRelay(learner, self._members, context.worker, self._log.put, rounds=rounds, patience_s=patience_s)
 
     async def _set_finished(self) -> None:
         await self._sync.set_finished(self._finished_edges)

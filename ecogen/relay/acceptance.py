@@ -36,14 +36,14 @@ class Taken:
         scores: by what it is judged.
         share: of the way to the weights that it led to.
         reason: of a refusal; empty where it was accepted.
-        begun_at: how far from the receiver's own tunables to the mean of its edges' it began to learn; see `begun`.
+        tunables_share: how far from its own tunables to the mean of the edges' it began to learn; see `begun`.
     """
 
     tunables: Tunables
     scores: tuple[Taught, ...] = ()
     share: float = 0.0
     reason: str = ""
-    begun_at: float = 0.0
+    tunables_share: float = 0.0
 
 
 def take(

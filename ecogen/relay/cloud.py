@@ -9,26 +9,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from pathlib import Path
 
 import msgspec
 from torch import Tensor
 
-from ecogen.config import Relay
 from ecogen.errors import ProtocolError
 from ecogen.models.tunables import Tunables
 from ecogen.records import Record, Usage
 from ecogen.relay.agreement import asked_of, shared_with
 from ecogen.relay.averaging import Given, checked_tunables
-from ecogen.relay.cloud_learner import Exchange, Known, Learner, nothing, samples_of
-from ecogen.relay.generator import Generator
+from ecogen.relay.cloud_learner import Exchange, Learner, nothing, samples_of
 from ecogen.relay.messages import CONFIDENCE, RELAY, TUNED, Answer, Offer, Review, Tuned, Verdict
 from ecogen.relay.open_cycles import OpenCycles
 from ecogen.relay.teacher import Lesson
 from ecogen.runtime.membership import Members
 from ecogen.runtime.worker import Worker
 from ecogen.transport.base import Message, Peer
-from ecogen.tuning.ranks import LoraRanks
 from ecogen.tuning.sync import note_seen
 
 
@@ -36,33 +32,24 @@ class CloudRelay:
     """Takes lessons of the edges, cycle by cycle, and gives its own.
 
     Args:
-        first: the tunables of the delivered model.
-        folder: where state and versions are kept.
+        learner: the model that learns and teaches.
         rounds: of the federation, beyond which nobody has a lesson.
         publish: takes each record.
-        ranks: how LoRA is averaged where its products are.
     """
 
     def __init__(
         self,
-        node_id: str,
-        generator: Generator,
-        first: Tunables,
-        folder: Path,
+        learner: Learner,
         members: Members,
         worker: Worker,
-        spec: Relay,
-        known: Known,
         publish: Callable[[Record], None],
         *,
-        seed: int,
         rounds: int,
         patience_s: float,
-        ranks: LoraRanks | None = None,
     ) -> None:
-        self.learner = Learner(node_id, generator, first, folder, spec, known, seed=seed, ranks=ranks)
-        self.state = self.learner.first_state()
-        self._generator, self._worker, self._spec, self._publish = generator, worker, spec, publish
+        self.learner, self.state = learner, learner.first_state()
+        self._generator, self._spec = learner.generator, learner.spec
+        self._worker, self._publish = worker, publish
         self._rounds, self._members = rounds, members
         self._open = OpenCycles(members, patience_s)
         self._alone: dict[str, tuple[int, Lesson]] = {}

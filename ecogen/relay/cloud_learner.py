@@ -109,8 +109,9 @@ class Learner:
         seed: int,
         ranks: LoraRanks | None = None,
     ) -> None:
-        self._node_id, self._generator, self._first, self._folder = node_id, generator, first, folder
-        self._spec, self._known, self._seed, self._ranks = spec, known, seed, ranks
+        self.generator, self.spec = generator, spec
+        self._node_id, self._first, self._folder = node_id, first, folder
+        self._known, self._seed, self._ranks = known, seed, ranks
         self._rehearsed: Passages | None = None
 
     def first_state(self) -> RelayState:
@@ -179,7 +180,7 @@ class Learner:
             round_index=asked.round_index,
             num_disputed=num_disputed(offered, left.values()),
             tunable_bytes=sum(tensor.nbytes for tunables in given.values() for tensor in tunables.values()),
-            tunables_share=taken.begun_at,
+            tunables_share=taken.tunables_share,
         )
 
     def taken(
@@ -196,20 +197,20 @@ class Learner:
         """
         if not lessons:
             return Taken(state.tunables, reason="no edge drew what it, and others who know of it, were sure of")
-        generator, before, key = self._generator, state.tunables, asked.key(self._seed)
+        generator, before, key = self.generator, state.tunables, asked.key(self._seed)
         parts = {edge: held_out(samples) for edge, samples in lessons.items()}
         parts |= {f"{edge}, earlier": held_out(samples) for edge, samples in earlier.items()}
-        number = self._spec.samples * len({*lessons, *earlier})
+        number = self.spec.samples * len({*lessons, *earlier})
         new = mixed({edge: own for edge, (_, own) in parts.items()}, number, keyed([*key, _MIX_KEY]))
         measures = self._measures({edge: own for edge, (own, _) in parts.items()})
-        start, begun_at = begun(before, given, lessons, list(measures.values()), self._ranks)
+        start, tunables_share = begun(before, given, lessons, list(measures.values()), self._ranks)
         after = generator.learn(start, generator.passages(new), self._rehearsal(), [*key, _LEARN_KEY])
-        taken = take(before, after, self._judge(before, measures, lessons.keys()), self._spec.tolerance)
-        return replace(taken, begun_at=begun_at)
+        taken = take(before, after, self._judge(before, measures, lessons.keys()), self.spec.tolerance)
+        return replace(taken, tunables_share=tunables_share)
 
     def _measures(self, told: Mapping[str, Samples]) -> dict[str, Measure]:
         """How unlikely what is held out of lessons, by edge, and of what was known before all, is to tunables."""
-        generator = self._generator
+        generator = self.generator
         of_told = {edge: generator.perplexity(generator.passages(own)) for edge, own in sorted(told.items())}
         return of_told | {_KNOWN: generator.perplexity(self._known.held_out)}
 
@@ -226,8 +227,8 @@ class Learner:
         """What the delivered model draws of what it knew; drawn once."""
         if self._rehearsed is None:
             evidence, key = dict.fromkeys(self._known.captions, 0), [self._seed, _REHEARSE_KEY]
-            lesson = self._generator.teach(self._first, evidence, _REHEARSED, key, is_checked=False)
-            self._rehearsed = self._generator.passages(lesson.samples)
+            lesson = self.generator.teach(self._first, evidence, _REHEARSED, key, is_checked=False)
+            self._rehearsed = self.generator.passages(lesson.samples)
         return self._rehearsed
 
     def _remembered(
@@ -235,7 +236,7 @@ class Learner:
     ) -> dict[str, Remembered]:
         """What each edge has taught, by its last accepted lesson of each caption; no more than twice a lesson."""
         generator = keyed([*asked.key(self._seed), _REMEMBER_KEY])
-        rest = {edge: balanced(samples, self._spec.samples, generator) for edge, samples in sorted(earlier.items())}
+        rest = {edge: balanced(samples, self.spec.samples, generator) for edge, samples in sorted(earlier.items())}
         cycles = {edge: own.cycle for edge, own in state.taught.items()} | dict.fromkeys(lessons, state.number)
         return {
             edge: Remembered(joined([part[edge] for part in (lessons, rest) if edge in part]), cycles[edge])
@@ -247,8 +248,8 @@ class Learner:
         earlier = state.lesson.samples.evidence if state.lesson else {}
         evidence = dict.fromkeys(earlier, 0) | dict(joined(told).evidence if told else {})
         if not evidence:
-            return Lesson(nothing(self._generator.images.num_codes), 0)
-        return self._generator.teach(state.tunables, evidence, self._spec.samples, [*asked.key(self._seed), _TEACH_KEY])
+            return Lesson(nothing(self.generator.images.num_codes), 0)
+        return self.generator.teach(state.tunables, evidence, self.spec.samples, [*asked.key(self._seed), _TEACH_KEY])
 
 
 def samples_of(offers: Mapping[str, Lesson]) -> dict[str, Samples]:

@@ -21,7 +21,7 @@ from ecogen.tuning.encoding import stream_of
 from ecogen.tuning.pairs import PairWriter
 from ecogen.tuning.pretrain import RECIPE_VERSION, pretrain, untrained
 from ecogen.tuning.pretrain_decoder import TEXT_VERSION, Batches, llama_config, new_llama, pretrain_decoder, windows
-from ecogen.tuning.pretrain_pairs import PAIRS_VERSION, all_captions, glyph_views, lessons
+from ecogen.tuning.pretrain_pairs import PAIRS_VERSION, all_captions, cloud_passages, glyph_views
 from ecogen.tuning.quantizer import train_image_tokenizer
 from ecogen.tuning.vocabulary import train_tokenizer
 
@@ -120,7 +120,7 @@ def _pair_model(recipe: recipes.Recipe, on_step: OnStep) -> MadeHere:
     )
     tokenizer = train_tokenizer(all_captions(), sizes.vocabulary_size, sizes.codebook_size)
     writer = PairWriter(tokenizer, images, sizes.context_length)
-    batches = lessons(writer, sizes.num_channels, sizes.image_size)
+    batches = cloud_passages(writer, sizes.num_channels, sizes.image_size)
     return MadeHere(_decoder(recipe, tokenizer, batches, on_step), tokenizer, images)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ecogen.tuning.passages import IGNORED, Passages
 
-_THREADS = 2
+THREADS = 2
 
 
 class Workers:
@@ -27,7 +27,7 @@ class Workers:
 
     def __enter__(self) -> Workers:
         self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(_THREADS, "training", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(THREADS, "training", initializer=torch.set_num_threads, initargs=(1,))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,8 +38,7 @@ class Workers:
         """The mean cross-entropy of the labels that count [B, T]; its gradients are put into the parameters."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         counted = (passages.labels != IGNORED).sum()
-
-        halves = passages.trimmed().split(min(_THREADS, len(passages)))
+        halves = passages.trimmed().split(min(THREADS, len(passages)))
 
         def one(part: Passages) -> tuple[float, Sequence[Tensor]]:
             loss = _summed(model, part) / counted

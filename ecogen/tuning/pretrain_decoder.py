@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ecogen.config import Model
 from ecogen.tuning.muon import Muon
-from ecogen.tuning.parallel import Workers
+from ecogen.tuning.parallel import THREADS, Workers
 from ecogen.tuning.passages import Passages
 from ecogen.tuning.pretrain import schedule
 
@@ -100,12 +100,12 @@ def windows(stream: Tensor, length: int) -> Batches:
 def _optimizers(
     model: LlamaForCausalLM, matrix_rate: float, learning_rate: float, weight_decay: float
 ) -> list[Optimizer]:
-    """Muon for the blocks' matrices, in two halves, AdamW for the embedding and norms."""
+    """Muon for the blocks' matrices, one for each thread, AdamW for the embedding and norms."""
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [
-        *(Muon(matrices[start::2], lr=matrix_rate, weight_decay=weight_decay) for start in range(2)),
+        *(Muon(matrices[start::THREADS], lr=matrix_rate, weight_decay=weight_decay) for start in range(THREADS)),
         AdamW(others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98)),
     ]
 

@@ -29,7 +29,6 @@ CALM = Augmentation(
 _DRAWN = 0.7
 """Share of the pairs that are learnt with the caption first: drawing takes longer to learn than reading."""
 
-
 _SPOKEN = 1 / 32
 """Share of the passages that are words without a picture: those of edges' captions that glyphs have not.
 
@@ -73,8 +72,8 @@ def glyph_passages(writer: PairWriter, num_channels: int, size: int) -> Callable
     return drawn
 
 
-def lessons(writer: PairWriter, num_channels: int, size: int) -> Callable[[int, torch.Generator], Passages]:
-    """So many passages to learn from: glyphs with their captions, and words of captions that edges may have."""
+def cloud_passages(writer: PairWriter, num_channels: int, size: int) -> Callable[[int, torch.Generator], Passages]:
+    """So many passages that the cloud learns from: glyphs with captions, and words of captions that edges may have."""
     glyphs = glyph_passages(writer, num_channels, size)
 
     def drawn(count: int, generator: torch.Generator) -> Passages:

@@ -17,7 +17,7 @@ from ecogen.config import Relay
 from ecogen.errors import ProtocolError
 from ecogen.records import RelayRecord, Usage
 from ecogen.relay.cloud import CloudRelay
-from ecogen.relay.cloud_learner import Known
+from ecogen.relay.cloud_learner import Known, Learner
 from ecogen.relay.messages import CONFIDENCE, RELAY, VERDICT, Answer, Offer, Review, Verdict
 from ecogen.relay.samples import MOST, Captions, Samples, joined, unpacked
 from ecogen.relay.teacher import Lesson
@@ -102,20 +102,9 @@ def cloud(tmp_path: Path) -> Cloud:
     words, members, worker = Words(), Members(["edge-0", "edge-1"], lambda _: None), Worker()
     spec = Relay(every=2, drift=0.01, samples=100)
     known = Known(("a glyph",), Passages(torch.empty(0, 4), torch.empty(0, 4)))
-    relay = CloudRelay(
-        "cloud",
-        cast(Any, words),
-        FIRST,
-        tmp_path,
-        members,
-        cast(Any, worker),
-        spec,
-        known,
-        cast(Any, published.append),
-        seed=0,
-        rounds=5,
-        patience_s=0.05,
-    )
+    learner = Learner("cloud", cast(Any, words), FIRST, tmp_path, spec, known, seed=0)
+    told = cast(Any, published.append)
+    relay = CloudRelay(learner, members, cast(Any, worker), told, rounds=5, patience_s=0.05)
     return Cloud(relay, words, published, worker)
 
 

@@ -22,7 +22,7 @@ from ecogen.models.tunables import Tunables, get_tunables
 from ecogen.records import Cause, Record, RelayRecord, from_line, to_line
 from ecogen.relay.acceptance import Taken
 from ecogen.relay.cloud import CloudRelay
-from ecogen.relay.cloud_learner import Exchange, Known
+from ecogen.relay.cloud_learner import Exchange, Known, Learner
 from ecogen.relay.generator import Generator
 from ecogen.relay.messages import CONFIDENCE, RELAY, TUNED, VERDICT, Answer, Offer, Review, Tuned, Verdict
 from ecogen.relay.samples import Samples
@@ -56,20 +56,9 @@ class Cloud:
     def restart(self, spec: Relay = SPEC) -> None:
         """As a cloud that was killed begins: with what is on its disk."""
         known = Known(tuple(map(digit_caption, range(10))), self.generator.passages(self.known))
-        self.relay = CloudRelay(
-            "cloud",
-            self.generator,
-            self.first,
-            self.folder,
-            self.members,
-            self.worker,
-            spec,
-            known,
-            self.records.append,
-            seed=3,
-            rounds=10,
-            patience_s=0.05,
-        )
+        learner = Learner("cloud", self.generator, self.first, self.folder, spec, known, seed=3)
+        told = self.records.append
+        self.relay = CloudRelay(learner, self.members, self.worker, told, rounds=10, patience_s=0.05)
 
     async def tell(
         self, edge_id: str, tunables: Mapping[str, Tensor], cycle: int = 0, cause: Cause = "schedule"
@@ -182,7 +171,7 @@ async def test_garbage_is_not_learnt_from_and_the_lesson_is_as_without_it(cloud:
     for by in (5.0, 1e30):
         given = {edge: cloud.perturbed(by, seed) for seed, edge in enumerate(EDGES, 1)}
         found = cloud.learnt(own, given, LESSONS)
-        assert (found.begun_at, found.scores, found.reason) == (0, without.scores, without.reason)
+        assert (found.tunables_share, found.scores, found.reason) == (0, without.scores, without.reason)
         assert all(torch.equal(found.tunables[name], without.tunables[name]) for name in own)
 
 
@@ -191,7 +180,7 @@ async def test_edges_that_have_what_the_cloud_has_change_nothing(cloud: Cloud) -
     without = cloud.learnt(own, {}, LESSONS)
     given = {edge: {name: value.clone() for name, value in own.items()} for edge in EDGES}
     found = cloud.learnt(own, given, LESSONS)
-    assert found.begun_at == 0
+    assert found.tunables_share == 0
     assert all(torch.equal(found.tunables[name], without.tunables[name]) for name in own)
 
 
@@ -206,7 +195,7 @@ async def test_a_mean_that_is_better_is_what_learning_begins_with(cloud: Cloud) 
     with patch.object(cloud.generator, "learn", wraps=cloud.generator.learn) as learning:
         found, without = (cloud.learnt(own, some_of, LESSONS) for some_of in (given, {}))
     begun = learning.call_args_list[0].args[0]
-    assert found.begun_at == 1
+    assert found.tunables_share == 1
     assert [score.before for score in found.scores] == [score.before for score in without.scores], "of its own model"
     assert all(one.after < other.after for one, other in zip(found.scores, without.scores, strict=True))
     mean = {name: (given["edge-0"][name].double() + given["edge-1"][name]).div(2).float() for name in own}

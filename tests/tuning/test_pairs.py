@@ -1,20 +1,23 @@
 import random
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ecogen.config import Tuning
+from ecogen.config import Tuning, load
 from ecogen.models.image_tokenizer import ImageTokenizer, ImageTokens
 from ecogen.models.pair_tokens import caption_of
 from ecogen.tuning.captions import digit_caption, digit_of, glyph_caption
 from ecogen.tuning.device import LocalData
 from ecogen.tuning.glyphs import CHARACTERS, FONTS, Augmentation, augment, render_glyphs
+from ecogen.tuning.making import make_model
 from ecogen.tuning.pairs import PairPassages, Pairs, PairWriter
 from ecogen.tuning.passages import IGNORED
-from ecogen.tuning.pretrain_pairs import all_captions, lessons
+from ecogen.tuning.pretrain_decoder import Batches
+from ecogen.tuning.pretrain_pairs import all_captions, cloud_passages
 from ecogen.tuning.quantizer import train_image_tokenizer
 from ecogen.tuning.vocabulary import train_tokenizer
 
@@ -76,17 +79,31 @@ def test_captions_alone_leave_open_what_follows() -> None:
 def test_some_of_what_the_cloud_learns_are_words_of_what_edges_may_have() -> None:
     tokenizer = train_tokenizer(all_captions(), 640, SMALL.codebook_size)
     write = PairWriter(tokenizer, ImageTokenizer(SMALL).eval(), 40)
-    batch = lessons(write, 1, 8)(32, torch.Generator().manual_seed(0))
+    batch = cloud_passages(write, 1, 8)(32, torch.Generator().manual_seed(0))
     has_image = (batch.tokens == write.tokens.begin).any(1)
     assert has_image.tolist() == [False] + [True] * 31
     assert caption_of(tokenizer, batch.tokens[0, 1:].tolist()) == "a handwritten"
+
+
+def test_the_cloud_is_pre_trained_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = dict[str, Any]()
+
+    def kept(config: object, batches: Batches, **_: object) -> None:
+        given["batch"] = batches(64, torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr("ecogen.tuning.making.pretrain_decoder", kept)
+    made = make_model(load("pairs", ["pretraining.image_steps=1"]), lambda *_: None)
+    assert made.tokenizer is not None
+    assert made.images is not None
+    begin = PairWriter(made.tokenizer, made.images, 40).tokens.begin
+    assert int((given["batch"].tokens == begin).any(1).sum()) == 62
 
 
 @pytest.mark.parametrize("count", [2, 16, 48])
 def test_batches_of_any_size(count: int) -> None:
     tokenizer = train_tokenizer(all_captions(), 640, SMALL.codebook_size)
     write = PairWriter(tokenizer, ImageTokenizer(SMALL).eval(), 40)
-    drawn, begin = lessons(write, 1, 8), write.tokens.begin
+    drawn, begin = cloud_passages(write, 1, 8), write.tokens.begin
     generator = torch.Generator().manual_seed(0)
     batches = [drawn(count, generator) for _ in range(40)]
     assert {len(batch) for batch in batches} == {count}
