@@ -57,7 +57,8 @@ def find_served(path: Path) -> Served:
         return Served(path, path.resolve().name)
     if not (path / BACKBONE / CONFIG).exists():
         raise CheckpointError(
-            f"{path} holds no model: give a folder that save_pretrained wrote, or a finished run of a language model"
+            f"{path} holds no model: give a folder that save_pretrained wrote, or a finished run, say of the recipe "
+            "text or pairs"
         )
     name = load_recipe(path).name
     found = {name: path / ADAPTER}
