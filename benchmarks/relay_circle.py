@@ -35,7 +35,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.common import circumstances, wait_until_quiet, write_result
+from benchmarks.common import RESULTS, circumstances, wait_until_quiet, write_result
+from benchmarks.relay_circle_page import circle_page
 from ecogen import config as recipes
 from ecogen.config import Recipe
 from ecogen.engines.inproc import launch_inproc
@@ -281,7 +282,7 @@ def main(
     workers: int = 2,
     kept: Path | None = None,
 ) -> None:
-    """Measure, and write benchmarks/results/relay_circle.json after every run.
+    """Measure, and write benchmarks/results/relay_circle.json and .html after every run.
 
     Args:
         workers: processes that measure side by side: figures are of quality, not of time.
@@ -300,6 +301,7 @@ def main(
                 write_atomically(kept, "".join(json.dumps(row | settings) + "\n" for row in rows))
             result = result_of(rows, settings) | {"others_before": quiet}
             write_result("relay_circle", result)
+            write_atomically(RESULTS / "relay_circle.html", circle_page(result))
     for line in lines(result):
         print(line)
     for goal, met in result["goals"].items():

@@ -64,7 +64,7 @@ def render(
     label: str,
     width: int,
     height: int,
-    layout: Literal["tight"] | None = "tight",
+    layout: Literal["tight", "constrained"] | None = "tight",
 ) -> str:
     """The figure that `paint` fills, as an `<svg>` element.
 
