@@ -48,6 +48,7 @@ TEACHER = [
     "relay.samples=2000",
     "relay.steps=1200",
     "relay.rehearsal=0.33",
+    "relay.temperature=1.0",
     "relay.tolerance=0.3",
     "relay.tunables=true",
     "evaluation.split=none",
@@ -61,9 +62,6 @@ At a tolerance of 0.25 it went nine tenths of the way, and read three points les
 """
 
 SAMPLES = 7000
-TEMPERATURE = 1.0
-"""Of drawings for students: as various as the teacher knows them. At 0.7 the vision transformer lost six points."""
-
 VIEWS = 8
 """Moved views of each real pair that the decoder learns from beside it; drawings are various enough without."""
 
@@ -114,7 +112,7 @@ def gather(run: Path) -> Classroom:
     teacher = PairModel.of(load_tuned(run), folder)
     writer = PairWriter(teacher.tokenizer, teacher.images, recipe.model.context_length)
     captions, generator = {digit_caption(digit): 0 for digit in range(10)}, torch.Generator().manual_seed(0)
-    samples = teach(teacher, captions, SAMPLES, generator, temperature=TEMPERATURE).samples
+    samples = teach(teacher, captions, SAMPLES, generator, recipe.relay.temperature).samples
     drawn = Pairs(teacher.images.decode(samples.codes), samples.captions)
     splits = assessor.splits.values()
     real = joined([own.train for own in splits])

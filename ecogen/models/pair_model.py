@@ -103,6 +103,13 @@ class PairModel:
         parts = [self._confidence(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]
         return torch.cat(parts) if parts else torch.empty(0)
 
+    @torch.no_grad()
+    def caption_log_likelihood(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
+        """How likely the model, asked what images in codes [N, T] show, is to give these captions [N]."""
+        starts = range(0, len(captions), _BATCH)
+        parts = [self._caption_log_likelihood(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]
+        return torch.cat(parts) if parts else torch.empty(0)
+
     def invent(self, count: int, generator: torch.Generator) -> Drawn:
         """Pairs of nothing: captions drawn from the model, and images for them."""
         starts = [count - start for start in range(0, count, _BATCH)]
@@ -121,7 +128,7 @@ class PairModel:
 
     def _confidence(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
         said = self.describe_codes(codes)
-        asked, own = self._caption_log_likelihood(codes, captions), self._caption_log_likelihood(codes, said)
+        asked, own = (self.caption_log_likelihood(codes, one) for one in (captions, said))
         is_same = torch.tensor([ours == theirs for ours, theirs in zip(said, captions, strict=True)])
         return torch.where(is_same, 1.0, (asked - own).sigmoid())
 

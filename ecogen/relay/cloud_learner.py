@@ -227,8 +227,8 @@ class Learner:
         """What the delivered model draws of what it knew; drawn once."""
         if self._rehearsed is None:
             evidence, key = dict.fromkeys(self._known.captions, 0), [self._seed, _REHEARSE_KEY]
-            lesson = self.generator.teach(self._first, evidence, _REHEARSED, key, is_checked=False)
-            self._rehearsed = self.generator.passages(lesson.samples)
+            drawn = self.generator.rehearse(self._first, evidence, _REHEARSED, key)
+            self._rehearsed = self.generator.passages(drawn)
         return self._rehearsed
 
     def _remembered(

@@ -222,7 +222,7 @@ class EdgeRelay:
         """What an edge rehearses that was sure of nothing it drew."""
         key = [*self._key, *asked.key, _REHEARSE_KEY]
         evidence = self._domain(asked.round_index).evidence
-        return self._generator.teach(tunables, evidence, _REHEARSED, key, is_checked=False).samples
+        return self._generator.rehearse(tunables, evidence, _REHEARSED, key)
 
     def _judge(self, asked: Asked, before: Mapping[str, Tensor], told: Samples) -> Callable[[Tunables], list[Taught]]:
         """What tunables are judged by: what is held out of the lesson, and what the edge holds out of its own."""

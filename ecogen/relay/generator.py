@@ -23,7 +23,7 @@ from ecogen.models.tunables import Tunables
 from ecogen.placement import Segment
 from ecogen.planning.cost import ModelShape, backward_flops, forward_flops
 from ecogen.relay.samples import Captions, Samples, unpacked
-from ecogen.relay.teacher import Lesson, teach
+from ecogen.relay.teacher import Lesson, rehearse, teach
 from ecogen.runtime.stage import MicrobatchKey, OptimizerSettings, Stage
 from ecogen.runtime.worker import Worker
 from ecogen.tuning.evaluate import Evaluator, rows_at_once
@@ -52,19 +52,22 @@ class Generator:
         self.images = images.config
 
     def teach(
-        self,
-        tunables: Mapping[str, Tensor],
-        evidence: Mapping[str, int],
-        number: int,
-        key: Sequence[int],
-        *,
-        is_checked: bool = True,
+        self, tunables: Mapping[str, Tensor], evidence: Mapping[str, int], number: int, key: Sequence[int]
     ) -> Lesson:
         """As `teacher.teach`, with these tunables."""
         self._stage.begin(tunables)
-        lesson = teach(self._model, evidence, number, keyed(key), is_checked=is_checked)
-        self._meter(lesson.num_drawn * (1 + is_checked), self._num_tokens(list(evidence)))
+        lesson = teach(self._model, evidence, number, keyed(key), self._spec.temperature)
+        passes = 3 * lesson.num_drawn  # each is drawn, described, and its caption judged
+        self._meter(passes, self._num_tokens(list(evidence)))
         return lesson
+
+    def rehearse(
+        self, tunables: Mapping[str, Tensor], evidence: Mapping[str, int], number: int, key: Sequence[int]
+    ) -> Samples:
+        """As `teacher.rehearse`, with these tunables."""
+        self._stage.begin(tunables)
+        self._meter(number, self._num_tokens(list(evidence)))
+        return rehearse(self._model, evidence, number, keyed(key))
 
     def confidence(self, tunables: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """How likely a model with these tunables holds the captions of samples to be right [N]."""

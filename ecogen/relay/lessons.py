@@ -54,16 +54,19 @@ class DrawingTeacher:
 
     Args:
         captions: by label; such as "a handwritten seven" of 7.
+        temperature: of the drawings' codes. A vision transformer that learnt from drawings at 0.7 named 6 points fewer
+            real digits than from those at 1.
     """
 
     model: PairModel
     captions: Mapping[int, str]
+    temperature: float = 1.0
 
     def lesson(self, classes: Sequence[int], number: int, generator: torch.Generator) -> ImageLesson:
         """As `Teacher.lesson`, with labels only; fewer images, or none of a class, where the generator is not sure."""
         check_asked(classes, number, self.captions)
         labels = {self.captions[label]: label for label in classes}
-        samples = teach(self.model, dict.fromkeys(labels, 0), number, generator).samples
+        samples = teach(self.model, dict.fromkeys(labels, 0), number, generator, self.temperature).samples
         shown = torch.tensor([labels[caption] for caption in samples.captions], dtype=torch.int64)
         return ImageLesson(self.model.images.decode(samples.codes), shown)
 

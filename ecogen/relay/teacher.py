@@ -5,6 +5,8 @@ Shapes: N pairs, T codes of an image.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,15 +16,8 @@ from torch import Tensor
 from ecogen.models.pair_model import PairModel
 from ecogen.relay.samples import Samples, balanced
 
-_TEMPERATURE = 0.7
-"""Of lessons. Pictures at 0.4, as users get them, are alike: who learns from them holds real ones for unlikely. At 1
-too many show something else. Chosen on validation pairs among these."""
-
-_DRAWN = 1.5
-"""So many times as many are drawn as are asked for, since some are dropped."""
-
-_UNLIKELY = 0.05
-"""Share of what was drawn for each caption that is dropped as the least likely."""
+DRAWN = 2.0
+"""So many times as many are drawn as are asked for, since some show something else."""
 
 _SURE = 0.5
 """Of a caption at least this share must be read as it was drawn, or the generator does not know it."""
@@ -40,46 +35,51 @@ def teach(
     evidence: Mapping[str, int],
     number: int,
     generator: torch.Generator,
+    temperature: float,
     *,
-    is_checked: bool = True,
-    temperature: float = _TEMPERATURE,
+    times: float = DRAWN,
 ) -> Lesson:
     """So many pairs at most of these captions, of each as many as of the others.
 
-    A picture is kept if its own generator, asked what it shows, gives the caption back, and holds it for likely.
+    Of each caption those are kept of which its own generator, asked what they show, is surest that it is the caption.
 
     Args:
         evidence: the captions, and how many real examples of each the generator has learnt from.
-        is_checked: whether pictures are dropped that are not sure. What a generator draws for itself, to rehearse, is
-            to be as various as what it knows: nothing is dropped, and it is drawn at temperature 1.
+        temperature: of the codes; what is drawn at a high one is various, and harder to learn from.
+        times: as many are drawn; of more, those that are kept show what was asked for more often, and are more alike.
     """
     captions = sorted(evidence)
-    if not is_checked:
-        order = torch.randperm(len(captions), generator=generator).tolist()
-        asked = [captions[order[place % len(captions)]] for place in range(number)]
-        drawn = model.draw(asked, generator, temperature=1.0)
-        return Lesson(Samples(drawn.codes, asked, dict(evidence)), number)
-    times = max(1, round(_DRAWN * number / len(captions)))
-    asked = [caption for caption in captions for _ in range(times)]
+    each = max(1, round(times * number / len(captions)))
+    asked = [caption for caption in captions for _ in range(each)]
     drawn = model.draw(asked, generator, temperature=temperature)
-    said = model.describe_codes(drawn.codes)
-    kept = kept_places(asked, said, drawn.log_likelihood)
+    said, sure = model.describe_codes(drawn.codes), model.caption_log_likelihood(drawn.codes, asked)
+    kept = kept_places(asked, said, sure, number)
     samples = Samples(drawn.codes, asked, dict(evidence))[kept]
     return Lesson(balanced(samples, number, generator), len(asked))
 
 
-def kept_places(asked: Sequence[str], said: Sequence[str], log_likelihood: Tensor) -> list[int]:
-    """Which pictures are handed on: what its own generator reads as it was asked for, and holds for likely.
+def rehearse(model: PairModel, evidence: Mapping[str, int], number: int, generator: torch.Generator) -> Samples:
+    """So many pairs of these captions that a generator draws for itself, unchecked: as various as what it knows."""
+    captions = sorted(evidence)
+    order = torch.randperm(len(captions), generator=generator).tolist()
+    asked = [captions[order[place % len(captions)]] for place in range(number)]
+    drawn = model.draw(asked, generator, temperature=1.0)
+    return Samples(drawn.codes, asked, dict(evidence))
+
+
+def kept_places(asked: Sequence[str], said: Sequence[str], sure: Tensor, number: int) -> list[int]:
+    """Which pictures are handed on: what its own generator reads as it was asked for, of each caption the surest.
 
     Args:
-        log_likelihood: of each picture [N].
+        said: what each picture shows.
+        sure: how likely each is to show what was asked for [N].
+        number: of all captions together; those that the generator does not know leave room for others.
     """
-    kept: list[int] = []
-    for caption in dict.fromkeys(asked):
-        own = [place for place, other in enumerate(asked) if other == caption]
-        agreed = [place for place in own if said[place] == caption]
-        if len(agreed) < _SURE * len(own):
-            continue
-        least = float(log_likelihood[own].quantile(_UNLIKELY))
-        kept += [place for place in agreed if float(log_likelihood[place]) >= least]
-    return kept
+    agreed: dict[str, list[int]] = {caption: [] for caption in asked}
+    for place, (caption, other) in enumerate(zip(asked, said, strict=True)):
+        agreed[caption] += [place] if caption == other else []
+    counts = Counter(asked)
+    known = [own for caption, own in agreed.items() if len(own) >= _SURE * counts[caption]]
+    each = math.ceil(number / max(1, len(known)))
+    surest = [sorted(own, key=lambda place: -float(sure[place]))[:each] for own in known]
+    return sorted(place for own in surest for place in own)

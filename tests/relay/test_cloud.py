@@ -54,10 +54,11 @@ class Words:
         is_known = not len(passages)
         return lambda tunables: 5.0 if is_known else 9.0 - float(tunables["weight"][0])
 
-    def teach(
-        self, tunables: Mapping[str, torch.Tensor], evidence: Mapping[str, int], *_: object, **__: object
-    ) -> Lesson:
+    def teach(self, _: object, evidence: Mapping[str, int], *__: object) -> Lesson:
         return Lesson(samples(sorted(evidence)), len(evidence))
+
+    def rehearse(self, _: object, evidence: Mapping[str, int], *__: object) -> Samples:
+        return samples(sorted(evidence))
 
 
 @dataclass

@@ -108,13 +108,19 @@ def test_balanced_over_captions(captions: list[str], number: int) -> None:
         assert given_counts[caption] >= min(count, most - 1)
 
 
-def test_what_is_sure_is_handed_on() -> None:
-    asked = ["one"] * 40 + ["two"] * 40
-    said = ["one"] * 38 + ["two"] * 2 + ["one"] * 30 + ["two"] * 10
-    likelihood = torch.zeros(80)
-    likelihood[5] = -100.0
-    kept = kept_places(asked, said, likelihood)
-    assert kept == [place for place in range(38) if place != 5], "two is mostly read as one: it is not known"
+def test_of_each_caption_the_surest_that_are_read_as_asked_are_handed_on() -> None:
+    asked = ["one"] * 40 + ["two"] * 40 + ["three"] * 4
+    said = ["one"] * 38 + ["two"] * 2 + ["one"] * 30 + ["two"] * 10 + ["three"] * 4
+    sure = torch.linspace(0, -1, 84)
+    sure[[5, 39]] = torch.tensor([-9.0, 0.5])  # the one in doubt, the other sure to be something else
+    three = [80, 81, 82, 83]
+    assert kept_places(asked, said, sure, 12) == [0, 1, 2, 3, 4, 6, *three], (
+        "two is mostly read as one: it is not known"
+    )
+    assert kept_places(asked, said, sure, 4) == [0, 1, 80, 81]
+    assert kept_places(asked, said, sure, 99) == [*range(38), *three]
+    assert kept_places(["one"] * 4, ["two"] * 4, sure[:4], 4) == []
+    assert kept_places([], [], sure[:0], 4) == []
 
 
 def test_teachers_are_weighed_by_evidence() -> None:
