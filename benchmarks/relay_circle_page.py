@@ -42,7 +42,7 @@ class Section:
 def circle_page(result: Mapping[str, Any]) -> str:
     """The page of a result, of as many runs as it has."""
     table, cycles = result["table"], result["cycles"]
-    nodes = list(dict.fromkeys(node for of in table.values() for node in of))
+    nodes = list(next(iter(table.values())))
     edges = [node for node in nodes if any(node in of for of in domains_of(table))]
     ordered = [*(node for node in nodes if node not in edges), *edges]
     return render_page(
@@ -67,9 +67,7 @@ def lead(result: Mapping[str, Any]) -> str:
 def section(table: Mapping[str, Any], node: str, edges: Sequence[str], cycles: int) -> Section:
     """What there is of one model."""
     letters = [
-        f"{variant} {100 * nodes[node][LETTERS][READ][str(cycles)]['mean']:.1f} %"
-        for variant, nodes in table.items()
-        if node in nodes
+        f"{variant} {100 * nodes[node][LETTERS][READ][str(cycles)]['mean']:.1f} %" for variant, nodes in table.items()
     ]
     return Section(
         node,
@@ -125,7 +123,6 @@ def last_table(table: Mapping[str, Any], node: str, edges: Sequence[str], last: 
     rows = tuple(
         (variant, *(_cell(nodes[node][edge][name].get(last), name) for edge in edges for name in MEASURES))
         for variant, nodes in table.items()
-        if node in nodes
     )
     return Table(f"After the last cycle: mean ± standard deviation of {node}'s model", tuple(columns), rows)
 

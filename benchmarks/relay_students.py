@@ -5,8 +5,8 @@ The cloud's model knows handwritten digits from the edges: it is that of the rec
 students that are made anew and get nothing but what it draws: a decoder of less than a quarter of its size, and a
 vision transformer that says which digit an image shows. Beside each stands the same student, with as many steps, that
 was taught the edges' real training pairs instead, moved as the edges move them when they tune. Both are judged on real
-test pairs that nobody learnt from, which are not looked at before the end: sizes, rates, temperature and views were
-chosen on validation pairs, and the teacher's settings on pairs that edges tune on.
+test pairs that nobody learnt from, which are not looked at before the end. What teaches with real pairs was chosen on
+validation pairs; the teacher's settings, the temperature of drawings and their views on pairs that edges tune on too.
 """
 
 from __future__ import annotations

@@ -283,8 +283,8 @@ class Relay:
     drift: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: it does not look
     samples: Count = 400  # pairs that a teacher hands on, at most
     # Of their codes. At 0.4, as users get them, pictures are alike: who learns from them holds real ones for unlikely.
-    # At 1 they are more various, and harder to learn from in a few hundred steps. Chosen on validation pairs.
-    temperature: Positive = 0.7
+    # At 1 they are more various, and harder to learn from in a few hundred steps.
+    temperature: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 0.7
     tunables: bool = False  # edges send theirs too: the cloud begins to learn where the way to their mean is best
     steps: Count = 240  # in which the cloud learns from them; an edge takes half of them, at half of the rate
     batch_size: Count = 24

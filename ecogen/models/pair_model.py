@@ -105,7 +105,7 @@ class PairModel:
 
     @torch.no_grad()
     def caption_log_likelihood(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
-        """How likely the model, asked what images in codes [N, T] show, is to give these captions [N]."""
+        """How likely the model, asked what images in codes [N, T] show, is to give these captions: logarithms [N]."""
         starts = range(0, len(captions), _BATCH)
         parts = [self._caption_log_likelihood(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]
         return torch.cat(parts) if parts else torch.empty(0)

@@ -54,8 +54,7 @@ class DrawingTeacher:
 
     Args:
         captions: by label; such as "a handwritten seven" of 7.
-        temperature: of the drawings' codes. A vision transformer that learnt from drawings at 0.7 named 6 points fewer
-            real digits than from those at 1.
+        temperature: of the drawings' codes; students learn more from various ones.
     """
 
     model: PairModel
