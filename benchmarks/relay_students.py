@@ -15,26 +15,35 @@ import argparse
 import asyncio
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, PreTrainedModel, ViTConfig
 
 from benchmarks.common import circumstances, wait_until_quiet, write_result
 from ecogen import config as recipes
-from ecogen.config import Pretraining
 from ecogen.engines import session
 from ecogen.engines.run_folder import load_recipe
+from ecogen.engines.teaching import num_parameters
 from ecogen.models.adapters import BACKBONE, load_tuned
 from ecogen.models.pair_model import PairModel
-from ecogen.relay.assessment import Assessor
-from ecogen.relay.students import labels_of, teach_classifier, teach_decoder
-from ecogen.relay.teacher import teach
-from ecogen.tuning.augment import augment
-from ecogen.tuning.captions import DIGITS, digit_caption, digit_of
+from ecogen.relay.course import (
+    LESSONS,
+    OF_DRAWINGS,
+    SAMPLES,
+    TEMPERATURE,
+    Views,
+    draw_pairs,
+    small_classifier,
+    small_decoder,
+    taught_classifier,
+    with_views,
+)
+from ecogen.relay.examination import Examination
+from ecogen.relay.students import teach_decoder
+from ecogen.tuning.captions import digit_caption
 from ecogen.tuning.pairs import Pairs, PairWriter
 
 KEPT = 0.97
@@ -63,29 +72,8 @@ At a tolerance of 0.25 it went nine tenths of the way, and read three points les
 of half as many drawings, in half of the steps at twice the rate, it read one point less.
 """
 
-SAMPLES = 10_000
-TIMES = 1.4
-"""So many times as many are drawn, of which those are kept that the teacher is surest of."""
-
-TEMPERATURE = 0.85
-"""Of drawings for students. At 1 more show something else than asked: half a point fewer real digits are read right."""
-
-DECODER = Pretraining(steps=2000, batch_size=64, matrix_rate=0.02, learning_rate=3e-3, weight_decay=0.1)
-CLASSIFIER = Pretraining(steps=1800, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
-SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-VIT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-
-
-@dataclass(frozen=True)
-class Views:
-    """Moved views of each pair that the decoder learns from beside it; the classifier moves pictures by itself."""
-
-    number: int
-    strength: float
-
-
-OF_DRAWINGS, OF_REAL = Views(4, 1.0), Views(8, 0.5)
+OF_REAL = Views(8, 0.5)
+"""Of real pairs: as edges move them when they tune, and as many as they have views."""
 
 
 @dataclass(frozen=True)
@@ -98,47 +86,27 @@ class Lesson:
 
     def seen(self, seed: int) -> Pairs:
         """The pairs, and moved views of them."""
-        generator = torch.Generator().manual_seed(seed)
-        moved = [augment(self.pairs.images, self.views.strength, generator) for _ in range(self.views.number)]
-        return joined([self.pairs, *(Pairs(images, self.pairs.captions) for images in moved)])
-
-    @property
-    def labels(self) -> torch.Tensor:
-        return torch.tensor([digit_of(caption) for caption in self.pairs.captions])
+        return with_views(self.pairs, self.views, seed)
 
 
 @dataclass(frozen=True)
 class Classroom:
-    """A run's models and pairs."""
+    """A run's cloud, and what it may be compared with."""
 
     teacher: PairModel
-    folder: Path
-    assessor: Assessor
+    examination: Examination
     drawn: Lesson
     real: Lesson
-    tests: Pairs
 
 
 def gather(run: Path) -> Classroom:
     """What a run left."""
-    recipe = load_recipe(run)
-    edge_ids = recipes.build_topology(recipe.topology).edge_ids
-    assessor, folder = Assessor.of(recipe, edge_ids), run / BACKBONE
-    teacher = PairModel.of(load_tuned(run), folder)
+    recipe, captions = load_recipe(run), [digit_caption(digit) for digit in range(10)]
+    teacher = PairModel.of(load_tuned(run), run / BACKBONE)
     writer = PairWriter(teacher.tokenizer, teacher.images, recipe.model.context_length)
-    captions, generator = {digit_caption(digit): 0 for digit in range(10)}, torch.Generator().manual_seed(0)
-    samples = teach(teacher, captions, SAMPLES, generator, TEMPERATURE, times=TIMES).samples
-    drawn = Pairs(teacher.images.decode(samples.codes), samples.captions)
-    splits = assessor.splits.values()
-    real = joined([own.train for own in splits])
-    return Classroom(
-        teacher,
-        folder,
-        assessor,
-        Lesson(drawn, writer, OF_DRAWINGS),
-        Lesson(real, writer, OF_REAL),
-        joined([own.test for own in splits]),
-    )
+    drawn, examination = draw_pairs(teacher, captions, SAMPLES, 0), Examination.of(recipe, captions)
+    real = joined([own.train for own in examination.assessor.splits.values()])
+    return Classroom(teacher, examination, Lesson(drawn, writer, OF_DRAWINGS), Lesson(real, writer, OF_REAL))
 
 
 def joined(parts: list[Pairs]) -> Pairs:
@@ -148,44 +116,26 @@ def joined(parts: list[Pairs]) -> Pairs:
 
 def decoder_scores(room: Classroom, lesson: Lesson, seed: int) -> dict[str, float]:
     """How a small decoder draws and describes that was taught a lesson."""
-    own = LlamaConfig(**{**room.teacher.model.config.to_dict(), **SMALL, "head_dim": 24})
-    spec = replaced(DECODER, seed)
-    student = teach_decoder(own, lesson.writer.both(lesson.seen(seed)), spec, lambda *_: None)
-    return scores_of(room, student.eval(), seed) | {"parameters": num_parameters(student)}
+    spec, teacher = replace(LESSONS["decoder"], seed=seed), room.teacher
+    passages = lesson.writer.both(lesson.seen(seed))
+    student = teach_decoder(small_decoder(teacher.model.config), passages, spec, lambda *_: None)
+    own = PairModel(student.eval(), teacher.tokenizer, teacher.images)
+    return scores_of(room, own, seed) | {"parameters": num_parameters(student)}
 
 
-def scores_of(room: Classroom, model: PreTrainedModel, seed: int) -> dict[str, float]:
+def scores_of(room: Classroom, model: PairModel, seed: int) -> dict[str, float]:
     """Recognised pictures and right captions, of all digits."""
-    pairs = PairModel.of(model, room.folder)
-    asked = [digit_caption(digit) for digit in range(10) for _ in range(40)]
-    drawn = pairs.draw(asked, torch.Generator().manual_seed(seed)).images
-    said = pairs.describe(room.tests.images)
-    right = sum(ours == theirs for ours, theirs in zip(said, room.tests.captions, strict=True))
-    return {"recognised": room.assessor.recognised(drawn, asked), "captions right": right / len(said)}
+    scores = room.examination.generator(model, seed)
+    assert scores.recognised is not None
+    return {"recognised": scores.recognised, "captions right": scores.captions_right}
 
 
 def classifier_scores(room: Classroom, lesson: Lesson, seed: int) -> dict[str, float]:
     """How many digits a vision transformer names that was taught a lesson."""
-    size = room.teacher.images.config
-    own = ViTConfig(
-        **VIT,
-        image_size=size.image_size,
-        patch_size=size.patch_size,
-        num_channels=size.num_channels,
-        num_labels=len(DIGITS),
-    )
-    student = teach_classifier(own, lesson.pairs.images, lesson.labels, replaced(CLASSIFIER, seed), lambda *_: None)
-    wanted = torch.tensor([digit_of(caption) for caption in room.tests.captions])
-    right = (labels_of(student, room.tests.images) == wanted).double().mean()
-    return {"accuracy": float(right), "parameters": num_parameters(student)}
-
-
-def replaced(spec: Pretraining, seed: int) -> Pretraining:
-    return recipes.section_from_table(Pretraining, recipes.section_table(spec) | {"seed": seed})
-
-
-def num_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    own = small_classifier(room.teacher.images.config, [digit_caption(digit) for digit in range(10)])
+    student = taught_classifier(own, lesson.pairs, replace(LESSONS["classifier"], seed=seed), lambda *_: None)
+    accuracy = room.examination.classifier(student).captions_right
+    return {"accuracy": accuracy, "parameters": num_parameters(student)}
 
 
 STUDENTS = {"smaller decoder": decoder_scores, "vision transformer": classifier_scores}
@@ -243,7 +193,7 @@ def main(run: Path | None = None, seeds: int = 5) -> dict[str, Any]:
             recipe = recipes.load("pairs", TEACHER)
             asyncio.run(session.run(recipe, run, resume=False, screen=Console(stderr=True)))
         room, differs = gather(run), differences(load_recipe(run))
-        teacher = scores_of(room, room.teacher.model, 0) | {"parameters": num_parameters(room.teacher.model)}
+        teacher = scores_of(room, room.teacher, 0) | {"parameters": num_parameters(room.teacher.model)}
         students = measure(room, seeds)
     rows = {f"{name}: {key}": row for name, of in students.items() for key, row in of.items() if key != "parameters"}
     kept = {name: row["kept"] for name, row in rows.items()}

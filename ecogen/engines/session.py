@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ecogen import config as recipes
 from ecogen.engines.attached import attach, operator_of
@@ -21,6 +20,7 @@ from ecogen.engines.check import check_recipe
 from ecogen.engines.federation import Federation, ask_status
 from ecogen.engines.forming import formed
 from ecogen.engines.launch import launch, serve
+from ecogen.engines.progress import RunProgress
 from ecogen.engines.run_folder import (
     NODES,
     RECIPE,
@@ -40,8 +40,8 @@ from ecogen.node.context import ProgressReport
 from ecogen.node.device import Asked
 from ecogen.node.presence import Presence
 from ecogen.node.status import Status
-from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord
-from ecogen.reports.console import NodeStatus, delivered_line, round_line, show_served, show_status
+from ecogen.records import RoundRecord
+from ecogen.reports.console import NodeStatus, show_served, show_status
 from ecogen.reports.summary import Summary
 from ecogen.storage import write_atomically
 from ecogen.topology import Topology
@@ -151,60 +151,6 @@ def prediction_table(images: Sequence[Path], asked: Asked) -> dict[str, Any]:
     predictions = [{"image": str(path), "label": label, "probability": p} for path, label, p in answers]
     record = msgspec.to_builtins(asked.record)
     return {"predictions": predictions, "latency_s": asked.record.latency_s, "record": record}
-
-
-class RunProgress:
-    """Progress bars: the phase, the round, and the time left; and a line for each round and event."""
-
-    def __init__(self, recipe: recipes.Recipe, screen: Console) -> None:
-        self._rounds = recipe.tuning.rounds
-        self._edges = recipe.topology.edges
-        self._screen = screen
-        columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
-        )
-        self._bars = Progress(*columns, console=screen, transient=True)
-        self._task = self._bars.add_task("starting", total=None, detail="")
-        self._phase = ""
-
-    def __enter__(self) -> RunProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def report(self, progress: ProgressReport) -> None:
-        """Show how far a phase is."""
-        if progress.phase == "tuning":
-            return  # shown by its records
-        self._enter(progress.phase, progress.total)
-        self._bars.update(self._task, completed=progress.done, total=progress.total, detail=progress.detail)
-
-    def show(self, record: Record) -> None:
-        """Show a record that tells something to people."""
-        if isinstance(record, RoundRecord):
-            self._enter("tuning", self._rounds * self._edges)
-            if record.loss is not None or record.epsilon is not None:  # an edge's
-                self._bars.update(self._task, advance=1, detail=f"round {record.round_index + 1} of {self._rounds}")
-            self._bars.console.print(round_line(record, self._rounds))
-        elif isinstance(record, PhaseRecord) and record.perplexity is not None:
-            self._bars.console.print(delivered_line(record))
-        elif isinstance(record, EventRecord) and record.event not in ("joined", "finished"):
-            self._bars.console.print(f"{record.event}: {record.node_id}: {record.detail}", style="yellow", markup=False)
-
-    def _enter(self, phase: str, total: int) -> None:
-        if phase != self._phase:
-            self._phase = phase
-            if not self._bars.console.is_terminal:
-                self._bars.console.print(phase)  # where no bar shows it
-            self._bars.reset(self._task, description=phase, total=total, detail="")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Shapes: N pairs, T codes of an image, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ecogen.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from ecogen.models.pair_tokens import TEMPERATURE, PairTokens, caption_of, pair_tokens, prompts_of
 from ecogen.models.tokenizer import load_tokenizer
+
+OnDrawn = Callable[[int, int], None]
+"""Told how many pictures are drawn, of how many."""
 
 _BATCH = 128
 _LONGEST_CAPTION = 24  # tokens
@@ -64,15 +67,27 @@ class PairModel:
         """
         return cls(model, load_tokenizer(folder), load_image_tokenizer(folder), temperature)
 
-    def draw(self, captions: Sequence[str], generator: torch.Generator, *, temperature: float | None = None) -> Drawn:
+    def draw(
+        self,
+        captions: Sequence[str],
+        generator: torch.Generator,
+        *,
+        temperature: float | None = None,
+        on_drawn: OnDrawn | None = None,
+    ) -> Drawn:
         """An image for each caption.
 
         Args:
             temperature: None for the model's.
+            on_drawn: called now and then.
         """
         heat = self._temperature if temperature is None else temperature
-        parts = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
-        drawn = [self.draw_codes(prompts_of(self.tokenizer, part), generator, heat) for part in parts]
+        drawn: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(captions), _BATCH):
+            part = captions[start : start + _BATCH]
+            drawn.append(self.draw_codes(prompts_of(self.tokenizer, part), generator, heat))
+            if on_drawn is not None:
+                on_drawn(start + len(part), len(captions))
         codes, likelihoods = (torch.cat(one) for one in zip(*drawn, strict=True))
         return Drawn(self.images.decode(codes), codes, captions, likelihoods)
 

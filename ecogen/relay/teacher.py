@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ecogen.models.pair_model import PairModel
+from ecogen.errors import DataError
+from ecogen.models.pair_model import OnDrawn, PairModel
 from ecogen.relay.samples import Samples, balanced
 
 DRAWN = 2.0
@@ -38,6 +39,7 @@ def teach(
     temperature: float,
     *,
     times: float = DRAWN,
+    on_drawn: OnDrawn | None = None,
 ) -> Lesson:
     """So many pairs at most of these captions, of each as many as of the others.
 
@@ -47,11 +49,18 @@ def teach(
         evidence: the captions, and how many real examples of each the generator has learnt from.
         temperature: of the codes; what is drawn at a high one is various, and harder to learn from.
         times: as many are drawn; of more, those that are kept show what was asked for more often, and are more alike.
+
+    Raises:
+        DataError: if there is no caption, or nothing is asked for.
     """
+    if not evidence or number < 1 or not times >= 1:
+        raise DataError(
+            f"a lesson of {number} pairs of {len(evidence)} captions, {times} times as many drawn; ask for 1 or more"
+        )
     captions = sorted(evidence)
     each = max(1, round(times * number / len(captions)))
     asked = [caption for caption in captions for _ in range(each)]
-    drawn = model.draw(asked, generator, temperature=temperature)
+    drawn = model.draw(asked, generator, temperature=temperature, on_drawn=on_drawn)
     said, sure = model.describe_codes(drawn.codes), model.caption_log_likelihood(drawn.codes, asked)
     kept = kept_places(asked, said, sure, number)
     samples = Samples(drawn.codes, asked, dict(evidence))[kept]

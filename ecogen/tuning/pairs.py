@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ecogen.errors import DataError
 from ecogen.models.image_tokenizer import ImageTokenizer
 from ecogen.models.pair_tokens import PairTokens, pair_tokens, prompts_of
 from ecogen.tuning.augment import augment
@@ -92,6 +93,17 @@ class PairWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImageTokenizer, length: int) -> None:
         self._tokenizer, self._images, self._length = tokenizer, images, length
         self.tokens: PairTokens = pair_tokens(tokenizer, images.config)
+
+    def check_room(self, captions: Sequence[str]) -> None:
+        """See that a picture and each of these captions fit into a passage.
+
+        Raises:
+            DataError: if one does not, or is empty.
+        """
+        room = self._length - 1 - len(self.tokens.written(torch.zeros(1, self.tokens.length, dtype=torch.int64))[0])
+        for caption, said in zip(captions, prompts_of(self._tokenizer, captions), strict=True):
+            if not 0 < len(said) <= room:
+                raise DataError(f"the caption {caption[:60]!r} has {len(said)} tokens; give one of 1 to {room}")
 
     def captioned(self, pairs: Pairs) -> Passages:
         """Each pair with its caption before its image, for drawing."""

@@ -38,7 +38,9 @@ class Artist:
     def __init__(self) -> None:
         self.temperatures: list[float] = []
 
-    def draw(self, captions: Sequence[str], _: torch.Generator, *, temperature: float) -> Drawn:
+    def draw(
+        self, captions: Sequence[str], _: torch.Generator, *, temperature: float, on_drawn: object = None
+    ) -> Drawn:
         self.temperatures.append(temperature)
         self.asked = list(captions)
         codes = torch.arange(len(captions))[:, None].expand(-1, 4)

@@ -1,0 +1,97 @@
+"""The verb for smaller models that a run's generator teaches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from ecogen.cli.application import app, screen
+from ecogen.cli.runs import RunFolder
+
+if TYPE_CHECKING:
+    from ecogen.engines.teaching import Graduate
+    from ecogen.relay.examination import Scores
+
+
+@app.command()
+def teach(
+    run_folder: RunFolder,
+    student: Annotated[
+        Literal["decoder", "classifier"],
+        typer.Option(help="A smaller generator, or a vision transformer that names what it sees."),
+    ] = "decoder",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", show_default="RUN/students/STUDENT", help="The student's folder.")
+    ] = None,
+    captions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--caption",
+            metavar="TEXT",
+            show_default="all that edges taught the cloud",
+            help='What to teach, say "a handwritten seven"; repeatable.',
+        ),
+    ] = None,
+    edge: Annotated[
+        str | None, typer.Option(metavar="EDGE_ID", show_default="the cloud's", help="Whose model teaches.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, max=100_000, show_default="10000", help="Pictures that it learns from, at most."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, show_default="2000, 1800", help="Of 64 pictures or passages each.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same gives the same student.")] = 0,
+    judge: Annotated[bool, typer.Option(help="Judge student and teacher with the run's real test pairs.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Teach a smaller model by what a run's generator draws.
+
+    The student is made anew and learns from drawings alone. A decoder is served and drawn with like any model.
+    """
+    from ecogen.engines.progress import PhaseProgress
+    from ecogen.engines.teaching import Course, teach_student
+
+    course = Course(student, captions or (), samples, edge, steps, seed, judge)
+    try:
+        with PhaseProgress(screen) as progress:
+            taught = teach_student(run_folder, out or run_folder / "students" / student, course, progress.show_phase)
+    except KeyboardInterrupt:
+        screen.print("interrupted; nothing was written", style="yellow")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({"folder": str(taught.folder), **taught.table()}))
+        return
+    _show(taught)
+
+
+def _show(taught: Graduate) -> None:
+    from ecogen.reports.console import show_table
+    from ecogen.reports.wording import format_grams
+    from ecogen.units import format_joules, format_seconds
+
+    size = f"{taught.parameters:,} parameters, {taught.teacher_parameters / taught.parameters:.1f} times smaller"
+    print(f"{taught.folder}: a {taught.course.kind} of {size} than its teacher, taught by {taught.drawings:,} drawings")
+    if taught.scores:
+        Console().print(show_table(_scores(taught)))
+    took = f"{format_seconds(taught.usage.wall_s)}, {format_joules(taught.bill.energy_j.mid)}"
+    print(f"teaching took {took} and {format_grams(taught.bill.emissions_g.mid)} CO2e, modelled")
+    if taught.course.kind == "decoder":
+        print(f'draw with it: ecogen generate {taught.folder} "{taught.course.captions[0]}"')
+
+
+def _scores(taught: Graduate) -> Any:
+    from ecogen.reports.tables import Column, Table, word
+    from ecogen.reports.wording import DASH, format_share
+
+    def row(name: str, scores: Scores) -> tuple[str, ...]:
+        drawn = f"{format_share(scores.recognised)} of {scores.num_drawn}" if scores.num_drawn else DASH
+        return name, drawn, f"{format_share(scores.captions_right)} of {scores.num_tests}"
+
+    columns = word("of"), Column("drawings recognised"), Column("real test pairs described right")
+    return Table("Judged by real pairs", columns, tuple(row(*one) for one in taught.scores.items()))
