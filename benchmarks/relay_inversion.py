@@ -47,7 +47,7 @@ SAMPLES = 520
 """Images of a lesson; of real ones all there are."""
 
 MANY = 2000
-"""Nearly four times as many: still cheaper than optimising `SAMPLES`."""
+"""Nearly four times as many: about what optimising `SAMPLES` costs."""
 
 LARGE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
