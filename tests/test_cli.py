@@ -43,6 +43,7 @@ def test_there_are_all_verbs() -> None:
         "report",
         "predict",
         "generate",
+        "teach",
         "versions",
         "rollback",
         "serve",
