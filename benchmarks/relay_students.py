@@ -30,18 +30,18 @@ from ecogen.engines.teaching import num_parameters
 from ecogen.models.adapters import BACKBONE, load_tuned
 from ecogen.models.pair_model import PairModel
 from ecogen.relay.course import (
-    LESSONS,
     OF_DRAWINGS,
     SAMPLES,
+    SETTINGS,
     TEMPERATURE,
     Views,
     draw_pairs,
     small_classifier,
     small_decoder,
     taught_classifier,
-    with_views,
+    write_pairs,
 )
-from ecogen.relay.examination import Examination
+from ecogen.relay.examination import Examination, assessor_of
 from ecogen.relay.students import teach_decoder
 from ecogen.tuning.captions import digit_caption
 from ecogen.tuning.pairs import Pairs, PairWriter
@@ -78,15 +78,11 @@ OF_REAL = Views(8, 0.5)
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a student may learn from, as pictures and as codes."""
+    """What a student may learn from."""
 
     pairs: Pairs
     writer: PairWriter
     views: Views
-
-    def seen(self, seed: int) -> Pairs:
-        """The pairs, and moved views of them."""
-        return with_views(self.pairs, self.views, seed)
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,10 @@ def gather(run: Path) -> Classroom:
     recipe, captions = load_recipe(run), [digit_caption(digit) for digit in range(10)]
     teacher = PairModel.of(load_tuned(run), run / BACKBONE)
     writer = PairWriter(teacher.tokenizer, teacher.images, recipe.model.context_length)
-    drawn, examination = draw_pairs(teacher, captions, SAMPLES, 0), Examination.of(recipe, captions)
-    real = joined([own.train for own in examination.assessor.splits.values()])
+    drawn, assessor = draw_pairs(teacher, captions, SAMPLES, 0), assessor_of(recipe)
+    examination = Examination.of(assessor, captions)
+    assert examination is not None
+    real = joined([own.train for own in assessor.splits.values()])
     return Classroom(teacher, examination, Lesson(drawn, writer, OF_DRAWINGS), Lesson(real, writer, OF_REAL))
 
 
@@ -116,8 +114,8 @@ def joined(parts: list[Pairs]) -> Pairs:
 
 def decoder_scores(room: Classroom, lesson: Lesson, seed: int) -> dict[str, float]:
     """How a small decoder draws and describes that was taught a lesson."""
-    spec, teacher = replace(LESSONS["decoder"], seed=seed), room.teacher
-    passages = lesson.writer.both(lesson.seen(seed))
+    spec, teacher = replace(SETTINGS["decoder"], seed=seed), room.teacher
+    passages = write_pairs(lesson.writer, lesson.pairs, lesson.views, seed)
     student = teach_decoder(small_decoder(teacher.model.config), passages, spec, lambda *_: None)
     own = PairModel(student.eval(), teacher.tokenizer, teacher.images)
     return scores_of(room, own, seed) | {"parameters": num_parameters(student)}
@@ -133,7 +131,7 @@ def scores_of(room: Classroom, model: PairModel, seed: int) -> dict[str, float]:
 def classifier_scores(room: Classroom, lesson: Lesson, seed: int) -> dict[str, float]:
     """How many digits a vision transformer names that was taught a lesson."""
     own = small_classifier(room.teacher.images.config, [digit_caption(digit) for digit in range(10)])
-    student = taught_classifier(own, lesson.pairs, replace(LESSONS["classifier"], seed=seed), lambda *_: None)
+    student = taught_classifier(own, lesson.pairs, replace(SETTINGS["classifier"], seed=seed), lambda *_: None)
     accuracy = room.examination.classifier(student).captions_right
     return {"accuracy": accuracy, "parameters": num_parameters(student)}
 

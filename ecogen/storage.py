@@ -85,6 +85,22 @@ def copy_folder(source: Path, target: Path) -> None:
         raise StorageError(f"cannot copy {source} to {target}: {reason}; free some space, then --resume") from problem
 
 
+def put_folder(finished: Path, folder: Path) -> None:
+    """Put a folder in place in one step, when all that is in it is on the disk; nothing but an empty one is replaced.
+
+    Raises:
+        StorageError: if there is another, or it cannot be written.
+    """
+    try:
+        for path in finished.iterdir():
+            path.chmod(0o644)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(finished, folder)
+    except OSError as problem:
+        raise StorageError(f"cannot write {folder}: {problem.strerror}; choose another folder") from problem
+
+
 def storage_error(problem: OSError) -> StorageError | None:
     """What a full or unwritable disk means for a user; None for a problem of another kind."""
     if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

@@ -16,6 +16,7 @@ from ecogen.storage import (
     cache_folder,
     copy_folder,
     make_folder,
+    put_folder,
     read_lines,
     storage_error,
     write_atomically,
@@ -29,6 +30,20 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == b"two"
     assert path.stat().st_mode & 0o777 == 0o600
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_folder_is_put_in_place_whole_and_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, synced = make_folder(tmp_path / "made"), list[int]()
+    (made / "weights").write_text("1")
+    (made / "weights").chmod(0o600)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    put_folder(made, tmp_path / "there")
+    assert len(synced) == 1
+    assert not made.exists()
+    assert (tmp_path / "there" / "weights").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(StorageError, match="Directory not empty; choose another folder"):
+        put_folder(make_folder(made), tmp_path / "there")
+    assert (tmp_path / "there" / "weights").read_text() == "1"
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])

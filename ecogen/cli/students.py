@@ -13,7 +13,7 @@ from ecogen.cli.application import app, screen
 from ecogen.cli.runs import RunFolder
 
 if TYPE_CHECKING:
-    from ecogen.engines.teaching import Graduate
+    from ecogen.engines.teaching import TaughtStudent
     from ecogen.relay.examination import Scores
 
 
@@ -41,10 +41,10 @@ def teach(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, max=100_000, show_default="10000", help="Pictures that it learns from, at most."),
+        typer.Option(min=1, max=50_000, show_default="10000", help="Pictures that it learns from, at most."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, show_default="2000, 1800", help="Of 64 pictures or passages each.")
+        int | None, typer.Option(min=1, show_default="2000; of a classifier 1800", help="Of 64 pictures or passages.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same gives the same student.")] = 0,
     judge: Annotated[bool, typer.Option(help="Judge student and teacher with the run's real test pairs.")] = True,
@@ -55,37 +55,42 @@ def teach(
     The student is made anew and learns from drawings alone. A decoder is served and drawn with like any model.
     """
     from ecogen.engines.progress import PhaseProgress
-    from ecogen.engines.teaching import Course, teach_student
+    from ecogen.engines.teaching import STUDENT, StudentSpec, teach_student
 
-    course = Course(student, captions or (), samples, edge, steps, seed, judge)
+    spec = StudentSpec(student, captions or (), samples, edge, steps, seed, judge)
+    folder = out or run_folder / "students" / student
     try:
         with PhaseProgress(screen) as progress:
-            taught = teach_student(run_folder, out or run_folder / "students" / student, course, progress.show_phase)
+            taught = teach_student(run_folder, folder, spec, progress.show_phase)
     except KeyboardInterrupt:
-        screen.print("interrupted; nothing was written", style="yellow")
+        saved = f"the student is in {folder}, not judged" if (folder / STUDENT).exists() else "nothing was written"
+        screen.print(f"interrupted; {saved}", style="yellow", soft_wrap=True)
         raise typer.Exit(130) from None
+    if taught.unknown:
+        unknown = ", ".join(map(repr, taught.unknown))
+        screen.print(f"not taught, since the teacher does not know them: {unknown}", style="yellow", markup=False)
     if as_json:
         print(json.dumps({"folder": str(taught.folder), **taught.table()}))
         return
     _show(taught)
 
 
-def _show(taught: Graduate) -> None:
+def _show(taught: TaughtStudent) -> None:
     from ecogen.reports.console import show_table
     from ecogen.reports.wording import format_grams
     from ecogen.units import format_joules, format_seconds
 
     size = f"{taught.parameters:,} parameters, {taught.teacher_parameters / taught.parameters:.1f} times smaller"
-    print(f"{taught.folder}: a {taught.course.kind} of {size} than its teacher, taught by {taught.drawings:,} drawings")
+    print(f"{taught.folder}: a {taught.spec.kind} of {size} than its teacher, taught by {taught.drawings:,} drawings")
     if taught.scores:
         Console().print(show_table(_scores(taught)))
     took = f"{format_seconds(taught.usage.wall_s)}, {format_joules(taught.bill.energy_j.mid)}"
     print(f"teaching took {took} and {format_grams(taught.bill.emissions_g.mid)} CO2e, modelled")
-    if taught.course.kind == "decoder":
-        print(f'draw with it: ecogen generate {taught.folder} "{taught.course.captions[0]}"')
+    if taught.spec.kind == "decoder":
+        print(f'draw with it: ecogen generate {taught.folder} "{taught.captions[0]}"')
 
 
-def _scores(taught: Graduate) -> Any:
+def _scores(taught: TaughtStudent) -> Any:
     from ecogen.reports.tables import Column, Table, word
     from ecogen.reports.wording import DASH, format_share
 

@@ -75,8 +75,9 @@ def _chosen(served: Served, edge: str | None) -> str:
         return served.name
     edges = [other.partition("/")[2] for other in served.adapters if "/" in other]
     if not edges:
-        raise CheckpointError(f"there is no model of {edge!r}: this run has one for all edges; leave --edge out")
-    raise CheckpointError(f"this run has a model for each edge; name one with --edge: {', '.join(edges)}")
+        raise CheckpointError(f"there is no model of {edge!r}: {served.name} is one for all edges; leave --edge out")
+    wrong = "" if edge is None else f", not {edge!r}"
+    raise CheckpointError(f"this run has a model for each edge; name one with --edge: {', '.join(edges)}{wrong}")
 
 
 async def _drawn(gateway: Gateway, request: GenerationRequest) -> tuple[list[int], Finish]:

@@ -5,8 +5,8 @@ A student's folder is as save_pretrained writes it; student.json there says what
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,87 +21,111 @@ from ecogen.accounting.bill import Bill
 from ecogen.accounting.constants import Constants
 from ecogen.accounting.energy import bill
 from ecogen.engines.run_folder import NODES, load_recipe
-from ecogen.errors import CheckpointError, RunError, StorageError
+from ecogen.errors import CheckpointError, DataError, RunError, StorageError
 from ecogen.metering.meter import CpuMeter
-from ecogen.models.adapters import BACKBONE, load_tuned
+from ecogen.models.adapters import BACKBONE, load_tuned, tunables_file
 from ecogen.models.folder import read_text_files, write_text_files
 from ecogen.models.pair_model import PairModel
 from ecogen.records import Usage
 from ecogen.relay import versions
 from ecogen.relay.cloud_state import RelayState
 from ecogen.relay.course import (
-    LESSONS,
     OF_DRAWINGS,
     SAMPLES,
+    SETTINGS,
+    TEMPERATURE,
     Kind,
     draw_pairs,
     small_classifier,
     small_decoder,
     taught_classifier,
-    with_views,
+    write_pairs,
 )
-from ecogen.relay.examination import Examination, Scores
+from ecogen.relay.examination import Examination, Scores, assessor_of
 from ecogen.relay.students import teach_decoder
-from ecogen.storage import make_folder, write_atomically
+from ecogen.storage import make_folder, put_folder, write_atomically
+from ecogen.topology import Topology
 from ecogen.tuning.pairs import Pairs, PairWriter
+from ecogen.tuning.parallel import on_one_thread
 
 STUDENT = "student.json"
 
-OnStep = Callable[[str, int, int, str], None]
-"""Told the phase, how far it is, of how much, and a word on it."""
+_UNFINISHED = ".student-"
+
+OnDetail = Callable[[str, int, int, str], None]
+"""Told what is done, how much of it, of how much, and a word on it."""
 
 
 @dataclass(frozen=True)
-class Course:
+class StudentSpec:
     """What is asked for.
 
     Attributes:
-        captions: that are taught; none for all that edges, or this edge, have taught the cloud.
+        captions: that are to be taught; none for all that edges, or this edge, have taught the cloud.
         edge: whose model teaches; None for the cloud's.
-        samples, steps: None for as many as benchmarks/relay_students.py has.
+        samples, steps: None for what `relay.course` has.
         is_judged: with the real test pairs of the run's recipe.
     """
 
     kind: Kind
-    captions: Sequence[str]
+    captions: Sequence[str] = ()
     samples: int | None = None
     edge: str | None = None
     steps: int | None = None
     seed: int = 0
     is_judged: bool = True
 
+    @property
+    def number(self) -> int:
+        """Of drawings, at most."""
+        return SAMPLES if self.samples is None else self.samples
+
+    @property
+    def settings(self) -> recipes.Pretraining:
+        """How it learns."""
+        own = SETTINGS[self.kind]
+        return replace(own, seed=self.seed, steps=own.steps if self.steps is None else self.steps)
+
 
 @dataclass(frozen=True)
-class Graduate:
+class TaughtStudent:
     """A student that has learnt.
 
     Attributes:
+        teacher: the run, the node and a fingerprint of its tunables.
+        captions: that it was taught.
+        unknown: that were asked for, and that the teacher does not know.
         drawings: that it learnt from.
-        scores: of `student` and `teacher`; empty where it was not judged.
+        scores: of `student` and `teacher`; empty where it is not judged.
         usage, bill: of teaching, without what judging took.
     """
 
     folder: Path
-    course: Course
+    spec: StudentSpec
+    teacher: Mapping[str, str]
+    captions: Sequence[str]
+    unknown: Sequence[str]
     parameters: int
     teacher_parameters: int
     drawings: int
-    steps: int
-    scores: Mapping[str, Scores]
     usage: Usage
     bill: Bill
+    scores: Mapping[str, Scores]
 
     def table(self) -> dict[str, Any]:
         """As plain values, without the folder."""
         return {
-            "student": self.course.kind,
-            "edge": self.course.edge,
-            "captions": list(self.course.captions),
-            "seed": self.course.seed,
+            "student": self.spec.kind,
+            "teacher": dict(self.teacher),
+            "captions": list(self.captions),
+            "unknown": list(self.unknown),
+            "samples": self.spec.number,
+            "temperature": TEMPERATURE,
+            "drawings": self.drawings,
+            "steps": self.spec.settings.steps,
+            "seed": self.spec.seed,
             "parameters": self.parameters,
             "teacher_parameters": self.teacher_parameters,
-            "drawings": self.drawings,
-            "steps": self.steps,
             "scores": {name: asdict(scores) for name, scores in self.scores.items()},
             "wall_s": self.usage.wall_s,
             "cpu_s": self.usage.cpu_s,
@@ -111,71 +135,83 @@ class Graduate:
         }
 
 
-def teach_student(folder: Path, out: Path, course: Course, on_step: OnStep) -> Graduate:
-    """Have a run's generator teach a student, and save it.
+def teach_student(folder: Path, out: Path, spec: StudentSpec, on_detail: OnDetail) -> TaughtStudent:
+    """Have a run's generator teach a student, save it, and judge it.
 
     Raises:
-        CheckpointError: if the run has no generator, or no such edge.
+        CheckpointError: if the run has no generator, or no such edge, or a file of it is damaged.
         RunError: if the folder is no run, or nobody taught its cloud anything and no caption is given.
-        DataError: if a caption is too long, the teacher knows none of them, or the pairs to judge with are not there.
-        StorageError: if there is something at `out` already.
+        DataError: if a caption is too long, the teacher knows too few, or the pairs to judge with are not there.
+        StorageError: if there is something at `out` already, or it cannot be written.
     """
-    check_free(out)
+    make_room(out)
     recipe = load_recipe(folder)
-    if not recipe.data.is_pairs:
-        raise CheckpointError(f"{folder} holds a model that draws no pictures; give a run of the recipe pairs")
-    if not course.captions:
-        course = replace(course, captions=captions_taught(folder, course.edge))
-    teacher = PairModel.of(load_tuned(folder, edge=course.edge), folder / BACKBONE)
-    writer = PairWriter(teacher.tokenizer, teacher.images, recipe.model.context_length)
-    writer.check_room(course.captions)
-    examination = Examination.of(recipe, course.captions) if course.is_judged else None
     topology = recipes.build_topology(recipe.topology)
-    node = topology.nodes[course.edge or topology.cloud_id]
+    _check_teacher(folder, recipe, topology, spec.edge)
+    asked = list(dict.fromkeys(spec.captions)) or captions_taught(folder, topology.cloud_id, spec.edge)
+    teacher = PairModel.of(load_tuned(folder, edge=spec.edge), folder / BACKBONE)
+    writer = PairWriter(teacher.tokenizer, teacher.images, recipe.model.context_length)
+    writer.check_room(asked)
+    assessor = assessor_of(recipe) if spec.is_judged else None
+    node = topology.nodes[spec.edge or topology.cloud_id]
     meter = CpuMeter(node.node_id)
-    pairs, student = _taught(teacher, writer, course, on_step)
-    usage = meter.take("relay")
-    on_step("judging", 0, 1, "")
-    graduate = Graduate(
+    with on_one_thread():
+        pairs, student = _taught(teacher, writer, asked, spec, on_detail)
+    usage, known = meter.take("relay"), set(pairs.captions)
+    taught = TaughtStudent(
         folder=out,
-        course=course,
+        spec=spec,
+        teacher={"run": recipe.name, "node_id": node.node_id, "tunables": _digest(tunables_file(folder, spec.edge))},
+        captions=sorted(known),
+        unknown=[caption for caption in asked if caption not in known],
         parameters=num_parameters(student),
         teacher_parameters=num_parameters(teacher.model),
         drawings=len(pairs),
-        steps=_lesson(course).steps,
-        scores={} if examination is None else _scores(examination, student, teacher, course.seed),
         usage=usage,
         bill=bill(usage, (), node, topology.sites[node.site_id], Constants()),
+        scores={},
     )
-    _save(graduate, student, folder / BACKBONE)
-    return graduate
+    _save(taught, student, folder / BACKBONE)
+    examination = None if assessor is None else Examination.of(assessor, known)
+    if examination is None:
+        return taught
+    on_detail("judging", 0, 1, "with real test pairs")
+    taught = replace(taught, scores=_scores(examination, student, teacher, spec.seed))
+    write_atomically(out / STUDENT, json.dumps(taught.table(), indent=1))
+    return taught
 
 
-def captions_taught(folder: Path, edge: str | None) -> list[str]:
+def captions_taught(folder: Path, cloud_id: str, edge: str | None) -> list[str]:
     """What the cloud of a run has learnt from all edges, or from one.
 
     Raises:
         RunError: if that is nothing, or the cloud's disk is not here.
     """
-    path = folder / NODES / "cloud" / versions.FOLDER / "state.safetensors"
+    path = folder / NODES / cloud_id / versions.FOLDER / "state.safetensors"
     taught = RelayState.load(path).taught if path.exists() else {}
     found = {said for name, own in taught.items() if edge in (None, name) for said in own.samples.captions}
     if not found:
         raise RunError(
-            f"{folder} does not say what its cloud has learnt from {edge or 'any edge'}; say what to teach with "
-            '--caption, for example --caption "a handwritten seven"'
+            f"{folder} does not say what its cloud has learnt from {edge or 'any edge'} (nothing after a rollback); "
+            'say what to teach with --caption, for example --caption "a handwritten seven"'
         )
     return sorted(found)
 
 
-def check_free(out: Path) -> None:
-    """See that nothing is overwritten.
+def make_room(out: Path) -> None:
+    """See that a folder can be put there, before any work, and that nothing is overwritten.
 
     Raises:
-        StorageError: if there is something.
+        StorageError: if not.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StorageError(f"{out} exists already; give another --out, or remove it")
+    make_folder(out.parent)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=_UNFINISHED):
+            pass
+    except OSError as problem:
+        raise StorageError(f"cannot write to {out.parent}: {problem.strerror}; give another --out") from problem
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -183,34 +219,41 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _lesson(course: Course) -> recipes.Pretraining:
-    own = LESSONS[course.kind]
-    return replace(own, seed=course.seed, steps=own.steps if course.steps is None else course.steps)
+def _check_teacher(folder: Path, recipe: recipes.Recipe, topology: Topology, edge: str | None) -> None:
+    if not recipe.data.is_pairs:
+        raise CheckpointError(f"{folder} holds a model that draws no pictures; give a run of the recipe pairs")
+    if edge not in (None, *topology.edge_ids):
+        raise CheckpointError(f"there is no {edge!r} in {folder}; its edges are {', '.join(topology.edge_ids)}")
 
 
-def _taught(teacher: PairModel, writer: PairWriter, course: Course, on_step: OnStep) -> tuple[Pairs, PreTrainedModel]:
+def _taught(
+    teacher: PairModel, writer: PairWriter, asked: Sequence[str], spec: StudentSpec, on_detail: OnDetail
+) -> tuple[Pairs, PreTrainedModel]:
     """The drawings, and the student that has learnt from them."""
 
-    def on_drawn(done: int, total: int) -> None:
-        on_step("drawing", done, total, "pictures")
+    def on_phase(phase: str, done: int, total: int) -> None:
+        on_detail(phase, done, total, "")
 
-    def on_learnt(_: str, step: int, total: int, loss: float) -> None:
-        on_step("learning", step, total, f"loss {loss:.3f}")
+    def on_step(_: str, step: int, total: int, loss: float) -> None:
+        on_detail("learning", step, total, f"loss {loss:.3f}")
 
-    pairs = draw_pairs(teacher, course.captions, course.samples or SAMPLES, course.seed, on_drawn)
-    lesson = _lesson(course)
-    if course.kind == "classifier":
-        config = small_classifier(teacher.images.config, sorted(set(pairs.captions)))
-        return pairs, taught_classifier(config, pairs, lesson, on_learnt)
-    on_step("writing", 0, 1, "drawings in codes")
-    passages = writer.both(with_views(pairs, OF_DRAWINGS, course.seed))
-    return pairs, teach_decoder(small_decoder(teacher.model.config), passages, lesson, on_learnt).eval()
+    if spec.kind == "classifier":
+        _check_labels(asked)
+    pairs = draw_pairs(teacher, asked, spec.number, spec.seed, on_phase)
+    if spec.kind == "classifier":
+        labels = sorted(set(pairs.captions))
+        _check_labels(labels)
+        return pairs, taught_classifier(small_classifier(teacher.images.config, labels), pairs, spec.settings, on_step)
+    passages = write_pairs(writer, pairs, OF_DRAWINGS, spec.seed, on_phase)
+    return pairs, teach_decoder(small_decoder(teacher.model.config), passages, spec.settings, on_step).eval()
+
+
+def _check_labels(captions: Sequence[str]) -> None:
+    if len(captions) < 2:
+        raise DataError(f"a classifier tells captions apart, and there is but {captions[0]!r}; give two or more")
 
 
 def _scores(examination: Examination, student: PreTrainedModel, teacher: PairModel, seed: int) -> dict[str, Scores]:
-    """Of both; none where no test pair shows what was taught."""
-    if not len(examination.tests):
-        return {}
     if isinstance(student, ViTForImageClassification):
         own = examination.classifier(student)
     else:
@@ -218,13 +261,17 @@ def _scores(examination: Examination, student: PreTrainedModel, teacher: PairMod
     return {"student": own, "teacher": examination.generator(teacher, seed)}
 
 
-def _save(graduate: Graduate, student: PreTrainedModel, teacher: Path) -> None:
+def _save(taught: TaughtStudent, student: PreTrainedModel, backbone: Path) -> None:
     """Put the whole folder in place in one step."""
-    make_folder(graduate.folder.parent)
-    with tempfile.TemporaryDirectory(dir=graduate.folder.parent, prefix=".student-") as temporary:
-        folder = Path(temporary) / "student"
+    out = taught.folder
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=_UNFINISHED) as temporary:
+        folder = make_folder(Path(temporary) / "student")
         student.save_pretrained(folder)
-        if graduate.course.kind == "decoder":
-            write_text_files(folder, read_text_files(teacher))
-        write_atomically(folder / STUDENT, json.dumps(graduate.table(), indent=1))
-        os.replace(folder, graduate.folder)
+        if taught.spec.kind == "decoder":
+            write_text_files(folder, read_text_files(backbone))
+        write_atomically(folder / STUDENT, json.dumps(taught.table(), indent=1))
+        put_folder(folder, out)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

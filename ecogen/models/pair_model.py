@@ -5,7 +5,7 @@ Shapes: N pairs, T codes of an image, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from ecogen.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from ecogen.models.pair_tokens import TEMPERATURE, PairTokens, caption_of, pair_tokens, prompts_of
 from ecogen.models.tokenizer import load_tokenizer
 
-OnDrawn = Callable[[int, int], None]
-"""Told how many pictures are drawn, of how many."""
+OnDone = Callable[[int, int], None]
+"""Told how many are done, of how many, after each batch."""
 
 _BATCH = 128
 _LONGEST_CAPTION = 24  # tokens
@@ -73,21 +73,16 @@ class PairModel:
         generator: torch.Generator,
         *,
         temperature: float | None = None,
-        on_drawn: OnDrawn | None = None,
+        on_done: OnDone | None = None,
     ) -> Drawn:
         """An image for each caption.
 
         Args:
             temperature: None for the model's.
-            on_drawn: called now and then.
         """
         heat = self._temperature if temperature is None else temperature
-        drawn: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, len(captions), _BATCH):
-            part = captions[start : start + _BATCH]
-            drawn.append(self.draw_codes(prompts_of(self.tokenizer, part), generator, heat))
-            if on_drawn is not None:
-                on_drawn(start + len(part), len(captions))
+        prompts = (prompts_of(self.tokenizer, captions[part]) for part in _parts(len(captions), on_done))
+        drawn = [self.draw_codes(own, generator, heat) for own in prompts]
         codes, likelihoods = (torch.cat(one) for one in zip(*drawn, strict=True))
         return Drawn(self.images.decode(codes), codes, captions, likelihoods)
 
@@ -95,9 +90,10 @@ class PairModel:
         """The likeliest caption of each image [N, C, S, S] in [0, 1]."""
         return self.describe_codes(self.images.encode(images))
 
-    def describe_codes(self, codes: Tensor) -> list[str]:
+    def describe_codes(self, codes: Tensor, *, on_done: OnDone | None = None) -> list[str]:
         """The likeliest caption of each image in codes [N, T]."""
-        return [caption_of(self.tokenizer, row) for part in codes.split(_BATCH) for row in self.caption_tokens(part)]
+        rows = (row for part in _parts(len(codes), on_done) for row in self.caption_tokens(codes[part]))
+        return [caption_of(self.tokenizer, row) for row in rows]
 
     @torch.no_grad()
     def log_likelihood(self, images: Tensor, captions: Sequence[str]) -> Tensor:
@@ -119,10 +115,12 @@ class PairModel:
         return torch.cat(parts) if parts else torch.empty(0)
 
     @torch.no_grad()
-    def caption_log_likelihood(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
+    def caption_log_likelihood(
+        self, codes: Tensor, captions: Sequence[str], *, on_done: OnDone | None = None
+    ) -> Tensor:
         """How likely the model, asked what images in codes [N, T] show, is to give these captions: logarithms [N]."""
-        starts = range(0, len(captions), _BATCH)
-        parts = [self._caption_log_likelihood(codes[at : at + _BATCH], captions[at : at + _BATCH]) for at in starts]
+        slices = _parts(len(captions), on_done)
+        parts = [self._caption_log_likelihood(codes[part], captions[part]) for part in slices]
         return torch.cat(parts) if parts else torch.empty(0)
 
     def invent(self, count: int, generator: torch.Generator) -> Drawn:
@@ -246,6 +244,15 @@ class _State:
             logits_to_keep=1,
         )
         self._cache, self.logits = given.past_key_values, given.logits[:, -1]
+
+
+def _parts(total: int, on_done: OnDone | None) -> Iterator[slice]:
+    """The places of each batch; when the next one is asked for, the last is done."""
+    for start in range(0, total, _BATCH):
+        stop = min(start + _BATCH, total)
+        yield slice(start, stop)
+        if on_done is not None:
+            on_done(stop, total)
 
 
 def _padded_left(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:

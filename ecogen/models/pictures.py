@@ -32,7 +32,9 @@ def read_picture(content: bytes, num_channels: int, side: int) -> Tensor:
                 raise DataError(f"has {picture.width} x {picture.height} pixels; {_MOST_PIXELS} at most")
             paper = Image.new("RGBA", picture.size, "white")
             paper.alpha_composite(picture.convert("RGBA"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as problem:
+    except UnidentifiedImageError as problem:
+        raise DataError("is no picture that can be read") from problem
+    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as problem:
         raise DataError(f"is no picture that can be read ({problem})") from problem
     scaled = paper.convert("L" if num_channels == 1 else "RGB").resize((side, side), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(scaled, dtype=np.float32).reshape(side, side, num_channels) / 255)
@@ -50,7 +52,7 @@ def png_of(image: Tensor) -> bytes:
 
 
 def grid_of(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """Images [N, C, S, S] in rows, as one image [C, height, width].
+    """Images [N, C, S, S] in rows, as one image [C, height, width]; of one image that is the image itself.
 
     Args:
         columns: None for about as many as rows.
@@ -60,8 +62,8 @@ def grid_of(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
     _, channels, side, _ = images.shape
     paper = 0.0 if channels == 1 else 1.0
     step = side + gap
-    sheet = torch.full((channels, rows * step + gap, columns * step + gap), paper)
+    sheet = torch.full((channels, rows * step - gap, columns * step - gap), paper)
     for index, image in enumerate(images):
-        top, left = gap + index // columns * step, gap + index % columns * step
+        top, left = index // columns * step, index % columns * step
         sheet[:, top : top + side, left : left + side] = image
     return sheet

@@ -66,7 +66,7 @@ class Assessor:
         asked = _repeated(captions, self.recipe.evaluation.drawings)
         drawn = model.draw(asked, generator).images
         said = model.describe(own.test.images)
-        is_written = self._source(edge_id) in WRITTEN
+        is_written = self.knows_digits(edge_id)
         return Drawings(
             num_drawn=len(asked),
             recognised=self.recognised(drawn, asked) if is_written else None,
@@ -90,7 +90,7 @@ class Assessor:
         captions = sorted(set(tests.captions))
         drawn = model.draw(_repeated(captions, number), torch.Generator().manual_seed(0)).images
         said = model.describe(tests.images)
-        is_written = self._source(edge_id) in WRITTEN
+        is_written = self.knows_digits(edge_id)
         return Quality(
             recognised=self.recognised(drawn, _repeated(captions, number)) if is_written else None,
             frechet=self.frechet(drawn, edge_id) if is_written else None,
@@ -104,13 +104,14 @@ class Assessor:
         captions = sum(len(caption.encode()) for part in pairs for caption in part.captions)
         return sum(part.images.numel() for part in pairs) + captions
 
-    def _source(self, edge_id: str) -> str:
-        return domains_of(self.recipe.data, edge_id)[-1].name
+    def knows_digits(self, edge_id: str) -> bool:
+        """Whether an edge's pairs are of handwritten digits, which the judge tells apart."""
+        return domains_of(self.recipe.data, edge_id)[-1].name in WRITTEN
 
     @cached_property
     def _judge(self) -> Judge:
         """Has learnt from the training images of all edges with handwritten digits."""
-        written = [own.train for edge, own in self.splits.items() if self._source(edge) in WRITTEN]
+        written = [own.train for edge, own in self.splits.items() if self.knows_digits(edge)]
         images = torch.cat([pairs.images for pairs in written])
         labels = torch.tensor([digit_of(caption) for pairs in written for caption in pairs.captions])
         return train_judge(images, labels, len(DIGITS), self.recipe.seed)

@@ -1,11 +1,8 @@
-"""What a student knows beside its teacher: real test pairs that nobody learnt from, and a classifier of real images.
-
-Shapes: N test pairs.
-"""
+"""What a student knows beside its teacher: real test pairs that nobody learnt from, and a classifier of real images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +12,10 @@ from ecogen.config import Recipe, build_topology
 from ecogen.models.pair_model import PairModel
 from ecogen.relay.assessment import Assessor
 from ecogen.relay.students import labels_of
-from ecogen.tuning.captions import DIGITS, digit_caption
 from ecogen.tuning.pairs import Pairs
 
 _DRAWN = 40
-"""Pictures of each caption."""
+"""Pictures of each digit: 400 of all, whose share recognised has a standard error of 1.1 points where it is 0.95."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Scores:
     """Shares of 0 to 1.
 
     Attributes:
-        recognised: of drawings, by a classifier of real images; None where there is none, or nothing is drawn.
+        recognised: of drawings of digits, by a classifier of real images; None where no digit is drawn.
         captions_right: of real test pairs.
         num_drawn, num_tests: how many were judged.
     """
@@ -40,28 +36,30 @@ class Scores:
 
 @dataclass(frozen=True)
 class Examination:
-    """Whoever examines reads the test pairs of all edges, as no node of the federation does."""
+    """Whoever examines reads the test pairs of all edges, as no node of the federation does.
+
+    Attributes:
+        tests: one at least.
+        digits: captions of them that are of handwritten digits, which alone the judge tells apart.
+    """
 
     assessor: Assessor
     tests: Pairs
+    digits: Sequence[str]
 
     @classmethod
-    def of(cls, recipe: Recipe, captions: Sequence[str]) -> Examination:
-        """In the captions that are taught.
-
-        Raises:
-            DataError: if a source of pairs is missing or damaged.
-        """
-        assessor = Assessor.of(recipe, build_topology(recipe.topology).edge_ids)
-        parts = [own.test for own in assessor.splits.values()]
-        kept = [part[[place for place, said in enumerate(part.captions) if said in captions]] for part in parts]
-        joined = [caption for part in kept for caption in part.captions]
-        return cls(assessor, Pairs(torch.cat([part.images for part in kept]), joined))
+    def of(cls, assessor: Assessor, captions: Collection[str]) -> Examination | None:
+        """In some captions; None where no test pair has one."""
+        tests = {edge: _only(own.test, captions) for edge, own in assessor.splits.items()}
+        joined = [caption for own in tests.values() for caption in own.captions]
+        digits = {said for edge, own in tests.items() if assessor.knows_digits(edge) for said in own.captions}
+        images = torch.cat([own.images for own in tests.values()])
+        return cls(assessor, Pairs(images, joined), sorted(digits)) if joined else None
 
     def generator(self, model: PairModel, seed: int) -> Scores:
-        """How a generator draws what the tests show, and describes them."""
-        captions, recognised = sorted(set(self.tests.captions)), None
-        asked = [caption for caption in captions for _ in range(_DRAWN)] if are_digits(captions) else []
+        """How a generator draws digits of the tests, and describes all tests."""
+        asked = [caption for caption in self.digits for _ in range(_DRAWN)]
+        recognised = None
         if asked:
             drawn = model.draw(asked, torch.Generator().manual_seed(seed)).images
             recognised = self.assessor.recognised(drawn, asked)
@@ -76,6 +74,14 @@ class Examination:
         return sum(ours == theirs for ours, theirs in zip(said, self.tests.captions, strict=True)) / len(said)
 
 
-def are_digits(captions: Sequence[str]) -> bool:
-    """Whether all are of handwritten digits, which alone the judge tells apart."""
-    return set(captions) <= {digit_caption(digit) for digit in range(len(DIGITS))}
+def assessor_of(recipe: Recipe) -> Assessor:
+    """Who reads the pairs of all edges of a recipe.
+
+    Raises:
+        DataError: if a source of pairs is missing or damaged.
+    """
+    return Assessor.of(recipe, build_topology(recipe.topology).edge_ids)
+
+
+def _only(pairs: Pairs, captions: Collection[str]) -> Pairs:
+    return pairs[[place for place, said in enumerate(pairs.captions) if said in captions]]

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ecogen.errors import DataError
-from ecogen.models.pair_model import OnDrawn, PairModel
+from ecogen.models.pair_model import OnDone, PairModel
 from ecogen.relay.samples import Samples, balanced
+
+OnPhase = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and of how much."""
 
 DRAWN = 2.0
 """So many times as many are drawn as are asked for, since some show something else."""
@@ -39,7 +43,7 @@ def teach(
     temperature: float,
     *,
     times: float = DRAWN,
-    on_drawn: OnDrawn | None = None,
+    on_phase: OnPhase | None = None,
 ) -> Lesson:
     """So many pairs at most of these captions, of each as many as of the others.
 
@@ -60,11 +64,16 @@ def teach(
     captions = sorted(evidence)
     each = max(1, round(times * number / len(captions)))
     asked = [caption for caption in captions for _ in range(each)]
-    drawn = model.draw(asked, generator, temperature=temperature, on_drawn=on_drawn)
-    said, sure = model.describe_codes(drawn.codes), model.caption_log_likelihood(drawn.codes, asked)
+    drawn = model.draw(asked, generator, temperature=temperature, on_done=_of("drawing", on_phase))
+    said = model.describe_codes(drawn.codes, on_done=_of("reading", on_phase))
+    sure = model.caption_log_likelihood(drawn.codes, asked, on_done=_of("choosing", on_phase))
     kept = kept_places(asked, said, sure, number)
     samples = Samples(drawn.codes, asked, dict(evidence))[kept]
     return Lesson(balanced(samples, number, generator), len(asked))
+
+
+def _of(phase: str, on_phase: OnPhase | None) -> OnDone | None:
+    return None if on_phase is None else partial(on_phase, phase)
 
 
 def rehearse(model: PairModel, evidence: Mapping[str, int], number: int, generator: torch.Generator) -> Samples:

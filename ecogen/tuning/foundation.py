@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from ecogen import config as recipes
@@ -21,6 +20,7 @@ from ecogen.runtime.delivery import fetch_tensors
 from ecogen.storage import cache_folder, make_folder, write_atomically
 from ecogen.transport.base import Transport
 from ecogen.tuning.making import OnStep, identity_of, make_model
+from ecogen.tuning.parallel import on_one_thread
 
 Compute = Callable[..., Awaitable[Any]]
 
@@ -111,12 +111,9 @@ def known_folder(recipe: recipes.Recipe) -> Path | None:
 
 def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     """Make the model, and put the finished folder in place in one step: another process may do the same."""
-    wall_s, cpu_s, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(1)  # its small products gain nothing from more, and one gives the same model everywhere
-    try:
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    with on_one_thread():
         model = make_model(recipe, on_step)
-    finally:
-        torch.set_num_threads(threads)
     made = {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s, "time_s": time.time()}
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

@@ -8,8 +8,9 @@ Shapes: B passages a batch, T tokens of a passage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -53,6 +54,20 @@ class Workers:
         """A step of each; they share no parameter."""
         for _ in self._pool.map(lambda optimizer: optimizer.step(), optimizers):
             pass
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Each product is computed by one thread, so it has the same bits on any number of cores.
+
+    Small ones gain little from more, and threads that wait for each other take the cores of whoever else works here.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _summed(model: PreTrainedModel, passages: Passages) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ecogen.config import Relay
+from ecogen.errors import DataError
 from ecogen.metering.meter import null_meter
 from ecogen.models.adapters import load_whole
 from ecogen.models.checkpoint import open_foundation
@@ -38,18 +39,16 @@ class Artist:
     def __init__(self) -> None:
         self.temperatures: list[float] = []
 
-    def draw(
-        self, captions: Sequence[str], _: torch.Generator, *, temperature: float, on_drawn: object = None
-    ) -> Drawn:
+    def draw(self, captions: Sequence[str], _: torch.Generator, *, temperature: float, on_done: object = None) -> Drawn:
         self.temperatures.append(temperature)
         self.asked = list(captions)
         codes = torch.arange(len(captions))[:, None].expand(-1, 4)
         return Drawn(torch.zeros(len(captions), 1, 2, 2), codes, captions, torch.zeros(len(captions)))
 
-    def describe_codes(self, _: Tensor) -> list[str]:
+    def describe_codes(self, _: Tensor, *, on_done: object = None) -> list[str]:
         return self.asked
 
-    def caption_log_likelihood(self, codes: Tensor, captions: Sequence[str]) -> Tensor:
+    def caption_log_likelihood(self, codes: Tensor, captions: Sequence[str], *, on_done: object = None) -> Tensor:
         assert list(captions) == self.asked
         return -1.0 / (1 + codes[:, 0] % 2)
 
@@ -67,6 +66,14 @@ def test_the_surest_of_more_are_handed_on(times: float) -> None:
     assert Counter(lesson.samples.captions) == {ONE: 10, TWO: 10}
     assert lesson.samples.evidence == EVIDENCE
     assert (lesson.samples.codes % 2 == 1).all(), "it is surest of these"
+
+
+@pytest.mark.parametrize(
+    ("evidence", "number", "times"), [({}, 4, 2.0), ({ONE: 1}, 0, 2.0), ({ONE: 1}, 4, 0.9), ({ONE: 1}, 4, float("nan"))]
+)
+def test_a_lesson_of_nothing_is_refused(evidence: dict[str, int], number: int, times: float) -> None:
+    with pytest.raises(DataError, match="ask for 1 or more"):
+        teach(cast(Any, Artist()), evidence, number, generator(), 1.0, times=times)
 
 
 def test_what_is_rehearsed_is_as_various_as_what_is_known() -> None:

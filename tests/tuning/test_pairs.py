@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ecogen.config import Tuning, load
+from ecogen.errors import DataError
 from ecogen.models.image_tokenizer import ImageTokenizer, ImageTokens
 from ecogen.models.pair_tokens import caption_of
 from ecogen.tuning.captions import digit_caption, digit_of, glyph_caption
@@ -57,6 +58,17 @@ def test_a_pair_is_written_both_ways() -> None:
 def labels_of(tokens: torch.Tensor) -> torch.Tensor:
     following = tokens[:, 1:]
     return following[following != 0]
+
+
+def test_captions_have_room_beside_a_picture() -> None:
+    own, said = writer(), digit_caption(8)
+    longest = own.both_of([said], torch.zeros(1, 4, dtype=torch.int64)).tokens[0]
+    needed = int((longest != own._padding).sum()) - 1  # the last token is only learnt
+    writer(needed).check_room([said])
+    with pytest.raises(DataError, match="the caption 'a handwritten eight' has "):
+        writer(needed - 1).check_room([said])
+    with pytest.raises(DataError, match="the caption '' has 0 tokens"):
+        own.check_room([said, ""])
 
 
 def test_chosen_ways() -> None:

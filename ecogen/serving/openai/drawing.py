@@ -116,9 +116,11 @@ def picture_request(text: TextModel, model: ServedModel, caption: str, sampling:
     """The request for a picture that a caption describes.
 
     Raises:
-        ServingError: if the model has no room for both.
+        ServingError: if it is empty, or the model has no room for both.
     """
     assert text.pictures is not None
+    if not caption.strip():
+        raise ServingError("the prompt is empty; say what to draw")
     tokens = text.pictures.tokens
     prompt, room = (*text.encode_caption(caption), tokens.begin), model.max_tokens - tokens.length
     if len(prompt) > room:

@@ -42,6 +42,7 @@ class Parameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What both endpoints take. `user`, `safety_identifier` and `prompt_cache_key` change no answer.
 
     Attributes:
+        temperature: None is 1, or 0 where a picture is described: the likeliest description.
         top_k: an extension: among how many of the likeliest tokens; 0 for all.
         semantic_cache: another: whether the answer to a question that means the same will do, where such are kept.
     """
@@ -51,7 +52,7 @@ class Parameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] = []
-    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0)] = 0
     seed: Seed | None = None

@@ -41,7 +41,9 @@ class Pictures:
             raise ServingError("a picture comes in the request, as data:image/png;base64,...; nothing is fetched")
         try:
             image = read_picture(base64.b64decode(content, validate=True), self._images.config.num_channels, self.side)
-        except (binascii.Error, DataError) as problem:
+        except binascii.Error as problem:
+            raise ServingError("the picture is not in base64; send a PNG or JPEG file in base64") from problem
+        except DataError as problem:
             raise ServingError(f"the picture {problem}; send a PNG or JPEG file in base64") from problem
         return tuple(self.tokens.written(self._images.encode(image[None]))[0].tolist())
 

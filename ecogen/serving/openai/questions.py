@@ -97,7 +97,7 @@ class Asking:
             prompt = await self._aside(num_chars, lambda: self._chat(messages, urls))
         except ServingError as problem:
             raise wrong("messages", str(problem)) from problem
-        sampling = await self._sampling(asked, asked.top_logprobs)
+        sampling = await self._sampling(asked, asked.top_logprobs, default=0.0 if urls else 1.0)
         max_new = asked.max_completion_tokens or asked.max_tokens
         request = self._request(model, tenant, prompt, sampling, max_new, "messages")
         if asked.semantic_cache and not asked.logprobs and not urls:
@@ -143,9 +143,9 @@ class Asking:
     async def _aside(self, num_chars: int, read: Callable[[], R]) -> R:
         return await asyncio.to_thread(read) if num_chars > _LONG_TEXT else read()
 
-    async def _sampling(self, asked: Parameters, num_top: int) -> Sampling:
+    async def _sampling(self, asked: Parameters, num_top: int, *, default: float = 1.0) -> Sampling:
         return Sampling(
-            temperature=asked.temperature,
+            temperature=default if asked.temperature is None else asked.temperature,
             top_k=asked.top_k,
             top_p=asked.top_p,
             seed=asked.seed,

@@ -93,6 +93,7 @@ async def test_a_caption_is_text_whatever_it_looks_like(serving: ScriptedServing
         ({"size": "1024x1024"}, "this model draws 8x8"),
         ({"response_format": "url"}, "response_format"),
         ({"prompt": ""}, "prompt"),
+        ({"prompt": "  "}, "the prompt is empty; say what to draw"),
         ({"prompt": "a seven " * 60}, "at most 60 are taken before a picture"),
         ({"style": "vivid"}, "'style' is not supported here"),
         ({"extra_body": {"sede": 1}}, "did you mean 'seed'"),
@@ -128,10 +129,10 @@ def url_of(content: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-async def described(client: AsyncOpenAI, *urls: str, text: str = "What is this?") -> Any:
+async def described(client: AsyncOpenAI, *urls: str, text: str = "What is this?", **parameters: Any) -> Any:
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     messages: Any = [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
-    return await client.chat.completions.create(model="model", messages=messages)
+    return await client.chat.completions.create(model="model", messages=messages, **parameters)
 
 
 async def test_what_a_picture_shows(serving: ScriptedServing, client: AsyncOpenAI) -> None:
@@ -149,13 +150,21 @@ async def test_what_a_picture_shows(serving: ScriptedServing, client: AsyncOpenA
     assert len(serving.asked[1].prompt) == 7, "any size and colour will do"
 
 
+async def test_the_likeliest_is_said_of_a_picture(serving: ScriptedServing, client: AsyncOpenAI) -> None:
+    url = url_of(png_of(torch.rand(1, 8, 8)))
+    for parameters in ({}, {"temperature": None}, {"temperature": 0.5}):
+        await described(client, url, **parameters)
+    await client.completions.create(model="model", prompt="a word")
+    assert [asked.sampling.temperature for asked in serving.asked] == [0.0, 0.0, 0.5, 1.0]
+
+
 @pytest.mark.parametrize(
     ("urls", "said"),
     [
         (["https://example.org/cat.png"], "nothing is fetched"),
         (["file:///etc/passwd"], "nothing is fetched"),
-        (["data:image/png;base64,!!!"], "the picture"),
-        ([url_of(b"no picture")], "is no picture that can be read"),
+        (["data:image/png;base64,!!!"], "the picture is not in base64; send a PNG"),
+        ([url_of(b"no picture")], "the picture is no picture that can be read; send a PNG"),
         ([], "send one picture"),
         ([url_of(png_of(torch.zeros(1, 8, 8)))] * 2, "send one picture"),
         ([url_of(png_of(torch.zeros(1, 8, 8)))] * 3, "3 pictures, at most 2"),

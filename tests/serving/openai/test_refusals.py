@@ -45,7 +45,7 @@ COMPLETIONS = [
     ({"n": 4}, "n", "n: 4 choices, at most 3"),
     ({"n": 0}, "n", "n: Expected 'int' >= 1"),
     ({"temperature": 2.5}, "temperature", "temperature: Expected 'float' <= 2"),
-    ({"temperature": "hot"}, "temperature", "temperature: Expected 'float', got 'str'"),
+    ({"temperature": "hot"}, "temperature", "temperature: Expected 'float | null', got 'str'"),
     ({"top_p": -0.1}, "top_p", ">= 0"),
     ({"top_k": -1}, "top_k", ">= 0"),
     ({"max_tokens": 0}, "max_tokens", ">= 1"),
