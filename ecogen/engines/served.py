@@ -13,6 +13,7 @@ from ecogen.accounting.intensity import check_zones
 from ecogen.engines.run_folder import load_recipe
 from ecogen.errors import CheckpointError
 from ecogen.models.adapters import ADAPTER, BACKBONE, EDGES
+from ecogen.models.decoder import open_config
 from ecogen.models.folder import CONFIG, open_folder
 from ecogen.planning.decoding import place_decoder
 from ecogen.serving.generation import ServedModel
@@ -51,9 +52,10 @@ def find_served(path: Path) -> Served:
     of the run and the edge.
 
     Raises:
-        CheckpointError: if it is neither.
+        CheckpointError: if it is neither, or a model that cannot be served.
     """
     if (path / CONFIG).exists():
+        _check_decoder(path)
         return Served(path, path.resolve().name)
     if not (path / BACKBONE / CONFIG).exists():
         raise CheckpointError(
@@ -64,6 +66,17 @@ def find_served(path: Path) -> Served:
     found = {name: path / ADAPTER}
     found |= {f"{name}/{edge.name}": edge / ADAPTER for edge in sorted((path / EDGES).glob("*"))}
     return Served(path / BACKBONE, f"{name}/{BACKBONE}", {n: f for n, f in found.items() if f.exists()})
+
+
+def _check_decoder(path: Path) -> None:
+    """See that a folder holds a decoder.
+
+    Raises:
+        CheckpointError: if not.
+    """
+    if open_folder(path).config.get("model_type") == "vit":
+        raise CheckpointError(f"{path} holds a classifier of images; only decoders are served and draw")
+    open_config(path)
 
 
 def name_of(folder: Path) -> str:

@@ -24,6 +24,8 @@ from ecogen.storage import write_atomically
 
 CONFIG_FILE, WEIGHTS_FILE = "image_tokenizer.json", "image_tokenizer.safetensors"
 
+_AT_ONCE = 1024  # images; features take a hundred times the room of what they are of
+
 _MOST_CODES, _LONGEST_SIDE = 2**16, 1024  # of a folder that somebody else wrote
 
 
@@ -99,13 +101,14 @@ class ImageTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images [N, C, S, S] in [0, 1] as codes [N, T]."""
-        return self.nearest(self.features(images)).flatten(1)
+        return torch.cat([self.nearest(self.features(part)).flatten(1) for part in torch.split(images, _AT_ONCE)])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [N, T] as images [N, C, S, S] in [0, 1]."""
         side = self.config.side
-        return self.logits(self.vectors(codes.view(-1, side, side))).sigmoid()
+        parts = torch.split(codes.view(-1, side, side), _AT_ONCE)
+        return torch.cat([self.logits(self.vectors(part)).sigmoid() for part in parts])
 
 
 def save_image_tokenizer(tokenizer: ImageTokenizer, folder: Path) -> None:

@@ -27,9 +27,6 @@ from ecogen.tuning.passages import IGNORED, Passages
 WAYS = 2
 """In which each pair is told, as passages side by side: they are one example."""
 
-_ENCODED = 1024
-"""Images that become codes at once."""
-
 _SEED_BITS = 32
 """Of a seed, all that a generator of PyTorch on the CPU makes use of."""
 
@@ -122,7 +119,7 @@ class PairWriter:
 
     def both(self, pairs: Pairs) -> Passages:
         """Each pair both ways, one behind the other [2 N]."""
-        return self.both_of(pairs.captions, self._codes(pairs.images))
+        return self.both_of(pairs.captions, self._images.encode(pairs.images))
 
     def movable(self, pairs: Pairs) -> PairPassages:
         """As `both`, with the images beside them."""
@@ -138,11 +135,7 @@ class PairWriter:
         return replace(passages, rows=WAYS)
 
     def _passages(self, pairs: Pairs, is_drawn: NDArray[np.bool_]) -> Passages:
-        return self._written(pairs.captions, self._codes(pairs.images), is_drawn)
-
-    def _codes(self, images: Tensor) -> Tensor:
-        """In parts, since features take much more room than what they are of."""
-        return torch.cat([self._images.encode(part) for part in torch.split(images, _ENCODED)])
+        return self._written(pairs.captions, self._images.encode(pairs.images), is_drawn)
 
     def _written(self, captions: Sequence[str], codes: Tensor, is_drawn: NDArray[np.bool_]) -> Passages:
         written = self.tokens.written(codes).tolist()

@@ -186,6 +186,8 @@ def test_a_classifier_names_what_one_edge_taught(run: Path, tmp_path: Path, ecog
     student = ViTForImageClassification.from_pretrained(out)
     assert sorted(student.config.id2label.values()) == sorted(digit_caption(digit) for digit in range(5, 10))
     assert student(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 5)
+    served: Ran = ecogen("generate", out, "a one", "--out", tmp_path / "drawn.png")
+    assert (served.code, "holds a classifier of images; only decoders are served and draw" in served.err) == (2, True)
     scores = json.loads((out / "student.json").read_text())["scores"]
     assert (scores["student"]["recognised"], scores["student"]["num_tests"]) == (None, 20), "only of what was taught"
 
