@@ -147,13 +147,13 @@ def generate(
 
     Through the split chain, as `ecogen serve` does.
     """
+    if out.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{out} is to be a PNG file; call it {out.with_suffix('.png')}", param_hint="'--out'")
     from ecogen.engines.generating import generate as draw
     from ecogen.models.pair_tokens import TEMPERATURE
     from ecogen.serving.sampling import Sampling
     from ecogen.storage import write_atomically
 
-    if out.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{out} is to be a PNG file; call it {out.with_suffix('.png')}", param_hint="'--out'")
     sampling = Sampling(temperature=TEMPERATURE if temperature is None else temperature, seed=seed)
     drawn = asyncio.run(draw(run_folder, prompt, number, sampling=sampling, edge=edge, engine=engine))
     write_atomically(out, drawn.sheet)
