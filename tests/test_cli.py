@@ -6,10 +6,12 @@ import json
 import os
 import runpy
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from ecogen.cli import app
 from ecogen.config import Recipe
 from ecogen.engines.run_folder import locked
 from ecogen.models.checkpoint import load_tensors
+from ecogen.storage import write_atomically
 from tests.command import Ran, save_recipe
 
 RecipeOf = Callable[..., Recipe]
@@ -233,7 +236,31 @@ def test_resuming_a_finished_run_changes_nothing(ecogen: EcoGen, damaged: Path, 
 def test_no_run_folder(ecogen: EcoGen, tmp_path: Path, verb: str) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     images = [tmp_path / "black.png"] if verb == "predict" else []
-    refused(ecogen(verb, tmp_path / "none", *images), "none is no run folder", "recipe.json")
+    refused(ecogen(verb, tmp_path, *images), f"{tmp_path} is no run folder", "recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("verb", "more"),
+    {
+        "report": [],
+        "predict": ["a.png"],
+        "generate": ["a seven"],
+        "teach": [],
+        "versions": [],
+        "rollback": ["--node", "cloud", "--to", "0"],
+        "serve": [],
+    }.items(),
+)
+def test_a_folder_that_is_not_there_is_told_at_once_with_those_that_are(
+    ecogen: EcoGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, more: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    slow = mock.patch.dict(sys.modules, {name: None for name in sys.modules if name.startswith("ecogen.engines")})
+    with slow:  # imports of what takes seconds fail
+        refused(ecogen(verb, "none", *more), "there is no folder none; `ecogen run RECIPE` makes one")
+        for name in ("one", "two"):
+            write_atomically(tmp_path / "runs" / name / "recipe.json", "{}")
+        refused(ecogen(verb, "none", *more), "there is no folder none; the runs here are runs/one, runs/two")
 
 
 def test_damaged_run_folders(ecogen: EcoGen, damaged: Path, tmp_path: Path) -> None:

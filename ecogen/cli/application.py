@@ -7,13 +7,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ecogen.errors import EcoGenError
+from ecogen.errors import EcoGenError, RunError
 from ecogen.storage import storage_error
 
 app = typer.Typer(
@@ -36,6 +37,23 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, say tuning.rounds=4; repeatable."),
 ]
+
+
+def existing(folder: Path | None) -> Path | None:
+    """Refuse a folder that is not there before the imports that take seconds; a callback of arguments.
+
+    Raises:
+        RunError: if it is not.
+    """
+    if folder is None or folder.exists():
+        return folder
+    here = ", ".join(str(recipe.parent) for recipe in sorted(Path("runs").glob("*/recipe.json"))[:MOST_LISTED])
+    known = f"the runs here are {here}" if here else "`ecogen run RECIPE` makes one"
+    raise RunError(f"there is no folder {folder}; {known}")
+
+
+MOST_LISTED = 10
+"""Runs that an error names."""
 
 
 def main() -> None:

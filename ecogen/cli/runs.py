@@ -12,13 +12,15 @@ import typer
 from rich.console import Console
 
 from ecogen import config as recipes
-from ecogen.cli.application import EngineName, Settings, app, plain, screen
+from ecogen.cli.application import EngineName, Settings, app, existing, plain, screen
 from ecogen.errors import RunError
 
 if TYPE_CHECKING:
     from ecogen.reports.summary import Summary
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `ecogen run` wrote it.")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", callback=existing, help="A run folder, as `ecogen run` wrote it.")
+]
 
 
 @app.command()
@@ -147,8 +149,9 @@ def generate(
 
     Through the split chain, as `ecogen serve` does.
     """
-    if out.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{out} is to be a PNG file; call it {out.with_suffix('.png')}", param_hint="'--out'")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        better = out / "drawn.png" if out.is_dir() else out.with_suffix(".png")
+        raise typer.BadParameter(f"{out} is to be a PNG file; call it {better}", param_hint="'--out'")
     from ecogen.engines.generating import generate as draw
     from ecogen.models.pair_tokens import TEMPERATURE
     from ecogen.serving.sampling import Sampling

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ecogen import config as recipes
-from ecogen.cli.application import EngineName, Settings, app
+from ecogen.cli.application import EngineName, Settings, app, existing
 from ecogen.errors import ConfigError
 
 
@@ -21,6 +21,7 @@ def serve(
         typer.Argument(
             metavar="RUN_OR_MODEL",
             show_default=False,
+            callback=existing,
             help="A run that tuned a language model, or a model's folder; with --join it may be left out.",
         ),
     ] = None,

@@ -13,9 +13,9 @@ from ecogen.engines.check import check_recipe
 from ecogen.engines.federation import Federation
 from ecogen.engines.inproc import launch_inproc
 from ecogen.engines.local import launch_local
-from ecogen.engines.run_folder import load_recipe
+from ecogen.engines.run_folder import check_ended, load_recipe
 from ecogen.errors import RunError
-from ecogen.models.adapters import BACKBONE, tunables_file
+from ecogen.models.adapters import BACKBONE, TUNABLES, tunables_file
 from ecogen.models.checkpoint import load_metadata
 
 ENGINES = {"inproc": launch_inproc, "local": launch_local}
@@ -51,6 +51,8 @@ async def serve(run: Path, engine: str = "inproc", *, edge: str | None = None) -
         RunError, CheckpointError: if the folder holds no finished run; or `edge` is missing or unknown.
     """
     recipe = load_recipe(run)
+    if not (run / TUNABLES).exists():
+        check_ended(run)
     tuned = tunables_file(run, edge)
     load_metadata(tuned)
     known_edges = recipes.build_topology(recipe.topology).edge_ids

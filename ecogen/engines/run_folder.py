@@ -153,6 +153,18 @@ def is_running(folder: Path) -> bool:
     return False
 
 
+def check_ended(folder: Path) -> None:
+    """Refuse a run whose outcome is not there yet; of a folder that holds no run, nothing is said.
+
+    Raises:
+        RunError: if it is going on, or was cut off; with what to do.
+    """
+    if is_running(folder):
+        raise RunError(f"{folder} belongs to a run that is going on; wait for its end: `ecogen status {folder}`")
+    if (folder / RECIPE).exists() and not (folder / SUMMARY).exists():
+        raise RunError(f"{folder} holds a run that has not finished; go on with it: `{resume_command(folder)}`")
+
+
 def resume_command(folder: Path) -> str:
     """How to go on with a run."""
     return f"ecogen run {folder / RECIPE_TOML} --out {folder} --resume"

@@ -28,7 +28,16 @@ from transformers import PreTrainedModel
 
 from ecogen import config as recipes
 from ecogen.accounting.ledger import settle
-from ecogen.engines.run_folder import NODES, RECIPE, SUMMARY, check_same, earlier_s, load_recipe, write_recipe
+from ecogen.engines.run_folder import (
+    NODES,
+    RECIPE,
+    SUMMARY,
+    check_ended,
+    check_same,
+    earlier_s,
+    load_recipe,
+    write_recipe,
+)
 from ecogen.errors import RunError
 from ecogen.measurements import VersionQuality
 from ecogen.metering.hardware import describe_host
@@ -237,8 +246,9 @@ def _load_facts(folder: Path) -> RunFacts:
     try:
         return msgspec.json.decode((folder / FACTS).read_bytes(), type=RunFacts)
     except (OSError, msgspec.MsgspecError) as problem:
+        check_ended(folder)
         raise RunError(
-            f"{folder / FACTS} cannot be read ({problem}); the run has not finished: --resume it"
+            f"{folder / FACTS} cannot be read ({problem}); restore it, or carry the run out anew"
         ) from problem
 
 
@@ -251,7 +261,8 @@ def load_records(folder: Path) -> list[Record]:
     try:
         lines = (folder / RECORDS).read_bytes().splitlines(keepends=True)
     except OSError as problem:
-        raise RunError(f"{folder / RECORDS}: {problem.strerror}; the run has not finished: --resume it") from problem
+        check_ended(folder)
+        raise RunError(f"{folder / RECORDS}: {problem.strerror}; restore it, or carry the run out anew") from problem
     return read_records(lines, str(folder / RECORDS))
 
 

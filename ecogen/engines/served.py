@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ecogen import config as recipes
 from ecogen.accounting.intensity import check_zones
-from ecogen.engines.run_folder import load_recipe
+from ecogen.engines.run_folder import check_ended, load_recipe
 from ecogen.errors import CheckpointError
 from ecogen.models.adapters import ADAPTER, BACKBONE, EDGES
 from ecogen.models.decoder import open_config
@@ -53,11 +53,13 @@ def find_served(path: Path) -> Served:
 
     Raises:
         CheckpointError: if it is neither, or a model that cannot be served.
+        RunError: if it is a run that has not finished.
     """
     if (path / CONFIG).exists():
         _check_decoder(path)
         return Served(path, path.resolve().name)
     if not (path / BACKBONE / CONFIG).exists():
+        check_ended(path)
         raise CheckpointError(
             f"{path} holds no model: give a folder that save_pretrained wrote, or a finished run, say of the recipe "
             "text or pairs"

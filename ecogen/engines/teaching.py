@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +21,10 @@ from ecogen import config as recipes
 from ecogen.accounting.bill import Bill
 from ecogen.accounting.constants import Constants
 from ecogen.accounting.energy import bill
-from ecogen.engines.run_folder import NODES, load_recipe
+from ecogen.engines.run_folder import NODES, check_ended, load_recipe
 from ecogen.errors import CheckpointError, DataError, RunError, StorageError
 from ecogen.metering.meter import CpuMeter
-from ecogen.models.adapters import BACKBONE, load_tuned, tunables_file
+from ecogen.models.adapters import BACKBONE, load_tuned, tunables_file, tuned_folder
 from ecogen.models.folder import read_text_files, write_text_files
 from ecogen.models.pair_model import PairModel
 from ecogen.records import Usage
@@ -140,15 +141,16 @@ def teach_student(folder: Path, out: Path, spec: StudentSpec, on_detail: OnDetai
 
     Raises:
         CheckpointError: if the run has no generator, or no such edge, or a file of it is damaged.
-        RunError: if the folder is no run, or nobody taught its cloud anything and no caption is given.
+        RunError: if the folder is no run that has ended, or nobody taught its cloud anything and no caption is given.
         DataError: if a caption is too long, the teacher knows too few, or the pairs to judge with are not there.
         StorageError: if there is something at `out` already, or it cannot be written.
     """
-    make_room(out)
     recipe = load_recipe(folder)
     topology = recipes.build_topology(recipe.topology)
     _check_teacher(folder, recipe, topology, spec.edge)
+    make_room(out)
     asked = list(dict.fromkeys(spec.captions)) or captions_taught(folder, topology.cloud_id, spec.edge)
+    digest = _digest(tunables_file(folder, spec.edge))  # of what teaches: the run may be resumed meanwhile
     teacher = PairModel.of(load_tuned(folder, edge=spec.edge), folder / BACKBONE)
     writer = PairWriter(teacher.tokenizer, teacher.images, recipe.model.context_length)
     writer.check_room(asked)
@@ -161,7 +163,7 @@ def teach_student(folder: Path, out: Path, spec: StudentSpec, on_detail: OnDetai
     taught = TaughtStudent(
         folder=out,
         spec=spec,
-        teacher={"run": recipe.name, "node_id": node.node_id, "tunables": _digest(tunables_file(folder, spec.edge))},
+        teacher={"run": recipe.name, "node_id": node.node_id, "tunables": digest},
         captions=sorted(known),
         unknown=[caption for caption in asked if caption not in known],
         parameters=num_parameters(student),
@@ -176,7 +178,10 @@ def teach_student(folder: Path, out: Path, spec: StudentSpec, on_detail: OnDetai
     if examination is None:
         return taught
     on_detail("judging", 0, 1, "with real test pairs")
-    taught = replace(taught, scores=_scores(examination, student, teacher, spec.seed))
+    try:
+        taught = replace(taught, scores=_scores(examination, student, teacher, spec.seed))
+    except DataError as problem:
+        raise DataError(f"{problem}; the student is in {out}, not judged") from problem
     write_atomically(out / STUDENT, json.dumps(taught.table(), indent=1))
     return taught
 
@@ -204,7 +209,7 @@ def make_room(out: Path) -> None:
     Raises:
         StorageError: if not.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out):  # an empty folder may be a mount, or the one that somebody is in: neither can be replaced
         raise StorageError(f"{out} exists already; give another --out, or remove it")
     make_folder(out.parent)
     try:
@@ -224,6 +229,9 @@ def _check_teacher(folder: Path, recipe: recipes.Recipe, topology: Topology, edg
         raise CheckpointError(f"{folder} holds a model that draws no pictures; give a run of the recipe pairs")
     if edge not in (None, *topology.edge_ids):
         raise CheckpointError(f"there is no {edge!r} in {folder}; its edges are {', '.join(topology.edge_ids)}")
+    check_ended(folder)
+    if edge is not None and not tuned_folder(folder, edge).exists():
+        raise CheckpointError(f"{folder} has one model for all edges; leave --edge out")
 
 
 def _taught(

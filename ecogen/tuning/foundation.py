@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -17,7 +16,7 @@ from ecogen import config as recipes
 from ecogen.errors import CheckpointError, ConfigError, StorageError
 from ecogen.models.checkpoint import Foundation, open_foundation, save_tensors, write_files
 from ecogen.runtime.delivery import fetch_tensors
-from ecogen.storage import cache_folder, make_folder, write_atomically
+from ecogen.storage import cache_folder, make_folder, put_folder, write_atomically
 from ecogen.transport.base import Transport
 from ecogen.tuning.making import OnStep, identity_of, make_model
 from ecogen.tuning.parallel import on_one_thread
@@ -117,20 +116,23 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
     made = {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s, "time_s": time.time()}
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        finished = make_folder(Path(temporary) / "model")  # the temporary folder itself is nobody else's to read
         try:
-            model.save(Path(temporary))
+            model.save(finished)
         except OSError as problem:
             raise StorageError(f"cannot write to the cache {folder.parent}: {problem}; set XDG_CACHE_HOME") from problem
-        write_atomically(Path(temporary) / "made.json", json.dumps(made))
-        _put_in_place(Path(temporary), folder)
+        write_atomically(finished / "made.json", json.dumps(made))
+        _put_in_place(finished, folder)
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
+def _put_in_place(finished: Path, folder: Path) -> None:
     if folder.exists() and not (folder / "made.json").exists():
         shutil.rmtree(folder)
-    if not folder.exists():
-        shutil.copytree(temporary, folder.with_suffix(f".{os.getpid()}"))
-        os.replace(folder.with_suffix(f".{os.getpid()}"), folder)
+    try:
+        put_folder(finished, folder)
+    except StorageError:
+        if not (folder / "made.json").exists():  # or else another process was first
+            raise
 
 
 def _how(folder: Path, verb: str) -> str:

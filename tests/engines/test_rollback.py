@@ -230,8 +230,8 @@ def test_what_cannot_be_gone_back_to(
     refused(back(finished, "--node", "edge-0.cluster-0.device-0", "--to", 0), "name one of cloud")
     assert back(finished, "--node", "cloud", "--to", -1).code == 2
     assert back(finished, "--to", 0).code == 2
-    refused(back(tmp_path / "none", "--node", "cloud", "--to", 0), "is no run folder")
-    refused(ecogen("versions", tmp_path / "none"), "is no run folder")
+    refused(back(tmp_path, "--node", "cloud", "--to", 0), "is no run folder")
+    refused(ecogen("versions", tmp_path), "is no run folder")
     with locked(copied):
         (copied / "running.json").write_text('{"pid": 4711, "cloud": "x"}')
         assert ecogen("versions", copied).code == 0

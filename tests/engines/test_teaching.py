@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, ViTForImageClassification
 
 from ecogen import config as recipes
 from ecogen.engines import session, teaching
-from ecogen.engines.run_folder import write_recipe
+from ecogen.engines.run_folder import locked, write_recipe
 from ecogen.errors import DataError
 from ecogen.models.pair_model import PairModel
 from ecogen.relay import assessment
@@ -35,6 +35,8 @@ from tests.pictures import make_sure, pair_recipe, rehearse_little, save_pair_fo
 DIGITS = sorted(digit_caption(digit) for digit in range(10))
 PHASES = ["drawing", "reading", "choosing", "writing", "learning", "judging"]
 LITTLE = ("--samples", 20, "--steps", 3)
+UNTIL_SAVED = ("facts.json", "summary.json", "report.html", "tunables.safetensors", "adapter", "backbone")
+"""What a run folder lacks before its run has ended; the nodes' own tunables too, which do not matter here."""
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +91,9 @@ def test_a_decoder_is_saved_whole_and_draws_like_any_model(run: Path, tmp_path: 
     ("arguments", "told"),
     [
         (["a one", "--out", "one.jpg"], "one.jpg is to be a PNG file; call it one.png"),
+        (["a one", "--out", "one"], "one is to be a PNG file; call it one.png"),
+        (["a one", "--out", "."], ". is to be a PNG file; call it drawn.png"),
+        (["a one", "--out", ".."], ".. is to be a PNG file; call it ../drawn.png"),
         (["a one", "--edge", "edge-7"], "name one with --edge: edge-0, edge-1, not 'edge-7'"),
         ([" "], "the prompt is empty; say what to draw"),
     ],
@@ -131,10 +136,14 @@ def test_what_a_student_learns_from(run: Path, tmp_path: Path, ecogen: Any, monk
     monkeypatch.setattr(teaching, "draw_pairs", drawn)
     monkeypatch.setattr(teaching, "teach_decoder", learnt)
     threads = torch.get_num_threads()
-    ran: Ran = ecogen("teach", run, "--seed", 5, "--out", tmp_path / "student", *LITTLE, "--no-judge", "--json")
+    torch.set_num_threads(2)
+    try:
+        ran: Ran = ecogen("teach", run, "--seed", 5, "--out", tmp_path / "student", *LITTLE, "--no-judge", "--json")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert ran.code == 0, ran.err
     assert seen == [(DIGITS, 20, 5), (20 * 5 * 2, 5, 3, 1)], "four moved views of each, both ways, on one thread"
-    assert torch.get_num_threads() == threads
     assert ran.figures["wall_s"] > 0.3, "learning is billed"
 
 
@@ -200,12 +209,19 @@ def test_captions_that_nobody_tests_are_taught_and_not_judged(run: Path, tmp_pat
     assert (ran.figures["captions"], ran.figures["scores"]) == (["a seven"], {})
 
 
-def test_what_is_there_is_not_written_over(run: Path, tmp_path: Path, ecogen: Any) -> None:
+@pytest.mark.parametrize("out", ["empty", "mine.txt", ".", "link"])
+def test_what_is_there_is_not_replaced(
+    run: Path, tmp_path: Path, ecogen: Any, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    """A shell may be in an empty folder, and a link say where another disk is."""
     (tmp_path / "mine.txt").write_text("mine")
-    ran: Ran = ecogen("teach", run, "--out", tmp_path, *LITTLE)
-    assert ran.code == 2
-    assert f"{tmp_path} exists already; give another --out, or remove it" in ran.err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "empty" if out == "." else tmp_path)
+    ran: Ran = ecogen("teach", run, "--out", out, *LITTLE)
+    assert (ran.code, f"{out} exists already; give another --out, or remove it" in ran.err) == (2, True)
+    assert "drawing" not in ran.err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "link", "mine.txt"]
 
 
 @pytest.mark.parametrize("step", ["ecogen.engines.teaching.teach_decoder", "ecogen.engines.teaching.write_text_files"])
@@ -235,7 +251,10 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, ecogen: Any, monk
 
 @pytest.mark.parametrize(
     ("problem", "code", "told"),
-    [(KeyboardInterrupt(), 130, "student, not judged"), (DataError("the judge is away"), 2, "the judge is away")],
+    [
+        (KeyboardInterrupt(), 130, "student, not judged"),
+        (DataError("the judge is away"), 2, "the judge is away; the student is in "),
+    ],
 )
 def test_a_student_that_cannot_be_judged_is_kept(
     run: Path,
@@ -307,6 +326,34 @@ def test_a_run_that_draws_nothing_is_refused(tmp_path: Path, ecogen: Any) -> Non
     ran: Ran = ecogen("teach", tmp_path / "run", *LITTLE)
     assert ran.code == 2
     assert "holds a model that draws no pictures; give a run of the recipe pairs" in ran.err
+
+
+def test_a_folder_without_a_run_gets_no_folders(tmp_path: Path, ecogen: Any) -> None:
+    ran: Ran = ecogen("teach", tmp_path, *LITTLE)
+    assert (ran.code, "is no run folder" in ran.err) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_edge_without_a_model_of_its_own_is_no_teacher(run: Path, tmp_path: Path, ecogen: Any) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(copied / "edges")
+    ran: Ran = ecogen("teach", copied, "--edge", "edge-0", *LITTLE)
+    assert (ran.code, f"{copied} has one model for all edges; leave --edge out" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize("verb", ["teach", "generate", "serve", "report"])
+def test_a_run_that_has_not_finished_says_so(run: Path, tmp_path: Path, ecogen: Any, verb: str) -> None:
+    unfinished = tmp_path / "run"
+    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns(*UNTIL_SAVED))
+    asked = (verb, unfinished, *(["a one"] if verb == "generate" else []))
+    ran: Ran = ecogen(*asked)
+    assert (ran.code, f"holds a run that has not finished; go on with it: `ecogen run {unfinished}" in ran.err) == (
+        2,
+        True,
+    )
+    with locked(unfinished):
+        ran = ecogen(*asked)
+    assert (ran.code, f"{unfinished} belongs to a run that is going on; wait for its end" in ran.err) == (2, True)
 
 
 def test_a_run_whose_cloud_was_taught_nothing_asks_for_captions(run: Path, tmp_path: Path, ecogen: Any) -> None:
