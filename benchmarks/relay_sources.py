@@ -83,7 +83,7 @@ def main(seeds: int = 1, names: Sequence[str] = (), at_once: int = 1) -> dict[st
 
 
 def conclude(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The figures of some runs, and whether MNIST is drawn as well as the recipe `pairs` draws its own digits."""
+    """The figures of some runs, and whether at least `GOAL_RECOGNISED` of MNIST's drawings are recognised."""
     of_mnist = {edge: _values(runs["mnist"], edge, "recognised") for edge in EDGES} if "mnist" in runs else {}
     goals = {
         f"mnist: at least 90 % of the drawings of {edge} are recognised": statistics.fmean(values) >= GOAL_RECOGNISED

@@ -52,6 +52,10 @@ def problems(**sections: dict[str, Any]) -> list[str]:
         ({"data": {"test": 0}}, "data.test: say how many passages of each edge are held out"),
         ({"data": {"name": "text"}}, "data.path: 'text' is what data.path names; give one"),
         ({"data": {"path": "own.txt"}}, "data.path: set data.name = 'text'"),
+        (
+            {"data": {"name": "pairs", "path": "mnist.npz"}},
+            "data.path: pairs come from data.sources, which are read below ECOGEN_DATA",
+        ),
         ({"evaluation": {"inversion": True}}, "evaluation.inversion: the attacks are on images; set false for text"),
         (
             {"pretraining": {"corpus": "glyphs"}},

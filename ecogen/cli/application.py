@@ -40,16 +40,17 @@ Settings = Annotated[
 
 
 def existing(folder: Path | None) -> Path | None:
-    """Refuse a folder that is not there before the imports that take seconds; a callback of arguments.
+    """Refuse what is no folder before the imports that take seconds; a callback of arguments.
 
     Raises:
-        RunError: if it is not.
+        RunError: if it is none.
     """
-    if folder is None or folder.exists():
+    if folder is None or folder.is_dir():
         return folder
     here = ", ".join(str(recipe.parent) for recipe in sorted(Path("runs").glob("*/recipe.json"))[:MOST_LISTED])
     known = f"the runs here are {here}" if here else "`ecogen run RECIPE` makes one"
-    raise RunError(f"there is no folder {folder}; {known}")
+    said = f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}"
+    raise RunError(f"{said}; {known}")
 
 
 MOST_LISTED = 10

@@ -141,7 +141,9 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(min=0, max=2, show_default="0.4", help="0 draws the likeliest always.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same gives the same pictures.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="The same gives the same pictures.")
+    ] = None,
     engine: Annotated[EngineName, typer.Option(help="All nodes in this process, or a process a node.")] = "inproc",
     as_json: Annotated[bool, typer.Option("--json", help="Print what it took as one JSON object.")] = False,
 ) -> None:
@@ -227,7 +229,8 @@ def _run_here(recipe: recipes.Recipe, folder: Path, resume: bool) -> Summary:
     try:
         return asyncio.run(session.run(recipe, folder, resume=resume, screen=screen))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        screen.print(f"interrupted; go on with: {resume_command(folder)}", style="yellow", soft_wrap=True)
+        told = f"interrupted; go on with: {resume_command(folder)}"
+        screen.print(told, style="yellow", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
 
 

@@ -46,7 +46,7 @@ def teach(
     steps: Annotated[
         int | None, typer.Option(min=1, show_default="2000; of a classifier 1800", help="Of 64 pictures or passages.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same gives the same student.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same gives the same student.")] = 0,
     judge: Annotated[bool, typer.Option(help="Judge student and teacher with the run's real test pairs.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
@@ -64,11 +64,13 @@ def teach(
             taught = teach_student(run_folder, folder, spec, progress.show_phase)
     except KeyboardInterrupt:
         saved = f"the student is in {folder}, not judged" if (folder / STUDENT).exists() else "nothing was written"
-        screen.print(f"interrupted; {saved}", style="yellow", soft_wrap=True)
+        screen.print(f"interrupted; {saved}", style="yellow", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
     if taught.unknown:
         unknown = ", ".join(map(repr, taught.unknown))
         screen.print(f"not taught, since the teacher does not know them: {unknown}", style="yellow", markup=False)
+    if judge and not taught.scores:
+        screen.print("not judged, since no test pair of the run has these captions", style="yellow")
     if as_json:
         print(json.dumps({"folder": str(taught.folder), **taught.table()}))
         return
@@ -80,8 +82,9 @@ def _show(taught: TaughtStudent) -> None:
     from ecogen.reports.wording import format_grams
     from ecogen.units import format_joules, format_seconds
 
-    size = f"{taught.parameters:,} parameters, {taught.teacher_parameters / taught.parameters:.1f} times smaller"
-    print(f"{taught.folder}: a {taught.spec.kind} of {size} than its teacher, taught by {taught.drawings:,} drawings")
+    smaller = taught.num_teacher_parameters / taught.num_parameters
+    size = f"{taught.num_parameters:,} parameters, {smaller:.1f} times smaller than its teacher"
+    print(f"{taught.folder}: a {taught.spec.kind} of {size}, taught by {taught.num_drawings:,} drawings")
     if taught.scores:
         Console().print(show_table(_scores(taught)))
     took = f"{format_seconds(taught.usage.wall_s)}, {format_joules(taught.bill.energy_j.mid)}"

@@ -55,7 +55,7 @@ def rollback(
         print(json.dumps({"node_id": done.node_id, "version": done.version, **aside}))
         return
     if done.before == done.version and done.set_aside is None:
-        print(f"{done.node_id} has version {done.version}")
+        print(f"{done.node_id} has version {done.version} already")
         return
     kept = "" if done.set_aside is None else f"; what it had is version {done.set_aside} now"
     used = "the saved model is that one" if done.is_saved else "the run goes on from it when it is resumed"
@@ -71,7 +71,7 @@ def _table(one: Listed) -> dict[str, Any]:
         "version": one.version,
         "what": one.what,
         "cycle": one.cycle,
-        "round": None if one.round_index is None else one.round_index + 1,
+        "round_index": one.round_index,
         "accepted_s": one.time_s,
         "scores": scores,
         "in_use": one.in_use,

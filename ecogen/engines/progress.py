@@ -9,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ecogen import config as recipes
 from ecogen.node.context import ProgressReport
-from ecogen.records import EventRecord, PhaseRecord, Record, RoundRecord
-from ecogen.reports.console import delivered_line, round_line
+from ecogen.records import EventRecord, PhaseRecord, Record, RelayRecord, RoundRecord
+from ecogen.reports.console import delivered_line, lesson_line, round_line
 
 
 class PhaseProgress:
@@ -26,7 +26,7 @@ class PhaseProgress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}"),
         )
-        self._bars = Progress(*columns, console=screen, transient=True)
+        self._bars = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self._task = self._bars.add_task("starting", total=None, detail="")
         self._phase = ""
 
@@ -70,6 +70,8 @@ class RunProgress(PhaseProgress):
             if record.loss is not None or record.epsilon is not None:  # an edge's
                 self._bars.update(self._task, advance=1, detail=f"round {record.round_index + 1} of {self._rounds}")
             self._bars.console.print(round_line(record, self._rounds))
+        elif isinstance(record, RelayRecord):
+            self._bars.console.print(lesson_line(record))
         elif isinstance(record, PhaseRecord) and record.perplexity is not None:
             self._bars.console.print(delivered_line(record))
         elif isinstance(record, EventRecord) and record.event not in ("joined", "finished"):

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, ViTForImageClassification
 
@@ -45,7 +46,7 @@ from ecogen.relay.course import (
 from ecogen.relay.examination import Examination, Scores, assessor_of
 from ecogen.relay.students import teach_decoder
 from ecogen.storage import make_folder, put_folder, write_atomically
-from ecogen.topology import Topology
+from ecogen.topology import Node, Site, Topology
 from ecogen.tuning.pairs import Pairs, PairWriter
 from ecogen.tuning.parallel import on_one_thread
 
@@ -77,7 +78,7 @@ class StudentSpec:
     is_judged: bool = True
 
     @property
-    def number(self) -> int:
+    def num_samples(self) -> int:
         """Of drawings, at most."""
         return SAMPLES if self.samples is None else self.samples
 
@@ -96,7 +97,7 @@ class TaughtStudent:
         teacher: the run, the node and a fingerprint of its tunables.
         captions: that it was taught.
         unknown: that were asked for, and that the teacher does not know.
-        drawings: that it learnt from.
+        num_drawings: that it learnt from.
         scores: of `student` and `teacher`; empty where it is not judged.
         usage, bill: of teaching, without what judging took.
     """
@@ -106,9 +107,9 @@ class TaughtStudent:
     teacher: Mapping[str, str]
     captions: Sequence[str]
     unknown: Sequence[str]
-    parameters: int
-    teacher_parameters: int
-    drawings: int
+    num_parameters: int
+    num_teacher_parameters: int
+    num_drawings: int
     usage: Usage
     bill: Bill
     scores: Mapping[str, Scores]
@@ -120,13 +121,13 @@ class TaughtStudent:
             "teacher": dict(self.teacher),
             "captions": list(self.captions),
             "unknown": list(self.unknown),
-            "samples": self.spec.number,
+            "samples": self.spec.num_samples,
             "temperature": TEMPERATURE,
-            "drawings": self.drawings,
+            "num_drawings": self.num_drawings,
             "steps": self.spec.settings.steps,
             "seed": self.spec.seed,
-            "parameters": self.parameters,
-            "teacher_parameters": self.teacher_parameters,
+            "num_parameters": self.num_parameters,
+            "num_teacher_parameters": self.num_teacher_parameters,
             "scores": {name: asdict(scores) for name, scores in self.scores.items()},
             "wall_s": self.usage.wall_s,
             "cpu_s": self.usage.cpu_s,
@@ -150,40 +151,46 @@ def teach_student(folder: Path, out: Path, spec: StudentSpec, on_detail: OnDetai
     _check_teacher(folder, recipe, topology, spec.edge)
     make_room(out)
     asked = list(dict.fromkeys(spec.captions)) or captions_taught(folder, topology.cloud_id, spec.edge)
-    digest = _digest(tunables_file(folder, spec.edge))  # of what teaches: the run may be resumed meanwhile
-    teacher = PairModel.of(load_tuned(folder, edge=spec.edge), folder / BACKBONE)
-    writer = PairWriter(teacher.tokenizer, teacher.images, recipe.model.context_length)
-    writer.check_room(asked)
+    teacher = _Teacher.of(folder, recipe, topology, spec.edge)
+    teacher.writer.check_room(asked)
     assessor = assessor_of(recipe) if spec.is_judged else None
-    node = topology.nodes[spec.edge or topology.cloud_id]
-    meter = CpuMeter(node.node_id)
-    with on_one_thread():
-        pairs, student = _taught(teacher, writer, asked, spec, on_detail)
-    usage, known = meter.take("relay"), set(pairs.captions)
-    taught = TaughtStudent(
-        folder=out,
-        spec=spec,
-        teacher={"run": recipe.name, "node_id": node.node_id, "tunables": digest},
-        captions=sorted(known),
-        unknown=[caption for caption in asked if caption not in known],
-        parameters=num_parameters(student),
-        teacher_parameters=num_parameters(teacher.model),
-        drawings=len(pairs),
-        usage=usage,
-        bill=bill(usage, (), node, topology.sites[node.site_id], Constants()),
-        scores={},
-    )
+    taught, student = _taught(teacher, asked, spec, out, on_detail)
     _save(taught, student, folder / BACKBONE)
-    examination = None if assessor is None else Examination.of(assessor, known)
+    examination = None if assessor is None else Examination.of(assessor, taught.captions)
     if examination is None:
         return taught
     on_detail("judging", 0, 1, "with real test pairs")
     try:
-        taught = replace(taught, scores=_scores(examination, student, teacher, spec.seed))
+        taught = replace(taught, scores=_scores(examination, student, teacher.model, spec.seed))
     except DataError as problem:
         raise DataError(f"{problem}; the student is in {out}, not judged") from problem
     write_atomically(out / STUDENT, json.dumps(taught.table(), indent=1))
     return taught
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """Whose model teaches.
+
+    Attributes:
+        said: the run, the node and a fingerprint of its tunables.
+        writer: of what it draws, as its tokens.
+    """
+
+    said: Mapping[str, str]
+    node: Node
+    site: Site
+    model: PairModel
+    writer: PairWriter
+
+    @classmethod
+    def of(cls, folder: Path, recipe: recipes.Recipe, topology: Topology, edge: str | None) -> _Teacher:
+        node = topology.nodes[edge or topology.cloud_id]
+        digest = _digest(tunables_file(folder, edge))  # of what teaches: the run may be resumed meanwhile
+        model = PairModel.of(load_tuned(folder, edge=edge), folder / BACKBONE)
+        writer = PairWriter(model.tokenizer, model.images, recipe.model.context_length)
+        said = {"run": recipe.name, "node_id": node.node_id, "tunables": digest}
+        return cls(said, node, topology.sites[node.site_id], model, writer)
 
 
 def captions_taught(folder: Path, cloud_id: str, edge: str | None) -> list[str]:
@@ -235,7 +242,30 @@ def _check_teacher(folder: Path, recipe: recipes.Recipe, topology: Topology, edg
 
 
 def _taught(
-    teacher: PairModel, writer: PairWriter, asked: Sequence[str], spec: StudentSpec, on_detail: OnDetail
+    teacher: _Teacher, asked: Sequence[str], spec: StudentSpec, out: Path, on_detail: OnDetail
+) -> tuple[TaughtStudent, PreTrainedModel]:
+    meter = CpuMeter(teacher.node.node_id)
+    with on_one_thread():
+        pairs, student = _drawn_and_learnt(teacher, asked, spec, on_detail)
+    usage, known = meter.take("relay"), set(pairs.captions)
+    taught = TaughtStudent(
+        folder=out,
+        spec=spec,
+        teacher=teacher.said,
+        captions=sorted(known),
+        unknown=[caption for caption in asked if caption not in known],
+        num_parameters=num_parameters(student),
+        num_teacher_parameters=num_parameters(teacher.model.model),
+        num_drawings=len(pairs),
+        usage=usage,
+        bill=bill(usage, (), teacher.node, teacher.site, Constants()),
+        scores={},
+    )
+    return taught, student
+
+
+def _drawn_and_learnt(
+    teacher: _Teacher, asked: Sequence[str], spec: StudentSpec, on_detail: OnDetail
 ) -> tuple[Pairs, PreTrainedModel]:
     """The drawings, and the student that has learnt from them."""
 
@@ -245,20 +275,23 @@ def _taught(
     def on_step(_: str, step: int, total: int, loss: float) -> None:
         on_detail("learning", step, total, f"loss {loss:.3f}")
 
+    model = teacher.model
     if spec.kind == "classifier":
-        _check_labels(asked)
-    pairs = draw_pairs(teacher, asked, spec.number, spec.seed, on_phase)
+        _check_labels(asked, asked)
+    pairs = draw_pairs(model, asked, spec.num_samples, spec.seed, on_phase)
     if spec.kind == "classifier":
         labels = sorted(set(pairs.captions))
-        _check_labels(labels)
-        return pairs, taught_classifier(small_classifier(teacher.images.config, labels), pairs, spec.settings, on_step)
-    passages = write_pairs(writer, pairs, OF_DRAWINGS, spec.seed, on_phase)
-    return pairs, teach_decoder(small_decoder(teacher.model.config), passages, spec.settings, on_step).eval()
+        _check_labels(labels, asked)
+        return pairs, taught_classifier(small_classifier(model.images.config, labels), pairs, spec.settings, on_step)
+    passages = write_pairs(teacher.writer, pairs, OF_DRAWINGS, spec.seed, on_phase)
+    return pairs, teach_decoder(small_decoder(model.model.config), passages, spec.settings, on_step).eval()
 
 
-def _check_labels(captions: Sequence[str]) -> None:
-    if len(captions) < 2:
-        raise DataError(f"a classifier tells captions apart, and there is but {captions[0]!r}; give two or more")
+def _check_labels(known: Sequence[str], asked: Sequence[str]) -> None:
+    if len(known) < 2:
+        others = ", ".join(repr(caption) for caption in asked if caption not in known)
+        unknown = f", since the teacher does not know {others}" if others else ""
+        raise DataError(f"a classifier tells captions apart, and there is but {known[0]!r}{unknown}; give two or more")
 
 
 def _scores(examination: Examination, student: PreTrainedModel, teacher: PairModel, seed: int) -> dict[str, Scores]:
@@ -274,7 +307,10 @@ def _save(taught: TaughtStudent, student: PreTrainedModel, backbone: Path) -> No
     out = taught.folder
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=_UNFINISHED) as temporary:
         folder = make_folder(Path(temporary) / "student")
-        student.save_pretrained(folder)
+        try:
+            student.save_pretrained(folder)
+        except (OSError, SafetensorError) as problem:
+            raise StorageError(f"cannot write to {out.parent}: {problem}; free some space") from problem
         if taught.spec.kind == "decoder":
             write_text_files(folder, read_text_files(backbone))
         write_atomically(folder / STUDENT, json.dumps(taught.table(), indent=1))

@@ -83,6 +83,8 @@ def open_folder(path: Path) -> ModelFolder:
     """
     try:
         config = json.loads((path / CONFIG).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"it is no object but {str(config)[:40]}")
     except (OSError, ValueError) as problem:
         raise CheckpointError(
             f"{path} is no model folder: {CONFIG} cannot be read ({problem}); give one that save_pretrained wrote"

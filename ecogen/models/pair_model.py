@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,17 +27,23 @@ _LONGEST_CAPTION = 24  # tokens
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images [N, C, S, S] in [0, 1], what they are to show, and how likely the model holds them to be.
+    """Images in codes, what they are to show, and how likely the model holds them to be.
 
     Attributes:
         codes: of the images [N, T].
         log_likelihood: of all codes of each image, given its caption [N].
+        tokenizer: that makes images of codes.
     """
 
-    images: Tensor
     codes: Tensor
     captions: Sequence[str]
     log_likelihood: Tensor
+    tokenizer: ImageTokenizer
+
+    @cached_property
+    def images(self) -> Tensor:
+        """[N, C, S, S] in [0, 1]; made when they are first asked for, since most drawings are but read again."""
+        return self.tokenizer.decode(self.codes)
 
 
 class PairModel:
@@ -84,7 +91,7 @@ class PairModel:
         prompts = (prompts_of(self.tokenizer, captions[part]) for part in _parts(len(captions), on_done))
         drawn = [self.draw_codes(own, generator, heat) for own in prompts]
         codes, likelihoods = (torch.cat(one) for one in zip(*drawn, strict=True))
-        return Drawn(self.images.decode(codes), codes, captions, likelihoods)
+        return Drawn(codes, captions, likelihoods, self.images)
 
     def describe(self, images: Tensor) -> list[str]:
         """The likeliest caption of each image [N, C, S, S] in [0, 1]."""

@@ -31,7 +31,7 @@ def read_picture(content: bytes, num_channels: int, side: int) -> Tensor:
             if picture.width * picture.height > _MOST_PIXELS:
                 raise DataError(f"has {picture.width} x {picture.height} pixels; {_MOST_PIXELS} at most")
             paper = Image.new("RGBA", picture.size, "white")
-            paper.alpha_composite(picture.convert("RGBA"))
+            paper.alpha_composite(_of_bytes(picture).convert("RGBA"))
     except UnidentifiedImageError as problem:
         raise DataError("is no picture that can be read") from problem
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as problem:
@@ -40,6 +40,19 @@ def read_picture(content: bytes, num_channels: int, side: int) -> Tensor:
     pixels = torch.from_numpy(np.asarray(scaled, dtype=np.float32).reshape(side, side, num_channels) / 255)
     image = pixels.permute(2, 0, 1).contiguous()
     return 1 - image if num_channels == 1 else image
+
+
+def _of_bytes(picture: Image.Image) -> Image.Image:
+    """A picture whose grey has 16 bits, with 8: converted, all but the darkest would be white.
+
+    Raises:
+        DataError: if its grey is of another kind, as in some TIFF files.
+    """
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise DataError(f"has pixels of {picture.mode!r}; save it with 8 or 16 bits a pixel")
+    return picture
 
 
 def png_of(image: Tensor) -> bytes:

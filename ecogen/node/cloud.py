@@ -194,7 +194,9 @@ class CloudRole:
     def _make_relay(self) -> CloudRelay:
         context, recipe = self._context, self._recipe
         length = recipe.model.context_length
-        generator = Generator(self._stage, self._foundation.folder, self._shape, context.worker, recipe.relay, length)
+        folder, shape = self._foundation.folder, self._shape
+        told = lambda done, total: self._report(ProgressReport("learning", done, total, "from edges"))  # noqa: E731
+        generator = Generator(self._stage, folder, shape, context.worker, recipe.relay, length, on_step=told)
         learner = Learner(
             context.node_id,
             generator,

@@ -276,6 +276,7 @@ class EdgeRole:
             return None
 
     async def _result(self, _: Peer, __: Message) -> Message:
+        await self._prepared.wait()  # a run that was cut off while it was saved asks at once when it is resumed
         return Message.of(RESULT, tensors=dict(self._rounds.state.tunables), counted=False)
 
     # Records.

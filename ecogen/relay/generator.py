@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from ecogen.config import Relay
 from ecogen.models.family import whole_segment
 from ecogen.models.image_tokenizer import load_image_tokenizer
-from ecogen.models.pair_model import PairModel
+from ecogen.models.pair_model import OnDone, PairModel
 from ecogen.models.tokenizer import load_tokenizer
 from ecogen.models.tunables import Tunables
 from ecogen.placement import Segment
@@ -39,17 +39,28 @@ class Generator:
     Args:
         folder: of its backbone, with both tokenizers.
         length: T, to which passages are padded.
+        on_step: told how many steps of learning are done, and of how many.
 
     Raises:
         CheckpointError: if the folder has no image tokenizer.
     """
 
-    def __init__(self, stage: Stage, folder: Path, shape: ModelShape, worker: Worker, spec: Relay, length: int) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        folder: Path,
+        shape: ModelShape,
+        worker: Worker,
+        spec: Relay,
+        length: int,
+        *,
+        on_step: OnDone = lambda *_: None,
+    ) -> None:
         tokenizer, images = load_tokenizer(folder), load_image_tokenizer(folder)
         self._stage, self._shape, self._worker, self._spec = stage, shape, worker, spec
         self._model = PairModel(stage.model.whole, tokenizer, images)
         self.writer = PairWriter(tokenizer, images, length)
-        self.images = images.config
+        self.images, self._on_step = images.config, on_step
 
     def teach(
         self, tunables: Mapping[str, Tensor], evidence: Mapping[str, int], number: int, key: Sequence[int]
@@ -101,6 +112,7 @@ class Generator:
             parts = [_some(new, spec.batch_size - num_known, generator)]
             parts += [_some(known, num_known, generator)] if known is not None and num_known else []
             self._step(step, joined(parts).trimmed())
+            self._on_step(step + 1, steps)
         return self._stage.tunables
 
     def _step(self, step: int, batch: Passages) -> None:

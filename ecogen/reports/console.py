@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ecogen.accounting.ledger import Bounds
-from ecogen.records import PhaseRecord, RequestRecord, RoundRecord
+from ecogen.records import PhaseRecord, RelayRecord, RequestRecord, RoundRecord
 from ecogen.reports.served import Cost, ServedSummary
 from ecogen.reports.study import Greenest, StudyRow, StudySummary
 from ecogen.reports.summary import Summary
@@ -27,6 +27,7 @@ from ecogen.reports.wording import (
     format_epsilon,
     format_grams,
     format_loss,
+    format_number,
     format_perplexity,
     format_range,
     format_share,
@@ -77,6 +78,17 @@ def delivered_line(record: PhaseRecord) -> Text:
     return Text.assemble(
         (f"{record.node_id:<8}", "bold"), f"  perplexity {format_perplexity(record.perplexity)} delivered"
     )
+
+
+def lesson_line(record: RelayRecord) -> Text:
+    """One lesson in one line: `lesson 1  cloud  accepted, version 1  perplexity edge-0 64.2 → 14.1  41.0 s`."""
+    line = Text.assemble(f"lesson {record.cycle + 1}   ", (f"{record.node_id:<8}", "bold"), "  ")
+    if record.accepted:
+        told = (f"{one.name} {format_number(one.before)} → {format_number(one.after)}" for one in record.scores)
+        line.append(f"accepted, version {record.version}  perplexity {', '.join(told)}")
+    else:
+        line.append(f"refused: {record.reason}", style="yellow")
+    return line.append(f"  {format_seconds(record.wall_s)}")
 
 
 def _score(record: RoundRecord) -> str:
@@ -207,7 +219,7 @@ def _quality_rows(summary: Summary, rounds: str) -> list[tuple[str, str, str]]:
         )
         for edge, found in summary["perplexity"].items()
     ]
-    return [*perplexities, *_drawing_rows(summary)]
+    return [*perplexities, *_drawing_rows(summary), *_relay_rows(summary)]
 
 
 def _drawing_rows(summary: Summary) -> list[tuple[str, str, str]]:
@@ -218,6 +230,29 @@ def _drawing_rows(summary: Summary) -> list[tuple[str, str, str]]:
         remark = f"near copies {format_share(copies[edge])}; captions right {format_share(captions[edge])}"
         rows.append((f"recognised {edge}", DASH if recognised is None else format_share(recognised), remark))
     return rows
+
+
+def _relay_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """How many lessons were accepted, and what the cloud knows of each domain by them."""
+    relay = summary["relay"]
+    if relay is None:
+        return []
+    lessons = [*relay["up"], *relay["down"]]
+    accepted = sum(one["accepted"] for one in lessons)
+    sent = format_bytes(sum(one["sample_bytes"] + one["tunable_bytes"] for one in relay["cycles"]))
+    remark = f"accepted; {sent} sent for them, and the pairs are {format_bytes(relay['data_bytes'])}"
+    rows = [("lessons", f"{accepted} of {len(lessons)}", remark)]
+    of_cloud = [one for one in relay["versions"] if one["node_id"] == "cloud"]
+    for domain in sorted({one["domain"] for one in of_cloud}):
+        own = [one for one in of_cloud if one["domain"] == domain]
+        drawn = _from_to(own[0]["recognised"], own[-1]["recognised"])
+        said = _from_to(own[0]["caption_accuracy"], own[-1]["caption_accuracy"])
+        rows.append((f"cloud on {domain}", drawn, f"recognised, delivered → taught; captions right {said}"))
+    return rows
+
+
+def _from_to(first: float | None, last: float | None) -> str:
+    return f"{format_share(first)} → {format_share(last)}"
 
 
 def _lora_rows(summary: Summary) -> list[tuple[str, str, str]]:

@@ -29,7 +29,7 @@ class Lesson(TypedDict):
     """
 
     cycle: int
-    round: int | None
+    round_index: int | None
     cause: str
     p_value: float | None
     node_id: str
@@ -108,7 +108,7 @@ def relay_of(
 def _lesson(record: RelayRecord) -> Lesson:
     return {
         "cycle": record.cycle,
-        "round": None if record.round_index is None else record.round_index + 1,
+        "round_index": record.round_index,
         "cause": record.cause,
         "p_value": record.p_value,
         "node_id": record.node_id,

@@ -88,7 +88,7 @@ def versions_table(relay: Relay | None) -> Table:
 
 def _why(lesson: Lesson) -> str:
     """Such as "drift after round 3, p = 1.5e-11"."""
-    after = "" if lesson["round"] is None else f" after round {lesson['round']}"
+    after = "" if lesson["round_index"] is None else f" after round {lesson['round_index'] + 1}"
     found = "" if lesson["p_value"] is None else f", p = {lesson['p_value']:.2g}"
     return f"{lesson['cause']}{after}{found}"
 

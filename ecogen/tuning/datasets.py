@@ -37,8 +37,8 @@ _DIVISION_KEY = 6  # so that the lot is the same for every seed, and nobody else
 _PLACES = ("mnist/mnist.npz", "mnist.npz")  # below that folder
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _REMEDY = (
-    f"give an npz file with {', '.join(_ARRAYS)} as data.path, "
-    f"or set {FOLDER_VARIABLE} to a folder that holds {_PLACES[0]}"
+    f"set {FOLDER_VARIABLE} to a folder that holds {_PLACES[0]}, an npz file with {', '.join(_ARRAYS)}; "
+    "a recipe of data.name = 'mnist' may name that file as data.path, too"
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from ecogen import config as recipes
@@ -119,7 +120,7 @@ def _make(recipe: recipes.Recipe, folder: Path, on_step: OnStep) -> None:
         finished = make_folder(Path(temporary) / "model")  # the temporary folder itself is nobody else's to read
         try:
             model.save(finished)
-        except OSError as problem:
+        except (OSError, SafetensorError) as problem:
             raise StorageError(f"cannot write to the cache {folder.parent}: {problem}; set XDG_CACHE_HOME") from problem
         write_atomically(finished / "made.json", json.dumps(made))
         _put_in_place(finished, folder)

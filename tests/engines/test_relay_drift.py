@@ -130,10 +130,10 @@ def test_what_a_drift_is_asked_of(foundation: Path) -> None:
 def test_the_report_says_why(whole: Finished, foundation: Path) -> None:
     relay = relay_of(whole.records, build_topology(both_causes(foundation).topology), 0)
     assert relay is not None
-    assert [(one["cycle"], one["cause"], one["round"]) for one in relay["up"]] == [
-        (0, "schedule", 2),
-        (1, "drift", 3),
-        (2, "schedule", 4),
+    assert [(one["cycle"], one["cause"], one["round_index"]) for one in relay["up"]] == [
+        (0, "schedule", 1),
+        (1, "drift", 2),
+        (2, "schedule", 3),
     ]
     rows = {(row[0], row[1]): row[-1] for row in lessons_table(relay).rows}
     assert rows["1", "down, cloud to edge-1"] == "schedule after round 2"

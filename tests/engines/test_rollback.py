@@ -93,6 +93,22 @@ def served(folder: Path, edge: str | None = None) -> dict[str, Tensor]:
     return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
 
 
+def test_a_run_that_was_cut_off_while_it_was_saved_is_saved_when_it_is_resumed(
+    foundation: Path, finished: Path, copied: Path
+) -> None:
+    """Its edges are asked for what they hold at once; before, that was an error for ever."""
+    for name in ("facts.json", "summary.json", "report.html", "tunables.safetensors"):
+        (copied / name).unlink()
+    shutil.rmtree(copied / "edges")
+    tune(relayed(foundation, 2), copied, resume=True)
+    for edge in (None, "edge-0", "edge-1"):
+        assert are_equal(served(copied, edge), served(finished, edge))
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (finished, copied))
+    assert [after[name] for name in ("recognised", "rounds", "relay")] == [
+        before[name] for name in ("recognised", "rounds", "relay")
+    ]
+
+
 def test_versions_are_listed(finished: Path, ecogen: Any) -> None:
     listed = ecogen("versions", finished, "--json").figures
     records = json.loads((finished / "summary.json").read_text())["relay"]
@@ -110,7 +126,7 @@ def test_versions_are_listed(finished: Path, ecogen: Any) -> None:
         assert (one["accepted_s"] is None) == (told is None)
         assert set(one["scores"]) == ({*told["new"], *told["known"]} if told else set())
         if told:
-            assert (one["round"], one["cycle"]) == (told["round"], told["cycle"])
+            assert (one["round_index"], one["cycle"]) == (told["round_index"], told["cycle"])
     used = [one["node_id"] for one in listed if one["in_use"]]
     assert sorted(used) == sorted({one["node_id"] for one in listed})
     shown = ecogen("versions", finished).out
@@ -155,7 +171,7 @@ def test_an_edge_goes_back_and_is_judged_anew(copied: Path, ecogen: Any) -> None
     after = json.loads((copied / "summary.json").read_text())["perplexity"]
     assert after["edge-0"]["saved"] != before["edge-0"]["saved"]
     assert after["edge-1"] == before["edge-1"]
-    assert ecogen("rollback", copied, "--node", "edge-0", "--to", 0).out == "edge-0 has version 0\n"
+    assert ecogen("rollback", copied, "--node", "edge-0", "--to", 0).out == "edge-0 has version 0 already\n"
     told = json.loads((copied / "summary.json").read_text())["events"]
     assert len([one for one in told if one["event"] == "rolled_back"]) == 1, "once"
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, ViTForImageClassification
 
 from ecogen import config as recipes
@@ -73,13 +74,17 @@ def test_a_decoder_is_saved_whole_and_draws_like_any_model(run: Path, tmp_path: 
     figures = ran.figures
     assert figures == {"folder": str(out), **json.loads((out / "student.json").read_text())}
     assert figures["captions"] == DIGITS, "all that edges have taught the cloud"
-    assert (figures["student"], figures["drawings"], figures["steps"]) == ("decoder", 20, 3)
+    assert (figures["student"], figures["num_drawings"], figures["steps"]) == ("decoder", 20, 3)
     assert figures["scores"].keys() == {"student", "teacher"}
     assert figures["scores"]["student"]["num_tests"] == 40
     assert figures["scores"]["student"]["num_drawn"] == 400
     assert 0 < figures["energy_j"]["low"] < figures["energy_j"]["mid"] < figures["energy_j"]["high"]
     student = LlamaForCausalLM.from_pretrained(out)
-    assert sum(one.numel() for one in student.parameters()) == figures["parameters"] < figures["teacher_parameters"]
+    assert (
+        sum(one.numel() for one in student.parameters())
+        == figures["num_parameters"]
+        < figures["num_teacher_parameters"]
+    )
     drawn: Ran = ecogen("generate", out, DIGITS[0], "--n", 2, "--seed", 1, "--out", tmp_path / "drawn.png", "--json")
     assert drawn.code == 0, drawn.err
     assert drawn.figures["model"] == "student"
@@ -96,6 +101,7 @@ def test_a_decoder_is_saved_whole_and_draws_like_any_model(run: Path, tmp_path: 
         (["a one", "--out", ".."], ".. is to be a PNG file; call it ../drawn.png"),
         (["a one", "--edge", "edge-7"], "name one with --edge: edge-0, edge-1, not 'edge-7'"),
         ([" "], "the prompt is empty; say what to draw"),
+        (["a one", "--seed", "99999999999999999999"], "less than or equal to 9223372036854775807"),
     ],
 )
 def test_what_is_not_drawn(arguments: list[str], told: str, run: Path, tmp_path: Path, ecogen: Any) -> None:
@@ -155,8 +161,8 @@ def test_scores_are_of_whom_they_are_said_to_be(
 
     monkeypatch.setattr(Examination, "generator", counted)
     figures = ecogen("teach", run, "--out", tmp_path / "student", *LITTLE, "--json").figures
-    assert figures["scores"]["student"]["captions_right"] == figures["parameters"]
-    assert figures["scores"]["teacher"]["captions_right"] == figures["teacher_parameters"]
+    assert figures["scores"]["student"]["captions_right"] == figures["num_parameters"]
+    assert figures["scores"]["teacher"]["captions_right"] == figures["num_teacher_parameters"]
 
 
 def test_who_taught_is_written_down(run: Path, tmp_path: Path, ecogen: Any) -> None:
@@ -184,6 +190,10 @@ def test_what_the_teacher_does_not_know_is_told_and_not_taught(
     assert [*ViTForImageClassification.from_pretrained(out).config.id2label.values()] == known
     tests = ran.figures["scores"]["student"]["num_tests"]
     assert 0 < tests < 40, "of what was taught"
+    known.pop()
+    ran = ecogen("teach", run, "--student", "classifier", "--out", tmp_path / "other", *LITTLE)
+    assert ran.code == 2
+    assert f"but {DIGITS[0]!r}, since the teacher does not know {DIGITS[1]!r}, {DIGITS[2]!r}" in ran.err
 
 
 def test_a_classifier_names_what_one_edge_taught(run: Path, tmp_path: Path, ecogen: Any) -> None:
@@ -197,6 +207,9 @@ def test_a_classifier_names_what_one_edge_taught(run: Path, tmp_path: Path, ecog
     assert student(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 5)
     served: Ran = ecogen("generate", out, "a one", "--out", tmp_path / "drawn.png")
     assert (served.code, "holds a classifier of images; only decoders are served and draw" in served.err) == (2, True)
+    (out / "config.json").write_text("[]")
+    served = ecogen("generate", out, "a one", "--out", tmp_path / "drawn.png")
+    assert (served.code, "config.json cannot be read (it is no object but [])" in served.err) == (2, True)
     scores = json.loads((out / "student.json").read_text())["scores"]
     assert (scores["student"]["recognised"], scores["student"]["num_tests"]) == (None, 20), "only of what was taught"
 
@@ -207,6 +220,7 @@ def test_captions_that_nobody_tests_are_taught_and_not_judged(run: Path, tmp_pat
     assert ran.code == 0, ran.err
     assert ran.figures["folder"] == str(copied / "students" / "decoder")
     assert (ran.figures["captions"], ran.figures["scores"]) == (["a seven"], {})
+    assert "not judged, since no test pair of the run has these captions" in ran.err
 
 
 @pytest.mark.parametrize("out", ["empty", "mine.txt", ".", "link"])
@@ -242,11 +256,15 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, ecogen: Any, monk
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    ran: Ran = ecogen("teach", run, "--out", tmp_path / "student", *LITTLE)
-    assert ran.code == 2
-    assert "No space left on device" in ran.err
-    assert not list(tmp_path.iterdir())
+    def unsaved(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    for owner, name, broken in ((os, "replace", full), (LlamaForCausalLM, "save_pretrained", unsaved)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            ran: Ran = ecogen("teach", run, "--out", tmp_path / "student", *LITTLE)
+        assert (ran.code, "No space left on device" in ran.err) == (2, True)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -300,6 +318,7 @@ def test_who_comes_second_says_so(run: Path, tmp_path: Path, ecogen: Any, monkey
         (["--caption", ""], "the caption '' has 0 tokens"),
         (["--student", "painter"], "painter"),
         (["--samples", "0"], "greater than or equal to 1"),
+        (["--seed", "99999999999999999999"], "less than or equal to 9223372036854775807"),
         (["--out", "/proc/self/student"], "cannot write to /proc/self"),
         (["--out", "/dev/null/student"], "cannot make the folder /dev/null"),
     ],

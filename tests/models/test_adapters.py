@@ -183,6 +183,7 @@ def test_a_digest_names_the_content(foundation: Path, tmp_path: Path) -> None:
     [
         ("config.json", None, "is no model folder"),
         ("config.json", "{nonsense", "is no model folder"),
+        ("config.json", "[]", "is no model folder"),
         ("config.json", '{"model_type": "bert"}', "cannot be cut|is no model folder"),
         ("model.safetensors", None, r"model\.safetensors is missing or corrupt"),
         ("model.safetensors", "short", r"model\.safetensors is missing or corrupt"),

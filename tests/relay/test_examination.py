@@ -14,7 +14,6 @@ from transformers import ViTForImageClassification
 from ecogen.models.image_tokenizer import ImageTokens
 from ecogen.relay.course import small_classifier
 from ecogen.relay.examination import Examination, Scores
-from ecogen.relay.students import labels_of
 from ecogen.tuning.pairs import Pairs
 
 ONE, TWO, HOUSE = "a handwritten one", "a handwritten two", "a house"
@@ -76,11 +75,9 @@ def test_there_is_none_without_tests() -> None:
 
 
 def test_a_classifier_is_asked_by_its_labels() -> None:
-    found, _ = examination(ONE, TWO)
-    torch.manual_seed(0)
-    model = ViTForImageClassification(small_classifier(ImageTokens(image_size=8, patch_size=4), [TWO, ONE])).eval()
-    said = [[TWO, ONE][label] for label in labels_of(model, found.tests.images).tolist()]
-    right = sum(ours == theirs for ours, theirs in zip(said, [ONE, TWO, TWO, ONE], strict=True)) / 4
-    assert found.classifier(model) == Scores(None, right, 0, 4)
-    model.config.id2label = {0: ONE, 1: TWO}
-    assert found.classifier(model).captions_right == 1 - right
+    found, _ = examination(ONE, HOUSE)  # two and one of them
+    model = ViTForImageClassification(small_classifier(ImageTokens(image_size=8, patch_size=4), [HOUSE, ONE])).eval()
+    for label, right in ((0, 1 / 3), (1, 2 / 3)):
+        torch.nn.init.zeros_(model.classifier.weight)
+        model.classifier.bias.data = torch.eye(2)[label]  # whatever it sees
+        assert found.classifier(model) == Scores(None, pytest.approx(right), 0, 3)

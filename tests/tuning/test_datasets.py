@@ -126,7 +126,7 @@ def test_it_is_found_under_the_folder_of_data_sets(
 
 def test_a_missing_file_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    remedy = "as data.path, or set ECOGEN_DATA to a folder that holds mnist/mnist.npz"
+    remedy = "set ECOGEN_DATA to a folder that holds mnist/mnist.npz"
     with pytest.raises(DataError, match=f"nothing says where it is; .*{remedy}"):
         open_data(data_at(""))
     with pytest.raises(DataError, match=rf"there is no .*other\.npz; .*{remedy}"):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+from transformers import ViTModel
 
 from ecogen import config as recipes
+from ecogen.errors import StorageError
 from ecogen.storage import make_folder
 from ecogen.tuning.foundation import foundation_folder, obtain_foundation
 
@@ -41,6 +44,18 @@ def test_of_two_that_make_the_same_the_first_is_kept(recipe: recipes.Recipe) -> 
     _, how = obtain_foundation(recipe, on_step)
     assert how.startswith("made in")
     assert (foundation_folder(recipe) / "made.json").stat().st_mtime_ns == first[1]
+
+
+def test_a_full_disk_is_told_as_one(recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are written by a library that has an error of its own for it."""
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(ViTModel, "save_pretrained", full)
+    with pytest.raises(StorageError, match=r"cannot write to the cache .*No space left.*; set XDG_CACHE_HOME"):
+        obtain_foundation(recipe, lambda *_: None)
+    assert not [*foundation_folder(recipe).parent.iterdir()]
 
 
 def test_what_a_crash_left_is_made_anew(recipe: recipes.Recipe) -> None:

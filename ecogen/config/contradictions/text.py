@@ -13,6 +13,11 @@ MARKS = 266
 CAPTION = 12
 """Tokens that a caption and the marks around it may take."""
 
+_SAID_OF_PATHS = {
+    "text": "'text' is what data.path names; give one",
+    "pairs": "pairs come from data.sources, which are read below ECOGEN_DATA; leave it out",
+}
+
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """What LoRA may be added to in a vision transformer."""
 
@@ -47,8 +52,7 @@ def _of_text(recipe: Recipe) -> Iterator[Contradiction]:
         said = f"{model.num_heads} heads of width {model.hidden_size // model.num_heads}, which is to be even"
         yield _contradiction("model.num_heads", said, "model.hidden_size")
     if bool(data.path) != (data.name == "text"):
-        said = "'text' is what data.path names; give one" if data.name == "text" else "set data.name = 'text'"
-        yield _contradiction("data.path", said)
+        yield _contradiction("data.path", _SAID_OF_PATHS.get(data.name, "set data.name = 'text'"))
 
 
 def _of_pairs(recipe: Recipe) -> Iterator[Contradiction]:

@@ -7,7 +7,7 @@ import base64
 import time
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -38,7 +38,7 @@ class DrawingParameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     model: str | None = None
     n: Annotated[int, Meta(ge=1)] = 1
     size: str = "auto"
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: str = "b64_json"
     temperature: Annotated[float, Meta(ge=0, le=2)] = TEMPERATURE
     top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0)] = 0
@@ -66,6 +66,11 @@ class Drawing:
         check_choices(asked.n, self._limits)
         if asked.size not in ("auto", own := f"{pictures.side}x{pictures.side}"):
             raise wrong("size", f"size: this model draws {own}, not '{asked.size}'; give that, or 'auto'")
+        if asked.response_format != "b64_json":
+            given = asked.response_format
+            raise wrong("response_format", f"response_format: pictures are not kept for '{given}'; give 'b64_json'")
+        if not asked.prompt.strip():
+            raise wrong("prompt", "prompt: it is empty; say what to draw")
         sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
         try:
             request = picture_request(self._text, model, asked.prompt, sampling)

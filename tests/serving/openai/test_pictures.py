@@ -91,9 +91,9 @@ async def test_a_caption_is_text_whatever_it_looks_like(serving: ScriptedServing
     [
         ({"n": 4}, "at most 3"),
         ({"size": "1024x1024"}, "this model draws 8x8"),
-        ({"response_format": "url"}, "response_format"),
+        ({"response_format": "url"}, "pictures are not kept for 'url'; give 'b64_json'"),
         ({"prompt": ""}, "prompt"),
-        ({"prompt": "  "}, "the prompt is empty; say what to draw"),
+        ({"prompt": "  "}, "prompt: it is empty; say what to draw"),
         ({"prompt": "a seven " * 60}, "at most 60 are taken before a picture"),
         ({"style": "vivid"}, "'style' is not supported here"),
         ({"extra_body": {"sede": 1}}, "did you mean 'seed'"),
