@@ -204,14 +204,18 @@ def test_a_finished_run_is_given_more_rounds(ecogen: EcoGen, recipe_of: RecipeOf
     ours, theirs = (load_tensors(folder / "tunables.safetensors") for folder in (parts, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (ran.figures["rounds"], ran.figures["rounds_planned"]) == (2, 2)
-    refused(ecogen("run", path, "--out", parts, "--resume"), "of another recipe: tuning differ")
+    refused(ecogen("run", path, "--out", parts, "--resume"), "of another recipe: tuning.rounds is 2 there and 1 here")
 
 
 def test_a_folder_that_holds_a_run(ecogen: EcoGen, finished: Path, tmp_path: Path) -> None:
     recipe = finished / "recipe.toml"
     refused(ecogen("run", recipe, "--out", finished), "holds a run already", "--resume", "--out")
     other = ecogen("run", recipe, "--out", finished, "--resume", "--set", "seed=4", "--set", "tuning.clip_norm=9")
-    refused(other, "of another recipe: seed, tuning differ", f"ecogen run {recipe} --out {finished} --resume")
+    refused(
+        other,
+        "of another recipe: seed is 3 there and 4 here, tuning.clip_norm is 1.0 there and 9.0",
+        f"ecogen run {recipe} --out {finished} --resume",
+    )
     refused(ecogen("run", recipe, "--out", tmp_path / "new", "--resume"), "holds no run to resume", "leave --resume")
     assert not (tmp_path / "new").exists()
 

@@ -23,13 +23,17 @@ def versions(
 ) -> None:
     """List the versions that the relay's lessons led to.
 
-    Of the cloud, each lesson that it accepted made one; of an edge two, what it had before and after.
+    Of the cloud, each lesson that it accepted made one; of an edge two, what it had before and after. In the table
+    lessons and rounds count from 1, with --json `cycle` and `round_index` from 0.
     """
     from ecogen.engines.rollback import list_versions
 
     listed = list_versions(run_folder)
     if as_json:
         print(json.dumps([_table(one) for one in listed]))
+        return
+    if not listed:
+        print("no versions yet: nobody has accepted a lesson")
         return
     from ecogen.reports.console import show_table
 
@@ -84,20 +88,18 @@ def _shown(listed: list[Listed]) -> Any:
     from ecogen.reports.wording import DASH, format_number
 
     def row(one: Listed) -> tuple[str, ...]:
-        what = one.what if one.cycle is None else f"{one.what} lesson {one.cycle + 1}"
-        accepted = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.time_s)) if one.time_s else DASH
+        what = one.what if one.cycle is None else f"{one.what} {one.cycle + 1}"
+        accepted = time.strftime("%m-%d %H:%M", time.localtime(one.time_s)) if one.time_s else DASH
         told = (f"{s.name}: {format_number(s.before)} → {format_number(s.after)}" for s in one.scores)
-        use = ("yes, and tuned on since" if one.is_tuned_on else "yes") if one.in_use else ""
-        after_round = DASH if one.round_index is None else str(one.round_index + 1)
-        return (one.node_id, str(one.version), what, after_round, accepted, "\n".join(told) or DASH, use)
+        use = ("yes, tuned since" if one.is_tuned_on else "yes") if one.in_use else ""
+        return (one.node_id, str(one.version), what, accepted, "\n".join(told) or DASH, use)
 
     columns = (
         identifier("node"),
-        Column("version"),
-        word("what"),
-        Column("round"),
-        word("accepted"),
-        word("perplexity"),
+        Column("no."),
+        identifier("lesson"),
+        word("when"),
+        identifier("perplexity"),
         word("in use"),
     )
     return Table("Versions", columns, tuple(map(row, listed)))

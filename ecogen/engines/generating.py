@@ -77,6 +77,7 @@ def _chosen(served: Served, edge: str | None) -> str:
     if not edges:
         raise CheckpointError(f"there is no model of {edge!r}: {served.name} is one for all edges; leave --edge out")
     wrong = "" if edge is None else f", not {edge!r}"
+    wrong += ", or leave --edge out for the cloud's" if run in served.adapters else ""
     raise CheckpointError(f"this run has a model for each edge; name one with --edge: {', '.join(edges)}{wrong}")
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ecogen import config as recipes
 from ecogen.errors import ConfigError, RunError, StorageError
@@ -15,6 +16,9 @@ from ecogen.reports.toml import to_toml
 from ecogen.storage import append_line, make_folder, read_lines, write_atomically
 
 RECIPE, RECIPE_TOML, LOCK, RUNNING = "recipe.json", "recipe.toml", ".lock", "running.json"
+MOST_TOLD = 5
+"""Differences between recipes that an error names."""
+
 NODES, LAUNCHES, SUMMARY = "nodes", "launches.jsonl", "summary.json"
 
 
@@ -89,12 +93,29 @@ def check_same(recipe: recipes.Recipe, folder: Path) -> None:
     """
     new, old = recipes.to_table(recipe), recipes.to_table(load_recipe(folder))
     old["tuning"]["rounds"] = max(old["tuning"]["rounds"], new["tuning"]["rounds"])
-    different = [key for key in new if key not in ("engine", "name", "transport") and new[key] != old[key]]
-    if different:
+    for table in (new, old):
+        for key in ("engine", "name", "transport"):
+            table.pop(key, None)
+    if different := list(_differences(new, old)):
+        more = "" if len(different) <= MOST_TOLD else f", and {len(different) - MOST_TOLD} more"
         raise RunError(
-            f"{folder} holds a run of another recipe: {', '.join(different)} differ; "
+            f"{folder} holds a run of another recipe: {', '.join(different[:MOST_TOLD])}{more}; "
             f"resume with `{resume_command(folder)}`"
         )
+
+
+def _differences(new: Mapping[str, Any], old: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """What differs, with both values, such as "seed is 0 there and 1 here"."""
+    for key in dict.fromkeys([*old, *new]):
+        ours, theirs = new.get(key), old.get(key)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(ours, theirs, f"{place}{key}.")
+        elif ours != theirs:
+            yield f"{place}{key} is {_told(theirs)} there and {_told(ours)} here"
+
+
+def _told(value: Any) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def load_recipe(folder: Path) -> recipes.Recipe:

@@ -64,6 +64,7 @@ def find_served(path: Path) -> Served:
             f"{path} holds no model: give a folder that save_pretrained wrote, or a finished run, say of the recipe "
             "text or pairs"
         )
+    _check_decoder(path / BACKBONE)
     name = load_recipe(path).name
     found = {name: path / ADAPTER}
     found |= {f"{name}/{edge.name}": edge / ADAPTER for edge in sorted((path / EDGES).glob("*"))}

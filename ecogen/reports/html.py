@@ -17,6 +17,7 @@ from ecogen.records import EventRecord, Record, RequestRecord, RoundRecord
 from ecogen.reports import drawing, plots, relay_tables, tables
 from ecogen.reports.crossings_table import crossings_table
 from ecogen.reports.page import render_page
+from ecogen.reports.relay_plot import by_lesson
 from ecogen.reports.summary import Perplexity, RunFacts, Summary, round_indices, summarise
 from ecogen.reports.timeline import notable_events, start_s, timeline
 from ecogen.reports.toml import to_toml
@@ -159,6 +160,9 @@ def _figures(
     if ledger.entries:
         figures["energy_by_tier"] = plots.energy_by_tier(ledger.by_tier())
         figures["energy_by_line"] = plots.energy_by_line(ledger.total)
+    if summary["relay"] and summary["relay"]["versions"]:
+        figures["relay_recognised"] = by_lesson(summary["relay"], "recognised")
+        figures["relay_captions"] = by_lesson(summary["relay"], "caption_accuracy")
     if any(isinstance(record, RequestRecord) for record in records):
         figures["latency"] = plots.latency(records, topology)
     return figures | _attack_figures(facts)

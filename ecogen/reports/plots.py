@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ecogen.accounting.ledger import Bill, Bounds, Ledger
 from ecogen.measurements import InversionAttack
@@ -29,7 +29,7 @@ LINES = ("cpu", "idle", "memory", "network", "overhead")
 
 _LOG_FROM = 100  # a chart whose largest value is this many times its smallest is drawn on a logarithmic axis
 _MAX_SHOWN = 12  # attacked images beside each other
-_MAX_LABELS = 6  # more lines than this share one colour and have no names
+MAX_LABELS = 6  # more lines than this share one colour and have no names
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def perplexity(records: Sequence[Record], topology: Topology, delivered: Mapping
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for index, value in enumerate(delivered.values()):
-            color = SERIES[index % len(SERIES)] if len(delivered) <= _MAX_LABELS else SERIES[0]
+            color = SERIES[index % len(SERIES)] if len(delivered) <= MAX_LABELS else SERIES[0]
             if value is not None:
                 axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (4, 2)))
         _round_lines(axes, records, topology, "perplexity")
@@ -170,11 +170,11 @@ def _round_lines(axes: Axes, records: Sequence[Record], topology: Topology, fiel
     edges = topology.edge_ids
     ends: list[tuple[float, str, str]] = []
     for index, edge in enumerate(edges):
-        color = SERIES[index % len(SERIES)] if len(edges) <= _MAX_LABELS else SERIES[0]
+        color = SERIES[index % len(SERIES)] if len(edges) <= MAX_LABELS else SERIES[0]
         ends += _line(axes, records, edge, field, color, marker="o", markersize=4)
     ends += _line(axes, records, topology.cloud_id, field, INK, marker="D", markersize=4.5, linestyle=":")
-    if len(edges) <= _MAX_LABELS:
-        _name_ends(axes, ends)
+    if len(edges) <= MAX_LABELS:
+        name_ends(axes, ends)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="x", visible=False)
@@ -190,7 +190,7 @@ def _line(
     return [(points[-1][1], node_id, color)] if points else []
 
 
-def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names right of the axes, at the height of each line's last value, pushed apart where they would touch."""
     low, high = axes.get_ylim()
     heights = _apart([(value - low) / (high - low) for value, _, _ in sorted(ends)], least=0.075)
@@ -226,6 +226,7 @@ def _bars(axes: Axes, bars: Sequence[Bar], unit: str) -> None:
     if _differ_widely(bars):
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(LogLocator(numticks=5))
         axes.set_xlabel("logarithmic scale")
         shown = [(row, bar) for row, bar in zip(rows, bars, strict=True) if bar.value > 0]
         axes.hlines(rows, 0, 1, transform=axes.get_yaxis_transform(), color=GRID, linewidth=0.7, linestyle=":")

@@ -55,7 +55,7 @@ def cycles_table(relay: Relay | None) -> Table:
         )
         for one in ([] if relay is None else relay["cycles"])
     )
-    sent = (Column("samples sent"), Column("tunables sent"))
+    sent = (Column("samples sent", "payload"), Column("tunables sent", "payload"))
     columns = (word("cycle"), *sent, Column("energy", "modelled"), Column("emissions", "modelled"))
     return Table("Cycles of the knowledge relay", columns, rows)
 

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ecogen.records import EventRecord, Record, RoundRecord
+from ecogen.records import EventRecord, Record, RelayRecord, RoundRecord
 from ecogen.reports.plots import WIDTH, tidy_rows
-from ecogen.reports.svg import ALARM, SURFACE, TIER_COLORS, render
+from ecogen.reports.svg import ALARM, GRID, INK, SURFACE, TIER_COLORS, render
 from ecogen.reports.wording import shorten
 from ecogen.topology import Tier, Topology
 
 
 def timeline(records: Sequence[Record], topology: Topology) -> str:
-    """When each edge and the cloud worked on which round, and the numbered events."""
+    """When each edge and the cloud worked on which round, the lessons between, and the numbered events."""
     rounds = [record for record in records if isinstance(record, RoundRecord)]
-    active = {record.node_id for record in rounds}
+    lessons = [record for record in records if isinstance(record, RelayRecord) and record.time_s]
+    active = {record.node_id for record in rounds} | {lesson.node_id for lesson in lessons}
     nodes = [node for node in (topology.cloud_id, *topology.edge_ids) if node in active]
     rows = {node: row for row, node in enumerate(nodes)}
     events = notable_events(records)
@@ -29,6 +30,8 @@ def timeline(records: Sequence[Record], topology: Topology) -> str:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
+        for lesson in lessons:
+            _lesson_box(axes, clock, lesson, rows[lesson.node_id])
         for record in rounds:
             color = TIER_COLORS[topology.nodes[record.node_id].tier]
             _round_box(axes, clock, record, rows[record.node_id], color)
@@ -83,6 +86,14 @@ def _round_box(axes: Axes, clock: _Clock, record: RoundRecord, row: int, color: 
     begin, end = clock.stretch(record)
     edge, line = (ALARM, 2.5) if record.missing else (SURFACE, 1.5)
     axes.barh(row, end - begin, left=begin, height=0.5, color=color, edgecolor=edge, linewidth=line)
+
+
+def _lesson_box(axes: Axes, clock: _Clock, lesson: RelayRecord, row: int) -> None:
+    """A hatched box as long as a lesson took its receiver, with the wait for others."""
+    end = lesson.time_s - clock.start_s
+    axes.barh(
+        row, lesson.wall_s, left=end - lesson.wall_s, height=0.3, color=GRID, edgecolor=INK, hatch="///", linewidth=0
+    )
 
 
 def _number_rounds(axes: Axes, clock: _Clock, rounds: Sequence[RoundRecord], rows: Mapping[str, int]) -> None:

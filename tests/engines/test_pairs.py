@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from ecogen.engines.generating import generate
 from ecogen.engines.saving import save_run
 from ecogen.engines.served import find_served
-from ecogen.errors import CheckpointError, ServingError
+from ecogen.engines.session import predict
+from ecogen.errors import CheckpointError, RunError, ServingError
 from ecogen.models.adapters import BACKBONE, load_tuned
 from ecogen.models.checkpoint import open_foundation
 from ecogen.models.pair_model import PairModel
+from ecogen.models.pictures import png_of
 from ecogen.relay import assessment
 from ecogen.relay.judge import train_judge
 from ecogen.serving.openai.text import load_text
@@ -67,6 +69,12 @@ def test_the_report_shows_what_was_drawn(run_folder: Path) -> None:
     assert "What the model of each edge draws and says" in page
     assert page.count('<img class="sheet" src="data:image/png;base64,iVBOR') == 4
     assert "a row for each of a handwritten four, a handwritten one" in page
+
+
+async def test_a_generator_classifies_nothing(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(png_of(torch.zeros(1, 8, 8)))
+    with pytest.raises(RunError, match="holds a language model, which classifies nothing; ask it with `ecogen serve"):
+        await predict(run_folder, [tmp_path / "one.png"], "inproc")
 
 
 def drawn_by_whole(model: PreTrainedModel, folder: Path, caption: str) -> list[int]:

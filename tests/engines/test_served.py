@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ecogen.engines.served import Served, adapters_of
+from ecogen.engines.served import Served, adapters_of, find_served
 from ecogen.errors import CheckpointError
+from tests.tiny import save_foundation
+
+
+def test_a_run_that_tuned_a_classifier_is_not_served(tmp_path: Path) -> None:
+    save_foundation(tmp_path / "run" / "backbone")
+    with pytest.raises(CheckpointError, match=r"run/backbone holds a classifier of images; only decoders are served"):
+        find_served(tmp_path / "run")
 
 
 def test_a_name_is_given_once() -> None:
