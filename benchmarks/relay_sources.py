@@ -25,6 +25,9 @@ from ecogen import config as recipes
 from ecogen.engines import session
 from ecogen.engines.saving import FACTS
 from ecogen.errors import EcoGenError
+from ecogen.models.adapters import BACKBONE
+from ecogen.models.image_tokenizer import load_image_tokenizer
+from ecogen.relay.examination import assessor_of
 from ecogen.reports.summary import RunFacts
 
 CASES = {
@@ -47,17 +50,31 @@ def carry_out(seed: int, name: str, overrides: Sequence[str]) -> dict[str, Any]:
         folder = Path(temporary) / recipe.name
         summary = asyncio.run(session.run(recipe, folder, resume=False, screen=Console(stderr=True)))
         facts = msgspec.json.decode((folder / FACTS).read_bytes(), type=RunFacts)
+        shares = through_tokenizer(recipe, folder)
     relay = summary["relay"]
     assert relay is not None
     return {
+        "seed": seed,
         "perplexity": {edge: [of["delivered"], of["tuned"]] for edge, of in (summary["perplexity"] or {}).items()},
-        "edges": {edge: {name: getattr(of, name) for name in MEASURES} for edge, of in facts.drawings.items()},
+        "edges": {
+            edge: {name: getattr(of, name) for name in MEASURES} | {"through_tokenizer": shares.get(edge)}
+            for edge, of in facts.drawings.items()
+        },
         "lessons": [
             {name: one[name] for name in ("node_id", "accepted", "reason", "num_samples", "new", "known")}
             for way in ("up", "down")
             for one in relay[way]
         ],
         "wall_s": summary["wall_s"],
+    }
+
+
+def through_tokenizer(recipe: recipes.Recipe, folder: Path) -> dict[str, float]:
+    """Of each edge's real test digits, encoded and decoded again, the share that the judge recognises."""
+    images, assessor = load_image_tokenizer(folder / BACKBONE), assessor_of(recipe)
+    tests = {edge: own.test for edge, own in assessor.splits.items() if assessor.knows_digits(edge)}
+    return {
+        edge: assessor.recognised(images.decode(images.encode(own.images)), own.captions) for edge, own in tests.items()
     }
 
 
@@ -99,7 +116,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def line(name: str, edge: str, runs: Sequence[Mapping[str, Any]]) -> str:
-    figures = {measure: _values(runs, edge, measure) for measure in MEASURES}
+    figures = {measure: _values(runs, edge, measure) for measure in (*MEASURES, "through_tokenizer")}
     told = [
         f"{measure} {statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
         for measure, values in figures.items()

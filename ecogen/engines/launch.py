@@ -51,8 +51,6 @@ async def serve(run: Path, engine: str = "inproc", *, edge: str | None = None) -
         RunError, CheckpointError: if the folder holds no finished run; or `edge` is missing or unknown.
     """
     recipe = load_recipe(run)
-    if recipe.data.is_text:
-        raise RunError(f"{run} holds a language model, which classifies nothing; ask it with `ecogen serve {run}`")
     if not (run / TUNABLES).exists():
         check_ended(run)
     tuned = tunables_file(run, edge)

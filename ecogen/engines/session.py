@@ -35,7 +35,7 @@ from ecogen.engines.run_folder import (
     resume_command,
 )
 from ecogen.engines.saving import RECORDS, REPORT, load_records
-from ecogen.errors import DataError, TransportError
+from ecogen.errors import DataError, RunError, TransportError
 from ecogen.node.context import ProgressReport
 from ecogen.node.device import Asked
 from ecogen.node.presence import Presence
@@ -138,6 +138,12 @@ async def predict(folder: Path, images: Sequence[Path], engine: str, edge: str |
     """
     if missing := [str(path) for path in images if not path.is_file()]:
         raise DataError(f"no such file: {', '.join(missing)}; give PNG files")
+    data = load_recipe(folder).data
+    if data.is_pairs:
+        said = "draw with `ecogen generate`, or ask what a picture shows with `ecogen serve`"
+        raise RunError(f"{folder} holds a generator, which classifies nothing; {said}")
+    if data.is_text:
+        raise RunError(f"{folder} holds a model whose inputs are text, not pictures; ask it with `ecogen serve`")
     async with serve(folder, engine, edge=edge) as federation:
         start_id = next(iter(federation.topology.clusters.values())).node_ids[0]
         return await federation.ask(start_id, images), federation.topology

@@ -73,7 +73,7 @@ def test_the_report_shows_what_was_drawn(run_folder: Path) -> None:
 
 async def test_a_generator_classifies_nothing(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(png_of(torch.zeros(1, 8, 8)))
-    with pytest.raises(RunError, match="holds a language model, which classifies nothing; ask it with `ecogen serve"):
+    with pytest.raises(RunError, match="holds a generator, which classifies nothing; draw with `ecogen generate`, or"):
         await predict(run_folder, [tmp_path / "one.png"], "inproc")
 
 
